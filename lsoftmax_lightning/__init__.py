@@ -1,0 +1,9 @@
+"""Large-Margin Softmax (Liu et al., ICML 2016) for PyTorch Lightning."""
+
+from importlib.metadata import version
+
+from .heads import LSoftmaxLinear
+from .modules import ClassificationModule, LSoftmaxModule
+
+__version__ = version("lsoftmax-lightning")
+__all__ = ["ClassificationModule", "LSoftmaxLinear", "LSoftmaxModule", "__version__"]

@@ -1,0 +1,77 @@
+"""Networks that turn images into features, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from ..errors import InputError
+from .paper import PaperNet
+
+__all__ = ["PaperNet", "create_backbone", "list_backbones"]
+
+# Table 1 of the paper; `digits` is ours, of the same make, for scikit-learn's 8x8 digits.
+_PAPER: dict[str, dict[str, Any]] = {
+    "digits": {"stem": 32, "blocks": [(32, 1), (64, 1), (64, 1)], "num_features": 64},
+    "mnist": {"stem": 64, "blocks": [(64, 3), (64, 3), (64, 3)], "num_features": 256},
+    "mnist_2d": {"blocks": [(32, 2), (64, 2), (128, 2)], "kernel_size": 5, "num_features": 2},
+}
+
+
+def list_backbones() -> list[str]:
+    """The names that :func:`create_backbone` takes: the paper's networks, then torchvision's classifiers."""
+    return [*_PAPER, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any) -> nn.Module:
+    """Builds a network without a classifier.
+
+    A torchvision model loses its classifier, and its first convolution is made anew where the images do not have
+    three channels.
+
+    Args:
+        name: One of :func:`list_backbones`.
+        image_shape: Channels, height and width of the images.
+        **kwargs: Settings of the network, over those of its name: arguments of :class:`PaperNet`, or of the
+            torchvision model (``weights``, for one).
+
+    Returns:
+        A module from images [N, C, H, W] to features [N, D], with D as its ``num_features``.
+
+    Raises:
+        InputError: If no network has this name, or the settings do not fit it.
+    """
+    if name not in list_backbones():
+        raise InputError(
+            f"no backbone is named {name!r}; there are {', '.join(_PAPER)} and torchvision's classification models "
+            "(resnet18, ...), see lsoftmax_lightning.backbones.list_backbones()."
+        )
+    try:
+        if name in _PAPER:
+            return PaperNet(image_shape, **(_PAPER[name] | kwargs))
+        return _torchvision_backbone(name, image_shape[0], **kwargs)
+    except TypeError as error:
+        raise InputError(f"backbone {name!r} does not take these arguments: {error}.") from error
+
+
+def _torchvision_backbone(name: str, channels: int, **kwargs: Any) -> nn.Module:
+    if name in ("googlenet", "inception_v3") and not kwargs.get("weights"):
+        # the auxiliary classifiers of these two would come along, and turn the output into a tuple in training
+        kwargs = {"aux_logits": False, "init_weights": True} | kwargs
+    model: nn.Module = torchvision.models.get_model(name, **kwargs)
+
+    # The last layer is the classifier: linear, but for SqueezeNet's 1x1 convolution.
+    classifier_name, classifier = [
+        (path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    ][-1]
+    model.set_submodule(classifier_name, nn.Identity())
+    model.num_features = classifier.weight.shape[1]
+
+    if channels != 3:
+        first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+        first.in_channels = channels
+        first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.kernel_size))
+        first.reset_parameters()
+    return model

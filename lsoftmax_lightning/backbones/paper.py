@@ -1,0 +1,76 @@
+"""The paper's networks, one class described by data (Table 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+
+class PaperNet(nn.Module):
+    """Stacks of conv-BN-PReLU with 2x2 max pooling after each, then one linear layer: the feature.
+
+    Args:
+        image_shape: Channels, height and width of the input.
+        num_features: Width of the feature.
+        blocks: Width and number of convolutions of each block.
+        stem: Width of a first convolution before the blocks, if any.
+        kernel_size: Side of the convolutions, odd.
+        feature_norm: Whether batch normalisation follows the linear layer.
+
+    Attributes:
+        num_features: Width of the feature.
+
+    Raises:
+        InputError: If the image is too small for the poolings to mean anything.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_features: int,
+        blocks: Sequence[tuple[int, int]],
+        stem: int | None = None,
+        kernel_size: int = 3,
+        feature_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        shrink = 2 ** len(blocks)
+        if min(height, width) < shrink:
+            raise InputError(f"{len(blocks)} poolings need images of at least {shrink} pixels, got {height}x{width}.")
+        layers: list[nn.Module] = []
+
+        def convolution(out_channels: int) -> None:
+            nonlocal channels
+            # no bias: the normalisation that follows would take it away again
+            conv = nn.Conv2d(channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+            layers.extend([conv, nn.BatchNorm2d(out_channels), nn.PReLU(out_channels)])
+            channels = out_channels
+
+        if stem is not None:
+            convolution(stem)
+        for block_width, depth in blocks:
+            for _ in range(depth):
+                convolution(block_width)
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # as Caffe rounds
+        flat = channels * math.ceil(height / shrink) * math.ceil(width / shrink)
+        layers.extend([nn.Flatten(), nn.Linear(flat, num_features)])
+        if feature_norm:
+            layers.append(nn.BatchNorm1d(num_features))
+        self.layers = nn.Sequential(*layers)
+        self.num_features = num_features
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)  # MSRA
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [N, num_features] of normalised images [N, C, H, W]."""
+        features: Tensor = self.layers(x)
+        return features

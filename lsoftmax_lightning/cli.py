@@ -1,0 +1,230 @@
+"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` from YAML, and ``configs`` to find the YAML."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+# the names that a YAML may use without their path
+from . import datamodules, modules, schedules  # noqa: F401
+from .errors import InputError, LSoftmaxError
+
+# What Lightning says of itself, and no user can mend.
+_NOISE = (
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*instantiate_classes.*was deprecated.*",
+    "The dirpath has changed from",  # testing a checkpoint of another run is no mistake
+)
+
+_PACKAGE = Path(__file__).parent
+# In the wheel the configs lie inside the package; in a checkout, beside it.
+CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+
+
+def find_config(name: str) -> Path:
+    """A config by path, or a shipped one by its bare name.
+
+    Args:
+        name: A path, seen from the working directory; or the name of a shipped config, ``.yaml`` or not.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    shipped = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
+    raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones: {shipped}.")
+
+
+class _ConfigFile(ActionConfigFile):
+    """``--config`` that knows the shipped configs."""
+
+    def __call__(
+        self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        super().__call__(parser, cfg, str(find_config(values)), option_string)
+
+
+class _Parser(LightningArgumentParser):
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("action") is ActionConfigFile:
+            kwargs["action"] = _ConfigFile
+        return super().add_argument(*args, **kwargs)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Keeps the config of a training run; testing it later does not write it again."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class LSoftmaxCLI(LightningCLI):
+    """Lightning's CLI with our parser: bare config names, data linked to model, a test after fit.
+
+    Any LightningModule and LightningDataModule that can be imported takes part, by its ``class_path``.
+    """
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
+                }
+            },
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=_Parser,
+            parser_kwargs={
+                "prog": "lsoftmax_lightning",
+                "usage": "lsoftmax_lightning",
+                "version": version("lsoftmax-lightning"),
+                "description": "Large-Margin Softmax (Liu et al., ICML 2016). `configs` lists the shipped configs; "
+                "start with: fit --config digits.yaml",
+                **{
+                    command: {"usage": f"lsoftmax_lightning {command} --config NAME [--KEY VALUE ...]"}
+                    for command in self.subcommands()
+                },
+            },
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links what the data knows to the model; keeps the best and the last checkpoint."""
+        for fact in ("num_classes", "image_shape"):
+            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/acc",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; unlike Lightning's, without a warning where Python code calls :func:`main` with arguments."""
+        self.config = parser.parse_args(args)
+
+    def after_fit(self) -> None:
+        """Tests the best checkpoint."""
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if not best:
+            rank_zero_info("No validation left a best checkpoint; testing the model as it is.")
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None)
+        self.after_test()
+
+    def after_test(self) -> None:
+        """Leaves the figures in the run's folder as ``results.json``."""
+        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+            return
+        results = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        path = self._run_folder() / "results.json"
+        path.write_text(json.dumps(results, indent=2) + "\n")
+        rank_zero_info(f"Everything of this run is in {path.parent}")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Writes class and probability of every image to ``predictions.csv`` in the run's folder."""
+        if self.trainer.world_size > 1:
+            raise InputError("predict writes one file in order; run it with --trainer.devices 1.")
+        batches = self.trainer.predict(**kwargs)
+        names = self.datamodule.class_names
+        path = self._run_folder() / "predictions.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["index", "prediction", "probability"])
+            rows = (row for batch in batches for row in zip(*(column.tolist() for column in batch.values()), strict=True))
+            writer.writerows((index, names[label], f"{share:.6f}") for index, (label, share) in enumerate(rows))
+        rank_zero_info(f"The predictions are in {path}")
+
+    def _run_folder(self) -> Path:
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def before_validate(self) -> None:
+        """Warns where random weights would be scored."""
+        if not self.config[self.subcommand].ckpt_path:
+            rank_zero_warn("No --ckpt_path was given: this is the output of RANDOM weights.")
+
+    before_test = before_predict = before_validate
+
+
+def configs(args: list[str]) -> None:
+    """Lists the shipped configs with a line each, or copies one into the working directory.
+
+    Args:
+        args: Nothing, or ``--copy NAME``.
+
+    Raises:
+        InputError: If the name is wrong or the copy would overwrite a file.
+    """
+    parser = argparse.ArgumentParser(prog="lsoftmax_lightning configs", description="The shipped configs.")
+    parser.add_argument("--copy", metavar="NAME", help="copy this one into the working directory")
+    name = parser.parse_args(args).copy
+    if name is None:
+        for path in sorted(CONFIGS.glob("*.yaml")):
+            first_line = path.read_text().splitlines()[0].removeprefix("# ")
+            print(f"{path.name:16}{first_line}")
+        return
+    source = find_config(name)
+    if Path(source.name).exists():
+        raise InputError(f"{source.name} is already in {Path.cwd()}; move it away first.")
+    shutil.copyfile(source, source.name)
+    print(f"Copied to {Path(source.name).absolute()}")
+
+
+def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
+    """Runs the command line.
+
+    Args:
+        args: The arguments, by default those of the process.
+
+    Returns:
+        The CLI object, with ``trainer``, ``model`` and ``datamodule``; nothing for ``configs``.
+
+    Raises:
+        SystemExit: With a message and no traceback, for whatever the user can mend.
+    """
+    args = sys.argv[1:] if args is None else args
+    try:
+        with warnings.catch_warnings():
+            for message in _NOISE:
+                warnings.filterwarnings("ignore", message)
+            if args[:1] != ["configs"]:
+                return LSoftmaxCLI(args)
+            configs(args[1:])
+            return None
+    except Exception as error:
+        # jsonargparse wraps what a constructor raises
+        mistake: BaseException | None = error
+        while not isinstance(mistake, LSoftmaxError | MisconfigurationException):
+            if mistake is None:
+                raise
+            mistake = mistake.__cause__
+        print(f"error: {mistake}", file=sys.stderr)
+        raise SystemExit(1) from error

@@ -1,0 +1,86 @@
+"""Whole batches out of tensors in memory, divided over the processes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+
+class BatchSampler:
+    """Index tensors of this process's share of every global batch.
+
+    The global batches are a function of (seed, epoch) alone, so a run is the same on one process and on several, and
+    no sample is repeated to fill a process up.
+
+    Args:
+        num_samples: How many samples there are.
+        batch_size: Global batch size.
+        train: Whether to shuffle, and to leave out a last batch that is not whole (other samples each epoch).
+        rank: This process.
+        world_size: Number of processes.
+        seed: Seed of the shuffle.
+
+    Raises:
+        InputError: If a training batch does not divide over the processes or exceeds the data, or there are fewer
+            samples than processes.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, train: bool, rank: int, world_size: int, seed: int) -> None:
+        if train and batch_size % world_size:
+            raise InputError(
+                f"batch_size is global and must divide over the devices: {batch_size} does not over {world_size}; "
+                f"take {batch_size // world_size * world_size or world_size}."
+            )
+        if num_samples < (batch_size if train else world_size):
+            raise InputError(
+                f"{num_samples} samples are too few for "
+                + (f"batch_size {batch_size}; lower it." if train else f"{world_size} devices; use fewer.")
+            )
+        self.num_samples, self.batch_size, self.train = num_samples, batch_size, train
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the shuffle of an epoch; the Trainer calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return whole + (not self.train and self.rank < rest)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.train:
+            seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
+            generator = torch.Generator().manual_seed(int(seed[0]))
+            order = torch.randperm(self.num_samples, generator=generator)
+        else:
+            order = torch.arange(self.num_samples)
+        for batch in order.split(self.batch_size)[: len(self)]:
+            yield batch[self.rank :: self.world_size]
+
+
+class BatchLoader:
+    """An iterable of (images, targets) batches; indexing the whole batch at once leaves nothing to a worker process.
+
+    Args:
+        images: All images, [N, ...].
+        targets: Their classes, [N].
+        sampler: Which samples make which batch.
+    """
+
+    batch_sampler = None  # where there is a sampler, Lightning looks for this too
+
+    def __init__(self, images: Tensor, targets: Tensor, sampler: BatchSampler) -> None:
+        self.images, self.targets, self.sampler = images, targets, sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in self.sampler:
+            yield self.images[index], self.targets[index]

@@ -1,0 +1,17 @@
+"""What a user can mend. The message says what was given, what was expected and what to do."""
+
+
+class LSoftmaxError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it without a traceback."""
+
+
+class InputError(LSoftmaxError, ValueError):
+    """An argument, a tensor or a setting is not what the function takes."""
+
+
+class DataError(LSoftmaxError, RuntimeError):
+    """Images or labels are missing, damaged, or cannot be fetched."""
+
+
+class DivergenceError(LSoftmaxError, RuntimeError):
+    """The training loss became NaN or infinite."""

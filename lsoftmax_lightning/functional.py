@@ -1,0 +1,194 @@
+r"""The mathematics of Large-Margin Softmax on tensors: no modules, no state.
+
+For a sample with feature :math:`x` and class :math:`y`, only the logit of its own class changes:
+
+.. math::
+    z_y = w_y^\top x, \quad n = \|w_y\|\,\|x\|, \quad c = \cos\theta_y = z_y / n
+
+    \psi(\theta) = (-1)^k \cos(m\theta) - 2k, \quad \theta \in [k\pi/m, (k+1)\pi/m]
+
+    f_y = \frac{\lambda z_y + n\,\psi(\theta_y)}{1 + \lambda}
+
+Source: Liu, Wen, Yu, Yang, "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016, sections 3.2
+and 4 (arXiv 1612.02295).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+
+
+def check_margin(margin: int) -> int:
+    """Returns ``margin`` when it is an integer of at least 1.
+
+    Raises:
+        InputError: For anything else. Nothing is rounded: with 2.5 the paper's psi is not continuous.
+    """
+    if isinstance(margin, bool) or not isinstance(margin, int) or margin < 1:
+        raise InputError(f"margin must be an integer >= 1 (1 is plain softmax, the paper uses 2 to 4), got {margin!r}.")
+    return margin
+
+
+def cos_multiple(cosine: Tensor, m: int) -> Tensor:
+    """cos(m theta) from cos(theta), by the Chebyshev polynomial T_m.
+
+    A polynomial has the true, finite derivative everywhere (m^2 at theta = 0), where ``acos`` gives NaN. It is not
+    clamped: outside [-1, 1] by a rounding error it extrapolates, while a clamp would kill the gradient.
+
+    Args:
+        cosine: cos(theta), any shape.
+        m: The multiple, an integer >= 1.
+
+    Returns:
+        cos(m theta), shaped like ``cosine``.
+    """
+    if m == 1:
+        return cosine
+    half = cos_multiple(cosine, m // 2)
+    if m % 2 == 0:
+        return 2 * half * half - 1
+    return 2 * half * cos_multiple(cosine, m // 2 + 1) - cosine
+
+
+def psi(cosine: Tensor, margin: int) -> Tensor:
+    """The paper's psi(theta) (section 3.2) as a function of cos(theta).
+
+    It falls monotonically from 1 at theta = 0 to -(2m - 1) at theta = pi, with a continuous first derivative in
+    ``cosine``. The second derivative jumps at the knots theta = j pi / m.
+
+    Args:
+        cosine: cos(theta), any shape, floating point.
+        margin: m, an integer >= 1. With 1, psi is the cosine itself.
+
+    Returns:
+        psi, shaped like ``cosine``.
+
+    Raises:
+        InputError: If ``margin`` is not an integer >= 1.
+    """
+    multiple = cos_multiple(cosine, check_margin(margin))
+    if margin == 1:
+        return multiple
+    # k counts the knots already passed. psi is C1, so a rounding that picks the neighbouring k does no harm.
+    fixed = cosine.detach()
+    k = sum((fixed < math.cos(j * math.pi / margin)).to(cosine.dtype) for j in range(1, margin))
+    return (1 - 2 * (k % 2)) * multiple - 2 * k
+
+
+def margin_target(
+    target_logit: Tensor, feature_norm: Tensor, weight_norm: Tensor, margin: int, lambda_: float | Tensor
+) -> Tensor:
+    """The logit of a sample's own class under the margin, annealed by lambda (section 4).
+
+    Row by row and free of any N x C tensor, so that a head sharded over processes can call it on its own rows.
+
+    Args:
+        target_logit: z_y, [N], float32 or float64.
+        feature_norm: |x|, [N].
+        weight_norm: |w_y|, [N].
+        margin: m, an integer >= 1.
+        lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax); a number or a 0-d tensor.
+
+    Returns:
+        f_y, [N].
+    """
+    norm = feature_norm * weight_norm
+    # Far below any norm met in training, far above the square root of underflow, where the norm itself is wrong.
+    cosine = target_logit / norm.clamp_min(torch.finfo(norm.dtype).eps ** 2)
+    share = 1 / (1 + lambda_)
+    return target_logit + share * (norm * psi(cosine, margin) - target_logit)
+
+
+def margin_logits(
+    logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, margin: int, lambda_: float | Tensor = 0.0
+) -> Tensor:
+    """Logits with the margin on each sample's own class: feed them to any cross-entropy.
+
+    Computed in float32 at least, whatever the precision of the inputs.
+
+    Args:
+        logits: Plain logits ``features @ weight.T``, [N, C].
+        features: x, [N, D].
+        weight: W, [C, D].
+        target: Class of each sample, [N], an integer type.
+        margin: m, an integer >= 1. With 1 the logits come back untouched.
+        lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax); a number or a 0-d tensor.
+
+    Returns:
+        Logits, [N, C]; float32 for half-precision input when ``margin`` > 1.
+
+    Raises:
+        InputError: If ``target`` is not [N] of an integer type or, where that is seen without waiting for a device
+            (on the CPU, outside ``torch.compile``), holds a class outside 0 .. C-1.
+    """
+    check_margin(margin)
+    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise InputError(f"target must hold class numbers of an integer type, got {target.dtype}; call target.long().")
+    if target.shape != logits.shape[:1]:
+        raise InputError(
+            f"target must have one class for each of the {logits.shape[0]} rows, got shape {tuple(target.shape)}."
+        )
+    index = target.long().unsqueeze(1)
+    plain = _gather(logits, index)
+    if margin == 1:
+        return logits
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    features, weight = features.to(dtype), weight.to(dtype)
+    if weight.shape[0] <= features.shape[0]:  # the cheaper order: norms of all classes, or of the gathered rows
+        weight_norm = torch.linalg.vector_norm(weight, dim=1)[index.squeeze(1)]
+    else:
+        weight_norm = torch.linalg.vector_norm(weight[index.squeeze(1)], dim=1)
+    feature_norm = torch.linalg.vector_norm(features, dim=1)
+    own = margin_target(plain.squeeze(1).to(dtype), feature_norm, weight_norm, margin, lambda_)
+    return logits.to(dtype).scatter(1, index, own.unsqueeze(1))
+
+
+def _gather(logits: Tensor, index: Tensor) -> Tensor:
+    """``logits.gather(1, index)``; says which label is out of range, at no cost while none is."""
+    if torch.compiler.is_compiling():
+        return logits.gather(1, index)
+    try:
+        return logits.gather(1, index)
+    except (RuntimeError, IndexError) as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise InputError(
+            f"target must hold classes 0 to {logits.shape[1] - 1}, got {int(index.min())} to {int(index.max())}; "
+            "check num_classes and the labels."
+        ) from error
+
+
+def lsoftmax_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: int,
+    lambda_: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The L-Softmax loss (section 3.2), averaged over the batch.
+
+    Args:
+        features: x, [N, D].
+        weight: W, [C, D]; there is no bias.
+        target: Class of each sample, [N], an integer type.
+        margin: m, an integer >= 1. With 1 this is softmax cross-entropy.
+        lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax); a number or a 0-d tensor.
+        label_smoothing: As in :func:`torch.nn.functional.cross_entropy`.
+
+    Returns:
+        The loss, a scalar; 0 for an empty batch.
+
+    Raises:
+        InputError: As :func:`margin_logits`.
+    """
+    logits = margin_logits(F.linear(features, weight), features, weight, target, margin, lambda_)
+    if logits.shape[0] == 0:
+        return logits.sum()  # the mean over nothing would be NaN
+    return F.cross_entropy(logits, target.long(), label_smoothing=label_smoothing)

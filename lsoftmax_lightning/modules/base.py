@@ -1,0 +1,156 @@
+"""What every module of ours shares: parts, loss, training step, optimiser, annealing."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import SGD
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from ..backbones import create_backbone
+from ..callbacks import LambdaAnnealing
+from ..errors import InputError
+from ..heads import LSoftmaxLinear
+from ..schedules import LambdaSchedule, RunFraction
+
+
+class LSoftmaxModule(LightningModule):
+    """A backbone under an L-Softmax head, and its training.
+
+    ``__init__`` calls :meth:`configure_model_parts`, :meth:`configure_losses` and :meth:`configure_metrics`, in this
+    order: override one of them, :meth:`embed` or :meth:`configure_optimizers` to change one thing; a step need never
+    be rewritten. What ``__init__`` was given is in ``self.hparams``, but for objects, which a checkpoint cannot keep
+    safely.
+
+    :meth:`forward` and :meth:`embed` know no margin; only training does. lambda is annealed by
+    :class:`~lsoftmax_lightning.callbacks.LambdaAnnealing`, brought along unless the Trainer has one.
+
+    Args:
+        num_classes: C, at least 2. The command line takes it from the data.
+        backbone: Name of a network (see :func:`~lsoftmax_lightning.backbones.list_backbones`), or any module from
+            images to features [N, D] with D as its ``num_features``. A checkpoint keeps a name; a module has to be
+            given again: ``load_from_checkpoint(path, backbone=...)``.
+        margin: m, an integer >= 1; 1 is plain softmax.
+        image_shape: Channels, height and width of the images, for a backbone by name. The command line takes it from
+            the data.
+        backbone_args: Further arguments of a backbone by name.
+        lambda_schedule: lambda as a function of the optimiser step.
+        optimizer: Makes the optimiser from parameter groups; by default the paper's SGD (section 5). Weight decay
+            is kept off biases, normalisation layers and PReLU slopes.
+        lr_scheduler: Makes the learning rate scheduler from the optimiser.
+        lr_scheduler_interval: Whether the scheduler moves with the optimiser, as in the paper, or by epoch.
+        label_smoothing: As in :class:`torch.nn.CrossEntropyLoss`.
+
+    Raises:
+        InputError: If a setting is out of range, or the parts do not fit together.
+    """
+
+    backbone: nn.Module
+    head: LSoftmaxLinear
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str | nn.Module,
+        margin: int = 4,
+        image_shape: tuple[int, int, int] | None = None,
+        backbone_args: dict[str, Any] | None = None,
+        lambda_schedule: LambdaSchedule = RunFraction(),
+        optimizer: OptimizerCallable = lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["step", "epoch"] = "step",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        objects = ["lambda_schedule", "optimizer", "lr_scheduler"]
+        self.save_hyperparameters(ignore=objects if isinstance(backbone, str) else [*objects, "backbone"])
+        self.lambda_schedule = lambda_schedule
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self.configure_model_parts(backbone)
+        self.configure_losses()
+        self.configure_metrics()
+
+    def configure_model_parts(self, backbone: str | nn.Module) -> None:
+        """Sets ``self.backbone`` and ``self.head``.
+
+        Args:
+            backbone: As ``__init__`` was given it.
+
+        Raises:
+            InputError: If the parts do not fit together.
+        """
+        if isinstance(backbone, str):
+            if self.hparams.image_shape is None:
+                raise InputError(f"the backbone {backbone!r} needs image_shape=(channels, height, width).")
+            backbone = create_backbone(backbone, self.hparams.image_shape, **(self.hparams.backbone_args or {}))
+        num_features = getattr(backbone, "num_features", None)
+        if not isinstance(num_features, int):
+            raise InputError(
+                f"the backbone {type(backbone).__name__} must have the width of its features as `num_features`, an "
+                f"int, got {num_features!r}; set it in its __init__."
+            )
+        self.backbone = backbone
+        self.head = LSoftmaxLinear(num_features, self.hparams.num_classes, self.hparams.margin)
+
+    def configure_losses(self) -> None:
+        """Sets ``self.criterion``, which takes logits [N, C] (margin logits in training) and classes [N]."""
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.hparams.label_smoothing)
+
+    def configure_metrics(self) -> None:
+        """Sets ``self.train_metrics``, which reads plain logits [N, C] and classes [N]."""
+        self.train_metrics = MetricCollection(
+            {"acc": MulticlassAccuracy(self.hparams.num_classes, average="micro")}, prefix="train/"
+        )
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features [N, D] of images [N, channels, height, width]."""
+        features: Tensor = self.backbone(x)
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Plain logits [N, C] of images [N, channels, height, width]."""
+        logits: Tensor = self.head(self.embed(x))
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of the margin logits; metrics of the plain ones."""
+        x, target = batch
+        features = self.embed(x)
+        logits = self.head(features)
+        loss: Tensor = self.criterion(self.head.apply_margin(logits, features, target), target)
+        self.train_metrics.update(logits, target)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser over two parameter groups, with and without weight decay, and the scheduler if there is one."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self._optimizer(
+            [
+                {"params": [p for p in trained if p.ndim > 1]},
+                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+        )
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": scheduler,
+                "interval": self.hparams.lr_scheduler_interval,
+                "monitor": getattr(scheduler, "monitor", "val/loss"),
+            },
+        }
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Annealing of lambda, unless the Trainer has its own."""
+        configured = any(isinstance(callback, LambdaAnnealing) for callback in self.trainer.callbacks)
+        return [] if configured else [LambdaAnnealing()]

@@ -1,0 +1,51 @@
+"""Image classification with an L-Softmax head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from .base import LSoftmaxModule
+
+
+class ClassificationModule(LSoftmaxModule):
+    """Classifies images; logs loss and accuracy of the plain logits as ``val/loss``, ``val/acc`` and so for test.
+
+    Arguments and the way to subclass are those of :class:`LSoftmaxModule`.
+
+    Example:
+        >>> from lsoftmax_lightning import ClassificationModule
+        >>> model = ClassificationModule(num_classes=10, backbone="mnist", margin=4, image_shape=(1, 28, 28))
+        >>> model.head
+        LSoftmaxLinear(in_features=256, num_classes=10, margin=4, lambda_=0)
+    """
+
+    def configure_metrics(self) -> None:
+        """Adds ``self.val_metrics`` and ``self.test_metrics``, which read plain logits [N, C] and classes [N]."""
+        super().configure_metrics()
+        self.val_metrics = self.train_metrics.clone(prefix="val/")
+        self.test_metrics = self.train_metrics.clone(prefix="test/")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Updates the validation metrics."""
+        self._evaluate(batch, "val/loss", self.val_metrics)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Updates the test metrics."""
+        self._evaluate(batch, "test/loss", self.test_metrics)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], loss_name: str, metrics: MetricCollection) -> None:
+        x, target = batch
+        logits = self(x)
+        metrics.update(logits, target)
+        # weighted by the batch and reduced once, at the end: exact for batches and processes of any size
+        self.log(loss_name, self.criterion(logits, target), prog_bar=True, batch_size=len(target), sync_dist=True)
+        self.log_dict(metrics, prog_bar=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Predicted classes and their probabilities, [N] each, for images or (images, classes)."""
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        probability, prediction = self(x).softmax(dim=1).max(dim=1)
+        return {"prediction": prediction, "probability": probability}

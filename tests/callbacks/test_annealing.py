@@ -1,0 +1,182 @@
+"""lambda over a run: by optimiser step, whatever the Trainer does around it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+
+from lsoftmax_lightning.callbacks import LambdaAnnealing
+from lsoftmax_lightning.errors import DivergenceError, InputError
+from lsoftmax_lightning.schedules import Constant, PowerLaw, RunFraction
+
+from ..conftest import BlobsDataModule, make_model, make_trainer
+
+SCHEDULE = PowerLaw(base=100, gamma=0.1, power=2)
+
+
+class Recorder(Callback):
+    """lambda of the head at each forward pass of training, with the optimiser step it belongs to."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        self.seen.append((trainer.global_step, pl_module.head.lambda_))
+
+
+def fit(model: LightningModule, **settings: Any) -> tuple[Trainer, list[tuple[int, float]]]:
+    recorder, ckpt_path = Recorder(), settings.pop("ckpt_path", None)
+    trainer = make_trainer(callbacks=[recorder, *settings.pop("callbacks", [])], **settings)
+    trainer.fit(model, BlobsDataModule(), ckpt_path=ckpt_path)
+    return trainer, recorder.seen
+
+
+def expected(steps: int, repeat: int = 1) -> list[tuple[int, float]]:
+    return [(step, SCHEDULE(step)) for step in range(steps) for _ in range(repeat)]
+
+
+def test_lambda_is_that_of_the_step() -> None:
+    trainer, seen = fit(make_model(lambda_schedule=SCHEDULE), max_epochs=2)
+    assert seen == expected(16)  # 160 training images in batches of 20
+    assert trainer.progress_bar_metrics["lambda"] == pytest.approx(SCHEDULE(15))
+
+
+def test_gradient_accumulation_does_not_speed_it_up() -> None:
+    _, seen = fit(make_model(lambda_schedule=SCHEDULE), accumulate_grad_batches=4)
+    assert seen == expected(2, repeat=4)
+
+
+def test_validation_before_training_and_sanity_checks_do_not_count() -> None:
+    model, data, recorder = make_model(lambda_schedule=SCHEDULE), BlobsDataModule(), Recorder()
+    trainer = make_trainer(callbacks=[recorder], num_sanity_val_steps=2, val_check_interval=2)
+    before = trainer.validate(model, data, verbose=False)
+    assert 0 <= before[0]["val/acc"] <= 1
+    trainer.fit(model, data)
+    assert recorder.seen == expected(8)
+
+
+def test_fit_twice_goes_on_where_the_trainer_is() -> None:
+    model, data, recorder = make_model(lambda_schedule=SCHEDULE), BlobsDataModule(), Recorder()
+    trainer = make_trainer(callbacks=[recorder])
+    trainer.fit(model, data)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, data)
+    assert recorder.seen == expected(16)
+    assert sum(isinstance(callback, LambdaAnnealing) for callback in trainer.callbacks) == 1
+
+
+def test_another_model_in_the_same_trainer_brings_its_own_schedule() -> None:
+    recorder = Recorder()
+    trainer = make_trainer(callbacks=[recorder])
+    trainer.fit(make_model(lambda_schedule=SCHEDULE), BlobsDataModule())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(make_model(lambda_schedule=Constant(7.0)), BlobsDataModule())
+    assert {lambda_ for _, lambda_ in recorder.seen[8:]} == {7.0}
+
+
+def test_a_resumed_run_needs_nothing_saved(tmp_path: Path) -> None:
+    first, _ = fit(make_model(lambda_schedule=SCHEDULE))
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    _, seen = fit(make_model(lambda_schedule=SCHEDULE), max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
+    assert seen == expected(16)[8:]
+
+
+def test_a_fraction_of_the_run_knows_the_run() -> None:
+    for settings in ({"max_epochs": 2}, {"max_epochs": -1, "max_steps": 16}):
+        _, seen = fit(make_model(lambda_schedule=RunFraction(fraction=0.5)), **settings)
+        lambdas = [lambda_ for _, lambda_ in seen]
+        assert lambdas[0] == 1000
+        assert lambdas[7] > 0
+        assert lambdas[8:] == [0] * 8
+
+
+def test_a_run_without_an_end_is_refused_a_fraction() -> None:
+    with pytest.raises(InputError, match="max_steps or max_epochs"):
+        fit(make_model(), max_epochs=-1)
+
+
+def test_the_trainers_own_annealing_wins() -> None:
+    _, seen = fit(make_model(lambda_schedule=SCHEDULE), callbacks=[LambdaAnnealing(Constant(3.0))])
+    assert seen == [(step, 3.0) for step in range(8)]
+
+
+def test_lambda_is_logged_by_step(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(make_model(lambda_schedule=SCHEDULE), logger=logger, log_every_n_steps=1)
+    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()]
+    column, step = rows[0].index("lambda"), rows[0].index("step")
+    logged = {int(row[step]): float(row[column]) for row in rows[1:] if row[column]}
+    assert logged == pytest.approx(dict(expected(8)))
+
+
+class Headless(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def training_step(self, batch: object, batch_idx: int) -> None: ...
+    def validation_step(self, batch: object, batch_idx: int) -> None: ...
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters())
+
+
+def test_a_module_without_a_head_or_a_schedule_is_refused() -> None:
+    with pytest.raises(InputError, match=r"self\.head` of Headless"):
+        make_trainer(callbacks=[LambdaAnnealing()]).fit(Headless(), BlobsDataModule())
+    model = Headless()
+    model.head = make_model().head
+    with pytest.raises(InputError, match=r"Headless\.lambda_schedule"):
+        make_trainer(callbacks=[LambdaAnnealing()]).fit(model, BlobsDataModule())
+
+
+class Poison(nn.Module):
+    """Cross-entropy that goes bad at one step."""
+
+    def __init__(self, bad_step: int, value: float) -> None:
+        super().__init__()
+        self.calls, self.bad_step, self.value = 0, bad_step, value
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(logits, target)
+        if self.training:
+            loss = loss * self.value if self.calls == self.bad_step else loss
+            self.calls += 1
+        return loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("bad_step", "every"), [(10, 1), (10, 50), (15, 50)])
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(
+    tmp_path: Path, bad_step: int, every: int, value: float
+) -> None:
+    model = make_model(lambda_schedule=SCHEDULE)
+    model.criterion = Poison(bad_step, value)
+    checkpoint = ModelCheckpoint(tmp_path, filename="best", monitor="val/acc", save_last=True)
+    with pytest.raises(DivergenceError) as caught:
+        fit(
+            model,
+            max_epochs=3,
+            callbacks=[checkpoint],
+            enable_checkpointing=True,
+            log_every_n_steps=every,
+            num_sanity_val_steps=0,
+        )
+    message = str(caught.value)
+    for part in (f"step {bad_step},", f"lambda was {SCHEDULE(bad_step):.4g}", "slower", "lambda_min", "last.ckpt"):
+        assert part in message
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 8  # of the first epoch; the loss went bad in the second
+    assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
+
+
+def test_divergence_before_any_checkpoint_says_so() -> None:
+    model = make_model()
+    model.criterion = Poison(0, math.nan)
+    with pytest.raises(DivergenceError, match="none was saved yet"):
+        fit(model, log_every_n_steps=1)

@@ -1,0 +1,57 @@
+"""Who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lsoftmax_lightning
+
+PACKAGE = Path(lsoftmax_lightning.__file__).parent
+# each room and the rooms below it; the CLI sees everything
+BELOW: dict[str, set[str]] = {
+    "errors": set(),
+    "functional": {"errors"},
+    "schedules": {"errors"},
+    "heads": {"errors", "functional"},
+    "backbones": {"errors"},
+    "callbacks": {"errors", "schedules"},
+    "modules": {"errors", "backbones", "callbacks", "heads", "schedules"},
+    "datamodules": {"errors"},
+    "__init__": {"heads", "modules"},
+    "__main__": {"cli"},
+}
+BELOW["cli"] = set(BELOW)
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """First components, inside the package, of what a file imports."""
+    package = path.relative_to(PACKAGE).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1] + tuple((node.module or "").split("."))
+            base = tuple(part for part in base if part)
+            names = [("lsoftmax_lightning", *base, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [tuple((node.module or "").split("."))]
+        else:
+            continue
+        found |= {name[1] for name in names if name[0] == "lsoftmax_lightning" and len(name) > 1}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert room in BELOW, f"{room} is a new room: say which rooms are below it"
+    assert imported_rooms(path) - {room} <= BELOW[room]
+
+
+def test_there_is_no_cycle() -> None:
+    def height(room: str) -> int:
+        return 1 + max((height(below) for below in BELOW[room] - {room}), default=0)
+
+    assert all(height(room) for room in BELOW if room not in ("cli", "__main__"))

@@ -1,0 +1,163 @@
+"""The head: a plain linear layer to the outside, a margin in training, whatever wraps it."""
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsoftmax_lightning import LSoftmaxLinear
+from lsoftmax_lightning.errors import InputError
+
+
+@pytest.fixture
+def head() -> LSoftmaxLinear:
+    torch.manual_seed(0)
+    return LSoftmaxLinear(in_features=6, num_classes=4, margin=3, lambda_=2.0)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def target() -> Tensor:
+    return torch.arange(8) % 4
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_without_a_target_it_is_a_linear_layer(head: LSoftmaxLinear, x: Tensor) -> None:
+    assert torch.equal(head(x), F.linear(x, head.weight))
+    assert list(head.state_dict()) == ["weight"]
+    linear = nn.Linear(6, 4, bias=False)
+    linear.load_state_dict(head.state_dict())
+    assert torch.equal(linear(x), head(x))
+
+
+def test_only_the_own_class_changes(head: LSoftmaxLinear, x: Tensor, target: Tensor) -> None:
+    plain, margin = head(x), head(x, target)
+    own = F.one_hot(target, 4).bool()
+    assert torch.equal(plain[~own], margin[~own])
+    assert (margin[own] < plain[own]).all()
+    assert torch.equal(head.apply_margin(plain, x, target), margin)
+
+
+def test_the_weight_is_drawn_as_the_authors_do() -> None:
+    torch.manual_seed(0)
+    weight = LSoftmaxLinear(512, 1000, margin=4).weight
+    assert abs(weight.mean().item()) < 1e-3
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / 512), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"in_features": 0}, "in_features"),
+        ({"num_classes": 1}, "num_classes"),
+        ({"margin": 0}, "margin"),
+        ({"margin": 2.5}, "margin"),
+        ({"lambda_": -1.0}, "lambda"),
+        ({"lambda_": math.nan}, "lambda"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, float], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        LSoftmaxLinear(**{"in_features": 6, "num_classes": 4, "margin": 3} | settings)  # type: ignore[arg-type]
+
+
+def test_copies_keep_lambda_and_go_their_own_way(head: LSoftmaxLinear, x: Tensor, target: Tensor) -> None:
+    buffer = io.BytesIO()
+    torch.save(head, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(head), pickle.loads(pickle.dumps(head)), torch.load(buffer, weights_only=False)]
+    before = head(x, target)
+    for other in copies:
+        assert torch.equal(other(x, target), before)
+        other.lambda_ = 50.0
+    assert head.lambda_ == 2.0
+    assert torch.equal(head(x, target), before)
+
+
+def test_lambda_outlives_casts_averages_and_meta(head: LSoftmaxLinear) -> None:
+    head.lambda_ = 1e5  # beyond float16
+    assert head.half().lambda_ == 1e5
+    average = torch.optim.swa_utils.AveragedModel(head, use_buffers=True)
+    head.lambda_ = 0.0
+    average.update_parameters(head)
+    average.update_parameters(head)
+    assert average.module.lambda_ == 1e5
+    with torch.device("meta"):
+        made = LSoftmaxLinear(6, 4, margin=3, lambda_=2.0)
+    assert made.weight.is_meta
+    assert made.to_empty(device="cpu").lambda_ == 2.0
+
+
+@pytest.mark.parametrize("margin", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, margin: int, x: Tensor, target: Tensor) -> None:
+    head = LSoftmaxLinear(6, 4, margin)
+    with torch.autocast("cpu", dtype):
+        loss = F.cross_entropy(head(x, target), target)
+        assert head(x).dtype == dtype
+    loss.backward()
+    assert head.weight.dtype == torch.float32
+    assert head.weight.grad is not None
+    assert head.weight.grad.dtype == torch.float32
+    half = head.weight.grad.clone()
+    head.weight.grad = None
+    exact = F.cross_entropy(head(x, target), target)
+    exact.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.1)
+    assert F.cosine_similarity(half.flatten(), head.weight.grad.flatten(), dim=0) > 0.99
+
+
+def test_double_precision(x: Tensor, target: Tensor) -> None:
+    head = LSoftmaxLinear(6, 4, margin=4, dtype=torch.float64)
+    assert head(x.double(), target).dtype == torch.float64
+
+
+@pytest.mark.parametrize("margin", [1, 2, 4])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiles_whole_and_once_while_lambda_moves(margin: int, x: Tensor, target: Tensor) -> None:
+    head = LSoftmaxLinear(6, 4, margin)
+    compiled = torch.compile(lambda x, t: F.cross_entropy(head(x, t), t), fullgraph=True, backend="aot_eager")
+    compiled(x, target)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for lambda_ in (1000.0, 5.0, 0.3, 0.0, math.inf):
+            head.lambda_ = lambda_
+            torch.testing.assert_close(compiled(x, target), F.cross_entropy(head(x, target), target))
+
+
+def test_exports_without_the_margin(head: LSoftmaxLinear, x: Tensor) -> None:
+    exported = torch.export.export(head, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(exported.module()(x[:3]), head(x[:3]))
+
+
+def test_it_says_what_it_is(head: LSoftmaxLinear) -> None:
+    assert repr(head) == "LSoftmaxLinear(in_features=6, num_classes=4, margin=3, lambda_=2)"
+
+
+def test_a_bare_loop_learns(x: Tensor, target: Tensor) -> None:
+    torch.manual_seed(0)
+    head = LSoftmaxLinear(6, 4, margin=2)
+    features = torch.eye(4, 6)[target] + 0.1 * x
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
+    for step in range(100):
+        head.lambda_ = 100 / (1 + step)
+        loss = F.cross_entropy(head(features, target), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (head(features).argmax(1) == target).all()

@@ -1,0 +1,79 @@
+"""lambda as a function of the step."""
+
+import math
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lsoftmax_lightning.errors import InputError
+from lsoftmax_lightning.schedules import Constant, LambdaSchedule, PowerLaw, RunFraction
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [  # the authors' examples, at iteration 1k, 5k, 10k and 15k, as printed to two or three digits
+        (PowerLaw(), (421, 16, 0.41, 0.014)),
+        (PowerLaw(gamma=2e-5, power=45), (410, 14, 0.27, 0.0075)),
+        (PowerLaw(gamma=1e-5, power=45), (639, 111, 14, 1.9)),
+    ],
+)
+def test_power_law_gives_the_authors_figures(schedule: PowerLaw, expected: tuple[float, ...]) -> None:
+    for iteration, lambda_ in zip((1000, 5000, 10_000, 15_000), expected, strict=True):
+        assert schedule(iteration - 1) == pytest.approx(lambda_, rel=0.05)  # they count from one
+
+
+def test_power_law_stops_at_lambda_min() -> None:
+    assert PowerLaw(lambda_min=5.0)(10**6) == 5.0
+
+
+@given(
+    base=st.floats(0, 1e6),
+    share=st.floats(0, 1),
+    fraction=st.floats(0.01, 1),
+    total=st.integers(1, 10**6),
+)
+def test_run_fraction_falls_from_base_to_minimum(base: float, share: float, fraction: float, total: int) -> None:
+    schedule = RunFraction(base, base * share, fraction)
+    values = [schedule(round(total * part), total) for part in (0, 0.1, 0.5, 0.9, 1)]
+    assert values[0] == pytest.approx(base)
+    assert values[-1] == base * share
+    assert all(a >= b - 1e-9 * (1 + base) for a, b in zip(values, values[1:], strict=False))
+
+
+def test_run_fraction_does_not_depend_on_the_length_of_the_run() -> None:
+    schedule = RunFraction()
+    assert schedule(10, 100) == pytest.approx(schedule(1000, 10_000))
+    assert schedule(50, 100) == 0
+    shares = [1 / (1 + schedule(step, 100)) for step in range(5)]
+    ratios = [later / earlier for earlier, later in zip(shares, shares[1:], strict=False)]
+    assert ratios == pytest.approx([ratios[0]] * 4)  # the margin's share grows by the same factor every step
+
+
+def test_run_fraction_needs_an_end() -> None:
+    with pytest.raises(InputError, match="max_steps or max_epochs"):
+        RunFraction()(0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        (PowerLaw, {"gamma": -1}, "gamma"),
+        (PowerLaw, {"base": math.inf}, "base"),
+        (PowerLaw, {"lambda_min": math.nan}, "lambda_min"),
+        (Constant, {"value": -1}, "Constant"),
+        (Constant, {"value": math.nan}, "Constant"),
+        (RunFraction, {"fraction": 0}, "fraction"),
+        (RunFraction, {"fraction": 1.1}, "fraction"),
+        (RunFraction, {"base": 1, "lambda_min": 2}, "from base to lambda_min"),
+    ],
+)
+def test_bad_settings_are_refused(kind: type[LambdaSchedule], settings: dict[str, float], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        kind(**settings)
+
+
+@pytest.mark.parametrize("schedule", [PowerLaw(), Constant(math.inf), RunFraction()])
+def test_schedules_are_values(schedule: LambdaSchedule) -> None:
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
