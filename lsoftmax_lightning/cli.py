@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -54,10 +54,8 @@ def find_config(name: str) -> Path:
 class _ConfigFile(ActionConfigFile):
     """``--config`` that knows the shipped configs."""
 
-    def __call__(
-        self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
-    ) -> None:
-        super().__call__(parser, cfg, str(find_config(values)), option_string)
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, str(find_config(values)), option_string)  # type: ignore[no-untyped-call]
 
 
 class _Parser(LightningArgumentParser):
@@ -140,7 +138,7 @@ class LSoftmaxCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Leaves the figures in the run's folder as ``results.json``."""
-        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+        if self._get(self.config, "trainer").fast_dev_run or not self.trainer.is_global_zero:
             return
         results = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         path = self._run_folder() / "results.json"
@@ -151,13 +149,15 @@ class LSoftmaxCLI(LightningCLI):
         """Writes class and probability of every image to ``predictions.csv`` in the run's folder."""
         if self.trainer.world_size > 1:
             raise InputError("predict writes one file in order; run it with --trainer.devices 1.")
-        batches = self.trainer.predict(**kwargs)
+        batches: Any = self.trainer.predict(**kwargs)
         names = self.datamodule.class_names
         path = self._run_folder() / "predictions.csv"
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["index", "prediction", "probability"])
-            rows = (row for batch in batches for row in zip(*(column.tolist() for column in batch.values()), strict=True))
+            rows = (
+                row for batch in batches for row in zip(*(column.tolist() for column in batch.values()), strict=True)
+            )
             writer.writerows((index, names[label], f"{share:.6f}") for index, (label, share) in enumerate(rows))
         rank_zero_info(f"The predictions are in {path}")
 

@@ -36,7 +36,7 @@ def check_margin(margin: int) -> int:
 
 
 def cos_multiple(cosine: Tensor, m: int) -> Tensor:
-    """cos(m theta) from cos(theta), by the Chebyshev polynomial T_m.
+    """Cosine of the m-fold angle from that of the angle, by the Chebyshev polynomial T_m.
 
     A polynomial has the true, finite derivative everywhere (m^2 at theta = 0), where ``acos`` gives NaN. It is not
     clamped: outside [-1, 1] by a rounding error it extrapolates, while a clamp would kill the gradient.

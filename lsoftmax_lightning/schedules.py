@@ -17,7 +17,7 @@ class LambdaSchedule(ABC):
 
     @abstractmethod
     def __call__(self, step: int, total_steps: float) -> float:
-        """lambda for the next optimiser step.
+        """Gives lambda for the next optimiser step.
 
         Args:
             step: Optimiser steps already taken, 0 at the start of a run.
@@ -50,8 +50,8 @@ class PowerLaw(LambdaSchedule):
         _check_non_negative(self)
 
     def __call__(self, step: int, total_steps: float = math.inf) -> float:
-        """lambda for the next optimiser step; the length of the run does not matter."""
-        return max(self.lambda_min, self.base * (1 + self.gamma * (step + 1)) ** -self.power)
+        """Gives lambda for the next optimiser step; the length of the run does not matter."""
+        return max(self.lambda_min, self.base * math.pow(1 + self.gamma * (step + 1), -self.power))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Constant(LambdaSchedule):
             raise InputError(f"Constant takes a value from 0 to infinity, got {self.value}.")
 
     def __call__(self, step: int, total_steps: float = math.inf) -> float:
-        """lambda for the next optimiser step: the value."""
+        """Gives lambda for the next optimiser step: always the value."""
         return self.value
 
 
@@ -104,13 +104,13 @@ class RunFraction(LambdaSchedule):
             raise InputError(f"RunFraction falls from base to lambda_min, got {self.base} to {self.lambda_min}.")
 
     def __call__(self, step: int, total_steps: float) -> float:
-        """lambda for the next optimiser step of a run of ``total_steps``."""
+        """Gives lambda for the next optimiser step of a run of ``total_steps``."""
         if not math.isfinite(total_steps):
             raise InputError("RunFraction needs a run of known length: set the Trainer's max_steps or max_epochs.")
         progress = step / (self.fraction * total_steps)
         if progress >= 1:
             return self.lambda_min
-        return (1 + self.base) ** (1 - progress) * (1 + self.lambda_min) ** progress - 1
+        return math.pow(1 + self.base, 1 - progress) * math.pow(1 + self.lambda_min, progress) - 1
 
 
 def _check_non_negative(schedule: PowerLaw | RunFraction) -> None:

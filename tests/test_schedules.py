@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,7 @@ def test_run_fraction_falls_from_base_to_minimum(base: float, share: float, frac
     values = [schedule(round(total * part), total) for part in (0, 0.1, 0.5, 0.9, 1)]
     assert values[0] == pytest.approx(base)
     assert values[-1] == base * share
-    assert all(a >= b - 1e-9 * (1 + base) for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b - 1e-9 * (1 + base) for a, b in pairwise(values))
 
 
 def test_run_fraction_does_not_depend_on_the_length_of_the_run() -> None:
@@ -47,7 +48,7 @@ def test_run_fraction_does_not_depend_on_the_length_of_the_run() -> None:
     assert schedule(10, 100) == pytest.approx(schedule(1000, 10_000))
     assert schedule(50, 100) == 0
     shares = [1 / (1 + schedule(step, 100)) for step in range(5)]
-    ratios = [later / earlier for earlier, later in zip(shares, shares[1:], strict=False)]
+    ratios = [later / earlier for earlier, later in pairwise(shares)]
     assert ratios == pytest.approx([ratios[0]] * 4)  # the margin's share grows by the same factor every step
 
 

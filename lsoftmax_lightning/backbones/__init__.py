@@ -67,7 +67,7 @@ def _torchvision_backbone(name: str, channels: int, **kwargs: Any) -> nn.Module:
         (path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ][-1]
     model.set_submodule(classifier_name, nn.Identity())
-    model.num_features = classifier.weight.shape[1]
+    model.num_features = classifier.weight.shape[1]  # type: ignore[assignment]
 
     if channels != 3:
         first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from torch import Tensor
 
 from ..errors import DivergenceError, InputError
@@ -36,7 +36,7 @@ class LambdaAnnealing(Callback):
         self.schedule = schedule
         self._first_bad_step: Tensor | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Checks what is needed, before any work."""
         self._first_bad_step = None
         name = type(pl_module).__name__
@@ -45,15 +45,13 @@ class LambdaAnnealing(Callback):
         if self.schedule is None and not hasattr(pl_module, "lambda_schedule"):
             raise InputError(f"LambdaAnnealing needs a schedule, as its argument or as {name}.lambda_schedule.")
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
         """Sets and logs lambda."""
         lambda_ = self._lambda_at(trainer, pl_module, trainer.global_step)
         pl_module.head.lambda_ = lambda_
         pl_module.log("lambda", lambda_, prog_bar=True)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         """Notes the first step whose loss is not finite, without waiting for the device."""
         if self._first_bad_step is None:
             self._first_bad_step = torch.full((), _NEVER, device=loss.device)
@@ -61,34 +59,35 @@ class LambdaAnnealing(Callback):
         self._first_bad_step = torch.minimum(self._first_bad_step, step)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Stops a diverged run, every ``log_every_n_steps`` optimiser steps."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._stop_if_diverged(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Stops a diverged run."""
         self._stop_if_diverged(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Stops a diverged run before it overwrites a good checkpoint."""
         self._stop_if_diverged(trainer, pl_module)
 
-    def _lambda_at(self, trainer: Trainer, pl_module: LightningModule, step: int) -> float:
+    def _lambda_at(self, trainer: Trainer, pl_module: Any, step: int) -> float:
         schedule = self.schedule or pl_module.lambda_schedule
         lambda_: float = schedule(step, trainer.estimated_stepping_batches)
         return lambda_
 
-    def _stop_if_diverged(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _stop_if_diverged(self, trainer: Trainer, pl_module: Any) -> None:
         if self._first_bad_step is None:
             return
         # the same answer on every process, or the others would wait for the one that stopped
         step = int(trainer.strategy.reduce(self._first_bad_step, reduce_op="min"))
         if step == _NEVER:
             return
-        checkpoints = [getattr(c, "last_model_path", "") or getattr(c, "best_model_path", "")
-                       for c in trainer.checkpoint_callbacks]
+        checkpoints = [
+            getattr(c, "last_model_path", "") or getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks
+        ]
         kept = next(filter(None, checkpoints), "none was saved yet")
         raise DivergenceError(
             f"The training loss was NaN or infinite at optimiser step {step}, where lambda was "

@@ -111,7 +111,8 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """Shuffled batches of (uint8 images, classes)."""
-        return self._loader(self.train_data, train=not (self.trainer and self.trainer.overfit_batches))
+        overfit = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
+        return self._loader(self.train_data, train=not overfit)
 
     def val_dataloader(self) -> BatchLoader:
         """Batches of (uint8 images, classes), in order."""

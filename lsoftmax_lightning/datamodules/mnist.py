@@ -25,9 +25,7 @@ class MNISTDataModule(ImageDataModule):
     mean = (0.1307,)
     std = (0.3081,)
 
-    def __init__(
-        self, root: str = "data", batch_size: int = 256, val_size: float = 0.1, split_seed: int = 0
-    ) -> None:
+    def __init__(self, root: str = "data", batch_size: int = 256, val_size: float = 0.1, split_seed: int = 0) -> None:
         super().__init__(batch_size, val_size, split_seed)
         self.root = root
 

@@ -6,7 +6,11 @@ from typing import Any, Literal
 
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import (
+    LRSchedulerConfigType,
+    OptimizerLRScheduler,
+    OptimizerLRSchedulerConfig,
+)
 from torch import Tensor, nn
 from torch.optim import SGD
 from torchmetrics import MetricCollection
@@ -60,7 +64,7 @@ class LSoftmaxModule(LightningModule):
         margin: int = 4,
         image_shape: tuple[int, int, int] | None = None,
         backbone_args: dict[str, Any] | None = None,
-        lambda_schedule: LambdaSchedule = RunFraction(),
+        lambda_schedule: LambdaSchedule = RunFraction(),  # noqa: B008 (a frozen value)
         optimizer: OptimizerCallable = lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
@@ -86,9 +90,9 @@ class LSoftmaxModule(LightningModule):
             InputError: If the parts do not fit together.
         """
         if isinstance(backbone, str):
-            if self.hparams.image_shape is None:
+            if self.hparams["image_shape"] is None:
                 raise InputError(f"the backbone {backbone!r} needs image_shape=(channels, height, width).")
-            backbone = create_backbone(backbone, self.hparams.image_shape, **(self.hparams.backbone_args or {}))
+            backbone = create_backbone(backbone, self.hparams["image_shape"], **(self.hparams["backbone_args"] or {}))
         num_features = getattr(backbone, "num_features", None)
         if not isinstance(num_features, int):
             raise InputError(
@@ -96,16 +100,16 @@ class LSoftmaxModule(LightningModule):
                 f"int, got {num_features!r}; set it in its __init__."
             )
         self.backbone = backbone
-        self.head = LSoftmaxLinear(num_features, self.hparams.num_classes, self.hparams.margin)
+        self.head = LSoftmaxLinear(num_features, self.hparams["num_classes"], self.hparams["margin"])
 
     def configure_losses(self) -> None:
         """Sets ``self.criterion``, which takes logits [N, C] (margin logits in training) and classes [N]."""
-        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.hparams.label_smoothing)
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.hparams["label_smoothing"])
 
     def configure_metrics(self) -> None:
         """Sets ``self.train_metrics``, which reads plain logits [N, C] and classes [N]."""
         self.train_metrics = MetricCollection(
-            {"acc": MulticlassAccuracy(self.hparams.num_classes, average="micro")}, prefix="train/"
+            {"acc": MulticlassAccuracy(self.hparams["num_classes"], average="micro")}, prefix="train/"
         )
 
     def embed(self, x: Tensor) -> Tensor:
@@ -141,16 +145,14 @@ class LSoftmaxModule(LightningModule):
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": scheduler,
-                "interval": self.hparams.lr_scheduler_interval,
-                "monitor": getattr(scheduler, "monitor", "val/loss"),
-            },
-        }
+        config = LRSchedulerConfigType(
+            scheduler=scheduler,
+            interval=self.hparams["lr_scheduler_interval"],
+            monitor=getattr(scheduler, "monitor", "val/loss"),
+        )
+        return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=config)
 
     def configure_callbacks(self) -> list[Callback]:
         """Annealing of lambda, unless the Trainer has its own."""
-        configured = any(isinstance(callback, LambdaAnnealing) for callback in self.trainer.callbacks)
+        configured = any(isinstance(callback, LambdaAnnealing) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if configured else [LambdaAnnealing()]

@@ -1,0 +1,264 @@
+"""Split, batches, normalisation, and what is said about bad files."""
+
+import gzip
+import struct
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+
+from lsoftmax_lightning.datamodules import DigitsDataModule, MNISTDataModule
+from lsoftmax_lightning.datamodules.base import Images
+from lsoftmax_lightning.datamodules.loader import BatchSampler
+from lsoftmax_lightning.errors import DataError, InputError
+
+from ..conftest import BlobsDataModule, make_model, make_trainer
+
+
+def write_mnist(root: Path, train: int = 400, test: int = 100) -> None:
+    """Generated images in MNIST's own format."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", train), ("t10k", test)):
+        images = torch.randint(256, (count, 28, 28), generator=generator, dtype=torch.uint8)
+        labels = (torch.arange(count) % 10).to(torch.uint8)
+        header = struct.pack(">IIII", 0x803, count, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + labels.numpy().tobytes())
+
+
+def test_digits_are_real_split_by_class_and_disjoint() -> None:
+    data = DigitsDataModule()
+    data.setup("fit")
+    data.setup("test")
+    sizes = [len(part.targets) for part in (data.train_data, data.val_data, data.test_data)]
+    assert sizes == [1293, 144, 360]
+    for part in (data.train_data, data.val_data, data.test_data):
+        assert part.images.dtype == torch.uint8
+        assert part.images.shape[1:] == data.image_shape
+        counts = part.targets.bincount()
+        assert counts.max() - counts.min() <= 0.06 * len(part.targets) / 10 + 2
+    rows = [{tuple(image.flatten().tolist()) for image in part.images} for part in (data.train_data, data.test_data)]
+    assert not rows[0] & rows[1]
+
+
+@pytest.mark.parametrize("kind", [DigitsDataModule])
+def test_stated_mean_and_std_are_those_of_the_training_images(kind: type[DigitsDataModule]) -> None:
+    data = kind()
+    images = data.load(train=True).images
+    normalised = data.normalize(images)
+    assert normalised.dtype == torch.float32
+    assert abs(normalised.mean().item()) < 0.01
+    assert normalised.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_the_split_is_seeded_and_stays() -> None:
+    splits = []
+    for seed in (0, 0, 1):
+        data = BlobsDataModule(split_seed=seed)
+        data.setup("fit")
+        assert data.val_data.targets.bincount().tolist() == [10] * 4
+        splits.append(data.val_data.images)
+    assert torch.equal(splits[0], splits[1])
+    assert not torch.equal(splits[0], splits[2])
+
+
+def test_the_split_may_be_a_number_or_a_share() -> None:
+    for val_size in (0.2, 40, 40.0):
+        data = BlobsDataModule(val_size=val_size)
+        data.setup("fit")
+        assert (len(data.train_data.targets), len(data.val_data.targets)) == (160, 40)
+
+
+def batches(**settings: Any) -> list[list[int]]:
+    defaults: dict[str, Any] = {
+        "num_samples": 10,
+        "batch_size": 4,
+        "train": True,
+        "rank": 0,
+        "world_size": 1,
+        "seed": 0,
+    }
+    sampler = BatchSampler(**defaults | {k: v for k, v in settings.items() if k != "epoch"})
+    sampler.set_epoch(settings.get("epoch", 0))
+    found = [batch.tolist() for batch in sampler]
+    assert len(found) == len(sampler)
+    return found
+
+
+def test_training_batches_are_whole_shuffled_by_seed_and_epoch() -> None:
+    first = batches()
+    assert [len(batch) for batch in first] == [4, 4]
+    assert len({index for batch in first for index in batch}) == 8
+    assert first == batches()
+    others = [batches(epoch=1), batches(seed=1), batches(seed=1, epoch=1)]
+    assert all(a != b for i, a in enumerate([first, *others]) for b in others[i:])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("train", [True, False])
+def test_processes_share_the_batches_of_one(train: bool, world_size: int) -> None:
+    alone = batches(train=train)
+    shares = [batches(train=train, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for number, whole in enumerate(alone):
+        parts = [share[number] for share in shares if number < len(share)]
+        assert sorted(index for part in parts for index in part) == sorted(whole)
+    assert sum(len(batch) for share in shares for batch in share) == (8 if train else 10)  # none twice
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"batch_size": 5, "world_size": 2}, "5 does not over 2; take 4"),
+        ({"batch_size": 1, "world_size": 2}, "1 does not over 2; take 2"),
+        ({"batch_size": 11}, "10 samples are too few for batch_size 11"),
+        ({"train": False, "world_size": 11}, "10 samples are too few for 11 devices"),
+    ],
+)
+def test_batches_that_do_not_work_out_are_refused(settings: dict[str, int], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        batches(**settings)
+
+
+def test_images_are_normalised_on_the_device_and_reshuffled_each_epoch() -> None:
+    seen = []
+
+    class Spy(BlobsDataModule):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            assert batch[0].dtype == torch.uint8
+            out = super().on_after_batch_transfer(batch, dataloader_idx)
+            seen.append(out[0])
+            return out
+
+    make_trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=0).fit(make_model(), Spy())
+    assert len(seen) == 2
+    assert seen[0].dtype == torch.float32
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_overfitting_one_batch_sees_one_batch() -> None:
+    seen = []
+
+    class Spy(BlobsDataModule):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            if self.trainer.training:
+                seen.append(batch[0])
+            return super().on_after_batch_transfer(batch, dataloader_idx)
+
+    trainer = make_trainer(max_epochs=3, overfit_batches=1)
+    with pytest.warns(UserWarning, match="overfit"):
+        trainer.fit(make_model(), Spy())
+    assert len(seen) == 3
+    assert all(torch.equal(batch, seen[0]) for batch in seen)
+
+
+def test_loaders_work_without_a_trainer() -> None:
+    data = BlobsDataModule()
+    data.setup("fit")
+    images, targets = next(iter(data.train_dataloader()))
+    assert images.shape == (20, 1, 8, 8)
+    assert targets.shape == (20,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"val_size": 0}, "val_size"),
+        ({"val_size": 1.5}, "val_size"),
+        ({"val_size": -3}, "val_size"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        BlobsDataModule(**settings)
+
+
+@pytest.mark.parametrize("val_size", [2, 198, 500])  # fewer than one of each class, on either side
+def test_a_split_that_cannot_be_is_refused(val_size: int) -> None:
+    with pytest.raises(InputError, match=f"val_size {val_size} does not split 200 images"):
+        BlobsDataModule(val_size=val_size).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 4])), "labels 0 to 3, but labels 0 to 4"),
+        (Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, -1, 1])), "labels -1 to 1"),
+        (Images(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1, 2])), "2 images and 3 labels"),
+        (Images(torch.zeros(0, 1, 8, 8), torch.zeros(0)), "0 images"),
+    ],
+)
+def test_bad_labels_are_refused(data: Images, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlobsDataModule, "load", lambda self, train: data)
+    with pytest.raises(DataError, match=said):
+        BlobsDataModule().setup("test")
+
+
+def test_mnist_reads_its_format(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    data = MNISTDataModule(str(tmp_path), batch_size=32)
+    trainer = make_trainer(limit_train_batches=2)
+    trainer.fit(make_model(num_classes=10, image_shape=data.image_shape, backbone="mnist_2d"), data)
+    assert (len(data.train_data.targets), len(data.val_data.targets)) == (360, 40)
+    assert data.train_data.images.shape[1:] == (1, 28, 28)
+
+
+def test_mnist_downloads_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist(tmp_path / "source")
+
+    def fetch(url: str, root: str, filename: str, md5: str) -> None:
+        packed = (tmp_path / "source" / "MNIST" / "raw" / filename.removesuffix(".gz")).read_bytes()
+        Path(root, filename).write_bytes(gzip.compress(packed))
+        assert md5
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
+    data = MNISTDataModule(str(tmp_path / "new"))
+    data.prepare_data()
+    data.setup("test")
+    assert len(data.test_data.targets) == 100
+
+
+def test_without_network_one_error_says_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*args: Any, **kwargs: Any) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
+    with pytest.raises(DataError) as caught:
+        MNISTDataModule(str(tmp_path / "new")).prepare_data()
+    for part in (str(tmp_path / "new"), "four *-ubyte files", "MNIST/raw", "no network", "--data.root"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "labels missing", "other magic"])
+def test_damaged_mnist_is_one_error(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist(tmp_path)
+    images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    if damage == "truncated":
+        images.write_bytes(images.read_bytes()[:-5])
+    elif damage == "empty":
+        images.write_bytes(b"")
+    elif damage == "other magic":
+        images.write_bytes(b"\x1f\x8b" + images.read_bytes()[2:])
+    else:
+        (tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte").unlink()
+    data = MNISTDataModule(str(tmp_path))
+    with pytest.raises(DataError, match="cannot read MNIST"):
+        data.setup("fit")
+
+
+def test_a_trainer_of_ours_takes_any_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shuffle follows seed_everything, as the Trainer's own samplers do."""
+    orders = []
+    for seed in ("0", "0", "1"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        data = BlobsDataModule()
+        data.setup("fit")
+        orders.append(next(iter(data.train_dataloader()))[0])
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+    assert isinstance(make_trainer(), Trainer)

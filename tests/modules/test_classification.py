@@ -1,0 +1,197 @@
+"""The classification module: what it logs, what it optimises, what a subclass may change."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import MultiStepLR, StepLR
+
+from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
+from lsoftmax_lightning.errors import InputError
+from lsoftmax_lightning.schedules import Constant
+
+from ..conftest import BlobsDataModule, make_model, make_trainer
+
+
+class Flat(nn.Module):
+    num_features = 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+def test_forward_and_embed_know_no_margin() -> None:
+    models = [make_model(margin=margin).eval() for margin in (1, 4)]
+    x = torch.randn(5, 1, 8, 8)
+    assert torch.equal(models[0](x), models[1](x))
+    assert models[0].embed(x).shape == (5, models[0].head.in_features)
+    assert torch.equal(models[0](x), F.linear(models[0].embed(x), models[0].head.weight))
+
+
+def test_it_learns_and_always_logs_the_same_names() -> None:
+    trainer = make_trainer(max_epochs=4)
+    model, data = make_model(margin=4), BlobsDataModule()
+    trainer.fit(model, data)
+    assert {"train/loss", "train/acc", "val/loss", "val/acc", "lambda"} <= set(trainer.callback_metrics)
+    (results,) = trainer.test(model, data, verbose=False)
+    assert set(results) == {"test/loss", "test/acc"}
+    assert results["test/acc"] > 0.95
+
+
+def test_figures_are_of_plain_logits_and_exact_for_a_last_smaller_batch() -> None:
+    data = BlobsDataModule(batch_size=16)  # 50 test images: 3 batches of 16 and one of 2
+    model, trainer = make_model(margin=4).eval(), make_trainer()
+    (results,) = trainer.test(model, data, verbose=False)
+    images, targets = data.test_data
+    with torch.inference_mode():
+        logits = model(data.normalize(images))
+    assert results["test/acc"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    assert results["test/loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("margin", [1, 4])
+def test_the_margin_acts_in_training(margin: int) -> None:
+    model = make_model(margin=margin, backbone=Flat(), lambda_schedule=Constant(0.0))
+    trainer = make_trainer(limit_train_batches=1, log_every_n_steps=1)
+    data = BlobsDataModule()
+    weight = model.head.weight.detach().clone()
+    trainer.fit(model, data)
+    images, targets = next(iter(data.train_dataloader()))
+    plain = F.cross_entropy(F.linear(data.normalize(images).flatten(1), weight), targets).item()
+    loss = trainer.callback_metrics["train/loss"].item()
+    assert loss == pytest.approx(plain) if margin == 1 else loss > plain + 0.1
+
+
+def test_weight_decay_is_kept_off_biases_and_normalisation() -> None:
+    model = make_model()
+    optimizer = model.configure_optimizers()
+    assert isinstance(optimizer, SGD)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 0.0]
+    assert all(group["lr"] == 0.1 and group["momentum"] == 0.9 for group in optimizer.param_groups)
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            is_kernel = kind == "weight" and isinstance(module, nn.Conv2d | nn.Linear | LSoftmaxLinear)
+            assert (id(parameter) in decayed) == is_kernel, name
+
+
+@pytest.mark.parametrize(("interval", "steps"), [("step", 8), ("epoch", 1)])
+def test_the_scheduler_moves_by_step_or_by_epoch(interval: Any, steps: int) -> None:
+    model = make_model(lr_scheduler=lambda o: StepLR(o, 1, gamma=0.5), lr_scheduler_interval=interval)
+    trainer = make_trainer()
+    trainer.fit(model, BlobsDataModule())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**steps)
+
+
+def test_a_plateau_scheduler_watches_the_validation_loss() -> None:
+    model = make_model(
+        lr_scheduler=lambda o: ReduceLROnPlateau(o, "val/loss", patience=0, threshold=1e9),
+        lr_scheduler_interval="epoch",
+    )
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(model, BlobsDataModule())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)  # no epoch was good enough
+
+
+def test_a_checkpoint_is_plain_and_rebuilds_the_module(tmp_path: Path) -> None:
+    model = make_model(margin=3, lr_scheduler=lambda o: MultiStepLR(o, [3]))
+    trainer = make_trainer()
+    trainer.fit(model, BlobsDataModule())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    torch.load(tmp_path / "model.ckpt", weights_only=True)
+    loaded = ClassificationModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True).eval()
+    x = torch.randn(5, 1, 8, 8)
+    assert torch.equal(loaded(x), model.eval()(x))
+    assert loaded.head.margin == 3
+
+
+def test_a_backbone_handed_over_must_be_handed_over_again(tmp_path: Path) -> None:
+    model = make_model(backbone=Flat(), image_shape=None)
+    trainer = make_trainer()
+    trainer.fit(model, BlobsDataModule())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    with pytest.raises(TypeError, match="backbone"):
+        ClassificationModule.load_from_checkpoint(tmp_path / "model.ckpt")
+    loaded = ClassificationModule.load_from_checkpoint(tmp_path / "model.ckpt", backbone=Flat())
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+def test_a_deep_copy_is_independent() -> None:
+    model = make_model()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.weight.zero_()
+    assert model.head.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"margin": 0}, "margin"),
+        ({"num_classes": 1}, "num_classes"),
+        ({"backbone": "resnet"}, "no backbone is named 'resnet'"),
+        ({"image_shape": None}, "image_shape"),
+        ({"backbone": nn.Flatten()}, "num_features"),
+        ({"backbone_args": {"width": 3}}, "does not take these arguments"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make_model(**settings)
+
+
+def test_labels_beyond_the_head_are_refused() -> None:
+    with pytest.raises(InputError, match="classes 0 to 2, got 0 to 3"):
+        make_trainer(num_sanity_val_steps=0).fit(make_model(num_classes=3), BlobsDataModule())
+
+
+def test_a_subclass_overrides_a_part_never_a_step() -> None:
+    class Other(ClassificationModule):
+        def configure_model_parts(self, backbone: str | nn.Module) -> None:
+            self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+            self.head = LSoftmaxLinear(3, self.hparams.num_classes, self.hparams.margin)
+
+        def configure_losses(self) -> None:
+            self.criterion = nn.MultiMarginLoss()
+
+        def configure_metrics(self) -> None:
+            super().configure_metrics()
+            self.test_metrics.add_metrics({"again": self.test_metrics["acc"].clone()})
+
+    model, data, trainer = Other(num_classes=4, backbone="digits"), BlobsDataModule(), make_trainer()
+    trainer.fit(model, data)
+    (results,) = trainer.test(model, data, verbose=False)
+    assert set(results) == {"test/loss", "test/acc", "test/again"}
+
+
+def test_predict_gives_classes_and_probabilities_in_order() -> None:
+    model, data = make_model().eval(), BlobsDataModule()
+    batches = make_trainer().predict(model, data)
+    assert batches is not None
+    predicted = torch.cat([batch["prediction"] for batch in batches])
+    shares = torch.cat([batch["probability"] for batch in batches])
+    with torch.inference_mode():
+        expected = model(data.normalize(data.test_data.images)).softmax(1).max(1)
+    assert torch.equal(predicted, expected.indices)
+    torch.testing.assert_close(shares, expected.values)
+
+
+def test_bf16_training_learns() -> None:
+    trainer, model, data = make_trainer(max_epochs=4, precision="bf16-mixed"), make_model(margin=4), BlobsDataModule()
+    trainer.fit(model, data)
+    assert trainer.test(model, data, verbose=False)[0]["test/acc"] > 0.95
+    assert model.head.weight.dtype == torch.float32
+
+
+def test_weight_averaging_leaves_lambda_alone() -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    model = make_model(lambda_schedule=Constant(5.0))
+    make_trainer(max_epochs=2, callbacks=[EMAWeightAveraging()]).fit(model, BlobsDataModule())
+    assert model.head.lambda_ == 5.0

@@ -1,0 +1,70 @@
+"""Networks by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from lsoftmax_lightning.backbones import create_backbone, list_backbones
+from lsoftmax_lightning.errors import InputError
+
+PAPER = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "mnist_2d": (1, 28, 28)}
+
+
+def layers(name: str) -> list[tuple[str, int]]:
+    """Kind and width of what Table 1 lists."""
+    return [
+        ("conv", m.out_channels) if isinstance(m, nn.Conv2d) else ("fc", m.out_features)
+        for m in create_backbone(name, PAPER[name]).modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+    ]
+
+
+def test_table_1() -> None:
+    assert layers("mnist") == [("conv", 64)] * 10 + [("fc", 256)]
+    assert layers("mnist_2d") == [("conv", w) for w in (32, 32, 64, 64, 128, 128)] + [("fc", 2)]
+    sizes = {m.kernel_size for m in create_backbone("mnist_2d", (1, 28, 28)).modules() if isinstance(m, nn.Conv2d)}
+    assert sizes == {(5, 5)}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_networks_give_features(name: str) -> None:
+    backbone = create_backbone(name, PAPER[name])
+    features = backbone(torch.randn(3, *PAPER[name]))
+    assert features.shape == (3, backbone.num_features)
+    assert backbone(torch.randn(3, *PAPER[name])).requires_grad
+
+
+def test_pooling_rounds_up_for_any_image_size() -> None:
+    backbone = create_backbone("mnist", (3, 29, 41), num_features=7)
+    assert backbone(torch.randn(2, 3, 29, 41)).shape == (2, 7)
+
+
+# RegNet computes its widths from tensors, which the meta device has not
+@pytest.mark.parametrize("name", [n for n in list_backbones() if n not in PAPER and "regnet" not in n])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_torchvision_classifier_gives_features(name: str) -> None:
+    side = 299 if name == "inception_v3" else 224
+    with torch.device("meta"):
+        backbone = create_backbone(name, (1, side, side)).train()
+        features = backbone(torch.empty(2, 1, side, side))
+    assert features.shape == (2, backbone.num_features)
+    assert backbone.num_features != 1000
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "resnet18"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_torchvision_backbones_train(name: str, channels: int) -> None:
+    backbone = create_backbone(name, (channels, 32, 32))
+    features = backbone(torch.randn(2, channels, 32, 32))
+    features.sum().backward()
+    assert features.shape == (2, backbone.num_features)
+    assert all(p.grad is not None for p in backbone.parameters())
+
+
+def test_bad_requests_are_refused() -> None:
+    with pytest.raises(InputError, match="no backbone is named 'resnet19'"):
+        create_backbone("resnet19", (3, 32, 32))
+    with pytest.raises(InputError, match="wdith"):
+        create_backbone("mnist", (1, 28, 28), wdith=3)
+    with pytest.raises(InputError, match="at least 8 pixels, got 4x28"):
+        create_backbone("mnist", (1, 4, 28))
