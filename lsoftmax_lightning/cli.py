@@ -26,7 +26,6 @@ from .errors import InputError, LSoftmaxError
 # What Lightning says of itself, and no user can mend.
 _NOISE = (
     r".*isinstance\(treespec, LeafSpec\).*",
-    r".*instantiate_classes.*was deprecated.*",
     "The dirpath has changed from",  # testing a checkpoint of another run is no mistake
 )
 
@@ -123,6 +122,15 @@ class LSoftmaxCLI(LightningCLI):
                 "checkpoint.save_last": True,
             }
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses a checkpoint that is not there, before any work."""
+        path = self.config[self.subcommand].ckpt_path
+        # with a colon it is a URL or a name in Lightning's registry
+        if path and ":" not in path and not Path(path).exists():
+            raise InputError(
+                f"--ckpt_path takes a file such as runs/digits/version_0/checkpoints/last.ckpt, got {path!r}."
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; unlike Lightning's, without a warning where Python code calls :func:`main` with arguments."""

@@ -57,7 +57,7 @@ def cos_multiple(cosine: Tensor, m: int) -> Tensor:
 
 
 def psi(cosine: Tensor, margin: int) -> Tensor:
-    """The paper's psi(theta) (section 3.2) as a function of cos(theta).
+    """The paper's psi (section 3.2) as a function of cos(theta).
 
     It falls monotonically from 1 at theta = 0 to -(2m - 1) at theta = pi, with a continuous first derivative in
     ``cosine``. The second derivative jumps at the knots theta = j pi / m.

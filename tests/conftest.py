@@ -13,6 +13,10 @@ from lsoftmax_lightning.datamodules import ImageDataModule
 from lsoftmax_lightning.datamodules.base import Images
 
 
+# Lightning calls parts of jsonargparse that its version 5 will not have; the dependency is held below that
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
+
 class BlobsDataModule(ImageDataModule):
     """Four classes of 8x8 images, each a bright quarter under noise; 200 to train on, 50 to test on."""
 

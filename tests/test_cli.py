@@ -1,0 +1,196 @@
+"""The command line as a user meets it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lsoftmax_lightning
+from lsoftmax_lightning import ClassificationModule
+from lsoftmax_lightning.cli import CONFIGS, main
+
+from .datamodules.test_datamodules import write_mnist
+
+QUIET = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--model.margin=2"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a failing command prints; it must fit a screen and hold no traceback."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(args))
+    assert caught.value.code not in (0, None)
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert len(printed.splitlines()) < 30
+    return printed
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_runs(config: Path, tmp_path: Path) -> None:
+    data = []
+    if "MNIST" in config.read_text():
+        write_mnist(tmp_path)
+        data = [f"--data.root={tmp_path}"]
+    cli = main(["fit", "--config", config.name, "--trainer.fast_dev_run=true", *QUIET, *data])
+    assert cli is not None
+    assert cli.trainer.global_step == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_complete(config: Path) -> None:
+    text = config.read_text()
+    assert text.startswith("# ")
+    for part in ("# Reproduces:", "# Expected:", "# Takes:", f"fit --config {config.name}"):
+        assert part in text
+    keys = yaml.safe_load(text)
+    assert set(keys) == {"seed_everything", "model", "data", "trainer"}
+    assert "num_classes" not in keys["model"]["init_args"]  # the data says it
+
+
+def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
+    cli = main(["fit", "--config", "digits", *SHORT])
+    assert cli is not None
+    run = Path("runs/digits/version_0")
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "results.json", "hparams.yaml", "checkpoints"} <= names
+    assert any(name.startswith("events") for name in names)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    results = json.loads((run / "results.json").read_text())
+    assert set(results) == {"test/acc", "test/loss"}
+
+    best = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    main(["test", "--config", str(run / "config.yaml"), best])
+    assert json.loads(Path("runs/digits/version_1/results.json").read_text()) == pytest.approx(results)
+    assert not Path("runs/digits/version_1/config.yaml").exists()
+
+    predicted = main(["predict", "--config", "digits.yaml", best, *QUIET])
+    assert predicted is not None
+    rows = Path("runs/digits/version_2/predictions.csv").read_text().splitlines()
+    assert rows[0] == "index,prediction,probability"
+    truth = predicted.datamodule.test_data.targets.tolist()
+    right = [int(row.split(",")[1]) == label for row, label in zip(rows[1:], truth, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(results["test/acc"])
+
+    loaded = ClassificationModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert loaded.head.margin == 2
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # said by Lightning, rightly, of a folder named twice
+def test_a_second_run_does_not_meet_the_first() -> None:
+    for _ in range(2):
+        main(["fit", "--config", "digits.yaml", *SHORT])
+    assert Path("runs/digits/version_1/results.json").is_file()
+    for _ in range(2):
+        main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.logger.version=mine"])
+    assert Path("runs/digits/mine/results.json").is_file()
+
+
+def test_the_data_tells_the_model() -> None:
+    cli = main(["fit", "--config", "digits.yaml", "--trainer.fast_dev_run=true", *QUIET])
+    assert cli is not None
+    assert cli.model.hparams["num_classes"] == 10
+    assert cli.model.hparams["image_shape"] == (1, 8, 8)
+
+
+def test_resuming_goes_on() -> None:
+    main(["fit", "--config", "digits.yaml", *SHORT])
+    last = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
+    cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", last])
+    assert cli is not None
+    assert cli.trainer.global_step == 6
+
+
+def test_a_config_in_the_working_directory_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["configs", "--copy", "digits.yaml"])
+    config = Path("digits.yaml")
+    config.write_text(config.read_text().replace("name: digits", "name: mine"))
+    main(["fit", "--config", "digits.yaml", *SHORT])
+    assert Path("runs/mine").is_dir()
+    assert "already in" in fails(capsys, "configs", "--copy", "digits")
+
+
+def test_configs_lists_them_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["configs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["digits.yaml", "mnist.yaml", "mnist_2d.yaml"]
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_version_and_print_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"lsoftmax_lightning {lsoftmax_lightning.__version__}\n"
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", "digits.yaml", "--print_config"])
+    assert caught.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["margin"] == 4
+    assert printed["checkpoint"]["monitor"] == "val/acc"
+
+
+def test_random_weights_are_not_scored_in_silence() -> None:
+    with pytest.warns(UserWarning, match="RANDOM weights"):
+        main(["test", "--config", "digits.yaml", *QUIET])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["fit", "--config", "nope.yaml"], ["no config 'nope.yaml'", "digits.yaml, mnist.yaml, mnist_2d.yaml"]),
+        (["configs", "--copy", "nope"], ["no config 'nope'", "digits.yaml"]),
+        (["fit", "--config", "digits.yaml", "--model", "Nope"], ["Nope"]),
+        (["fit", "--config", "digits.yaml", "--model.margni", "2"], ["'margni' is not accepted"]),
+        (["fit", "--config", "digits.yaml", "--trainer.epochs", "2"], ["trainer.epochs"]),
+        (["fit", "--config", "digits.yaml", "--model.margin", "0"], ["integer >= 1", "got 0"]),
+        (["fit", "--config", "digits.yaml", "--model.margin", "2.5"], ["2.5"]),
+        (["fit", "--config", "digits.yaml", "--model.backbone", "resnet"], ["no backbone is named 'resnet'"]),
+        (["fit", "--config", "digits.yaml", "--model.lambda_schedule.fraction", "2"], ["fraction", "at most 1"]),
+        (["fit", "--config", "digits.yaml", "--data.batch_size", "5000"], ["1293 samples are too few"]),
+        (["fit", "--config", "digits.yaml", "--data.val_size", "0"], ["val_size"]),
+        (["fit", "--config", "digits.yaml", "--trainer.precision", "3"], ["precision"]),
+        (["fit", "--config", "digits.yaml", "--ckpt_path", "gone.ckpt"], ["takes a file", "gone.ckpt"]),
+        (["fit", "--config", "digits.yaml", "--ckpt_path", "last"], ["takes a file", "last.ckpt"]),
+        (["fit"], ["required", "model"]),
+        (["fiet"], ["fiet", "fit"]),
+        ([], ["fit"]),
+    ],
+)
+def test_mistakes_get_one_clear_error(args: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    printed = fails(capsys, *args, *(QUIET if args[:1] == ["fit"] else []))
+    for part in said:
+        assert part in printed
+
+
+def test_missing_data_without_network(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
+    printed = fails(capsys, "fit", "--config", "mnist.yaml", "--data.root", "gone", *QUIET)
+    assert str(Path("gone").absolute()) in printed
+    assert "copy them from elsewhere" in printed
+
+
+def test_divergence_ends_in_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = fails(capsys, "fit", "--config", "digits.yaml", *QUIET, "--model.optimizer.lr", "1e30")
+    assert "lambda was" in printed
+    assert "lower learning rate" in printed
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> torch.Tensor:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(ClassificationModule, "training_step", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["fit", "--config", "digits.yaml", *SHORT])
