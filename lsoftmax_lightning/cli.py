@@ -146,12 +146,13 @@ class LSoftmaxCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Leaves the figures in the run's folder as ``results.json``."""
-        if self._get(self.config, "trainer").fast_dev_run or not self.trainer.is_global_zero:
+        if self._get(self.config, "trainer").fast_dev_run:
             return
-        results = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         path = self._run_folder() / "results.json"
-        path.write_text(json.dumps(results, indent=2) + "\n")
-        rank_zero_info(f"Everything of this run is in {path.parent}")
+        if self.trainer.is_global_zero:
+            results = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            path.write_text(json.dumps(results, indent=2) + "\n")
+            rank_zero_info(f"Everything of this run is in {path.parent}")
 
     def predict(self, **kwargs: Any) -> None:
         """Writes class and probability of every image to ``predictions.csv`` in the run's folder."""
@@ -170,7 +171,7 @@ class LSoftmaxCLI(LightningCLI):
         rank_zero_info(f"The predictions are in {path}")
 
     def _run_folder(self) -> Path:
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # log_dir is asked of every process
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

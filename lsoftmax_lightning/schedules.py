@@ -81,11 +81,12 @@ class RunFraction(LambdaSchedule):
     """From ``base`` to ``lambda_min`` over a fraction of the run, whatever its length.
 
     ``1 + lambda`` falls geometrically, so that the margin's share of the target logit, 1 / (1 + lambda), grows by the
-    same factor every step, and 0 is reached exactly.
+    same factor every step, and ``lambda_min`` may be 0.
 
     Args:
         base: lambda at the first step.
-        lambda_min: lambda once ``fraction`` of the run is over.
+        lambda_min: lambda once ``fraction`` of the run is over. 0 is the paper's pure loss, which a network must be
+            able enough to follow; the default is at the safe end of what the authors advise for large data.
         fraction: Share of the run's optimiser steps, above 0 and at most 1.
 
     Raises:
@@ -93,7 +94,7 @@ class RunFraction(LambdaSchedule):
     """
 
     base: float = 1000.0
-    lambda_min: float = 0.0
+    lambda_min: float = 5.0
     fraction: float = 0.5
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.datamodules import ImageDataModule
 from lsoftmax_lightning.datamodules.base import Images
 
-
 # Lightning calls parts of jsonargparse that its version 5 will not have; the dependency is held below that
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 

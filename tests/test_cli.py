@@ -11,6 +11,7 @@ import yaml
 import lsoftmax_lightning
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.cli import CONFIGS, main
+from lsoftmax_lightning.schedules import RunFraction
 
 from .datamodules.test_datamodules import write_mnist
 
@@ -107,6 +108,8 @@ def test_resuming_goes_on() -> None:
     cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", last])
     assert cli is not None
     assert cli.trainer.global_step == 6
+    assert cli.model.lambda_schedule == RunFraction(lambda_min=0.0)  # what a checkpoint does not hold, the config says
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.05
 
 
 def test_a_config_in_the_working_directory_comes_first(capsys: pytest.CaptureFixture[str]) -> None:

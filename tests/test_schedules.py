@@ -44,7 +44,7 @@ def test_run_fraction_falls_from_base_to_minimum(base: float, share: float, frac
 
 
 def test_run_fraction_does_not_depend_on_the_length_of_the_run() -> None:
-    schedule = RunFraction()
+    schedule = RunFraction(lambda_min=0)
     assert schedule(10, 100) == pytest.approx(schedule(1000, 10_000))
     assert schedule(50, 100) == 0
     shares = [1 / (1 + schedule(step, 100)) for step in range(5)]

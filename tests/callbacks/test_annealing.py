@@ -89,7 +89,7 @@ def test_a_resumed_run_needs_nothing_saved(tmp_path: Path) -> None:
 
 def test_a_fraction_of_the_run_knows_the_run() -> None:
     for settings in ({"max_epochs": 2}, {"max_epochs": -1, "max_steps": 16}):
-        _, seen = fit(make_model(lambda_schedule=RunFraction(fraction=0.5)), **settings)
+        _, seen = fit(make_model(lambda_schedule=RunFraction(lambda_min=0.0, fraction=0.5)), **settings)
         lambdas = [lambda_ for _, lambda_ in seen]
         assert lambdas[0] == 1000
         assert lambdas[7] > 0

@@ -1,0 +1,65 @@
+"""One process and two train and test the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# without batch normalisation, whose statistics are those of a process's own share
+MODULE = """
+from typing import Any
+from torch import nn
+from lsoftmax_lightning import ClassificationModule
+
+class Flat(nn.Sequential):
+    num_features = 32
+
+class Module(ClassificationModule):
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, backbone=Flat(nn.Flatten(), nn.Linear(64, 32), nn.Tanh()), **kwargs)
+"""
+
+
+def run(devices: int, *args: str) -> subprocess.CompletedProcess[str]:
+    Path("flat.py").write_text(MODULE)
+    command = [
+        *(sys.executable, "-m", "lsoftmax_lightning", "fit", "--config", "digits.yaml"),
+        *("--model", "flat.Module", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"),
+        *(f"--trainer.devices={devices}", "--trainer.max_epochs=3", f"--trainer.logger.version=on{devices}"),
+        *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+        *args,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_two_processes_are_as_one() -> None:
+    weights, results = [], []
+    for devices in (1, 2):
+        done = run(devices)
+        assert done.returncode == 0, done.stderr
+        folder = Path("runs/digits", f"on{devices}")
+        weights.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+        results.append(json.loads((folder / "results.json").read_text()))
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
+    # 360 test images in batches of 64, the last of 40: none is counted twice or left out
+    assert results[0]["test/acc"] == pytest.approx(results[1]["test/acc"], abs=1e-6)
+    assert results[0]["test/loss"] == pytest.approx(results[1]["test/loss"], rel=1e-3)
+    assert results[0]["test/acc"] > 0.8
+
+
+def test_a_batch_that_does_not_divide_is_one_error() -> None:
+    done = run(2, "--data.batch_size=65")
+    assert done.returncode != 0
+    assert "error: batch_size is global and must divide over the devices: 65 does not over 2; take 64." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_divergence_ends_every_process() -> None:
+    done = run(2, "--model.optimizer.lr=1e30")
+    assert done.returncode != 0
+    assert "error: The training loss was NaN or infinite" in done.stderr
