@@ -26,14 +26,15 @@ def main(output: str, root: str, *checkpoints: str) -> None:
             batches = [model.embed(data.normalize(images)) for images, _ in data.test_dataloader()]
         features, targets = torch.cat(batches), data.test_data.targets
         accuracy = (model.head(features).argmax(1) == targets).float().mean()
-        angle = torch.cosine_similarity(features, model.head.weight[targets]).arccos().rad2deg().mean()
+        cosine = torch.cosine_similarity(features, model.head.weight[targets])
+        angle = cosine.clamp(-1, 1).arccos().rad2deg().mean()
         axis.scatter(*features.T.numpy(), c=targets, s=2, cmap="tab10", linewidths=0, rasterized=True)
         reach = features.norm(dim=1).quantile(0.99).item()
         for name, weight in zip(data.class_names, model.head.weight.detach().numpy(), strict=True):
             direction = weight / np.linalg.norm(weight) * reach
             axis.plot([0, direction[0]], [0, direction[1]], color="black", linewidth=0.6)
             axis.annotate(name, 1.08 * direction, ha="center", va="center")
-        axis.set(title=f"m = {model.head.margin}: test accuracy {accuracy:.2%}, mean target angle {angle:.1f}°")
+        axis.set_title(f"m = {model.head.margin}: test accuracy {accuracy:.2%}, mean angle to class {angle:.1f}°")
         axis.set_aspect("equal")
     figure.tight_layout()
     figure.savefig(output, dpi=80)

@@ -10,8 +10,10 @@ import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,12 +24,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 # the names that a YAML may use without their path
 from . import datamodules, modules, schedules  # noqa: F401
 from .errors import InputError, LSoftmaxError
-
-# What Lightning says of itself, and no user can mend.
-_NOISE = (
-    r".*isinstance\(treespec, LeafSpec\).*",
-    "The dirpath has changed from",  # testing a checkpoint of another run is no mistake
-)
 
 _PACKAGE = Path(__file__).parent
 # In the wheel the configs lie inside the package; in a checkout, beside it.
@@ -68,7 +64,7 @@ class _SaveConfig(SaveConfigCallback):
     """Keeps the config of a training run; testing it later does not write it again."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and trainer.loggers:  # without a logger there is no folder of this run
             super().setup(trainer, pl_module, stage)
 
 
@@ -90,7 +86,9 @@ class LSoftmaxCLI(LightningCLI):
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
-                }
+                },
+                # on its own: `save_last` of the one that monitors would leave out what is not among the best
+                "callbacks": [ModelCheckpoint(filename="last", enable_version_counter=False)],
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -119,18 +117,42 @@ class LSoftmaxCLI(LightningCLI):
                 "checkpoint.monitor": "val/acc",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
             }
         )
 
-    def before_instantiate_classes(self) -> None:
-        """Refuses a checkpoint that is not there, before any work."""
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the config as it is: Lightning would put a checkpoint's settings over those the user gave."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As Lightning's; a setting that the Trainer does not take is a user's mistake."""
+        if self._get(self.config_init, "trainer").enable_checkpointing is False:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
+            del self.trainer_defaults["callbacks"]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the Trainer does not take these settings: {error}") from error
+
+    def after_instantiate_classes(self) -> None:
+        """Refuses a checkpoint that is not there or of another network, before any work."""
         path = self.config[self.subcommand].ckpt_path
-        # with a colon it is a URL or a name in Lightning's registry
-        if path and ":" not in path and not Path(path).exists():
+        if not path or ":" in path:  # a URL, or a name in Lightning's registry
+            return
+        if not Path(path).is_file():
             raise InputError(
                 f"--ckpt_path takes a file such as runs/digits/version_0/checkpoints/last.ckpt, got {path!r}."
             )
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        except (RuntimeError, KeyError, TypeError, UnpicklingError, EOFError) as error:
+            raise InputError(f"{path} is not a checkpoint of Lightning that can be loaded safely: {error}") from error
+        shapes, own = ({name: tuple(w.shape) for name, w in of.items()} for of in (saved, self.model.state_dict()))
+        for name in [*shapes, *own]:
+            if shapes.get(name) != own.get(name):
+                raise InputError(
+                    f"{path} is of another network than the config: {name} is {shapes.get(name, 'missing')} there and "
+                    f"{own.get(name, 'missing')} here. The config of its run is beside its checkpoints folder."
+                )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; unlike Lightning's, without a warning where Python code calls :func:`main` with arguments."""
@@ -139,14 +161,15 @@ class LSoftmaxCLI(LightningCLI):
     def after_fit(self) -> None:
         """Tests the best checkpoint."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if not best:
+        if not Path(best).is_file():
             rank_zero_info("No validation left a best checkpoint; testing the model as it is.")
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None)
+            best = None
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best)
         self.after_test()
 
     def after_test(self) -> None:
         """Leaves the figures in the run's folder as ``results.json``."""
-        if self._get(self.config, "trainer").fast_dev_run:
+        if not self.trainer.loggers:  # in a fast_dev_run, too
             return
         path = self._run_folder() / "results.json"
         if self.trainer.is_global_zero:
@@ -158,7 +181,10 @@ class LSoftmaxCLI(LightningCLI):
         """Writes class and probability of every image to ``predictions.csv`` in the run's folder."""
         if self.trainer.world_size > 1:
             raise InputError("predict writes one file in order; run it with --trainer.devices 1.")
-        batches: Any = self.trainer.predict(**kwargs)
+        batches: Any = self.trainer.predict(**kwargs | {"return_predictions": True})
+        if not self.trainer.loggers:
+            rank_zero_info("Without a logger there is no folder of this run: the predictions were not written.")
+            return
         names = self.datamodule.class_names
         path = self._run_folder() / "predictions.csv"
         with path.open("w", newline="") as file:
@@ -171,12 +197,14 @@ class LSoftmaxCLI(LightningCLI):
         rank_zero_info(f"The predictions are in {path}")
 
     def _run_folder(self) -> Path:
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # log_dir is asked of every process
+        folder = Path(str(self.trainer.log_dir))  # to be asked on every process
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def before_validate(self) -> None:
         """Warns where random weights would be scored."""
+        # true, and no matter: nothing is saved here
+        warnings.filterwarnings("ignore", "The dirpath has changed")
         if not self.config[self.subcommand].ckpt_path:
             rank_zero_warn("No --ckpt_path was given: this is the output of RANDOM weights.")
 
@@ -222,8 +250,7 @@ def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
     args = sys.argv[1:] if args is None else args
     try:
         with warnings.catch_warnings():
-            for message in _NOISE:
-                warnings.filterwarnings("ignore", message)
+            warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning of itself; no user can mend it
             if args[:1] != ["configs"]:
                 return LSoftmaxCLI(args)
             configs(args[1:])

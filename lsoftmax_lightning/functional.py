@@ -105,6 +105,40 @@ def margin_target(
     return target_logit + share * (norm * psi(cosine, margin) - target_logit)
 
 
+def own_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The logit of each sample's own class, and the checked target.
+
+    Args:
+        logits: [N, C].
+        target: Class of each sample, [N], an integer type.
+
+    Returns:
+        Logits, [N], and ``target`` as int64.
+
+    Raises:
+        InputError: If ``target`` is not [N] of an integer type, or holds a class outside 0 .. C-1. The latter is seen
+            on the CPU outside ``torch.compile``; a GPU, which would have to be waited for, fails an assertion instead.
+    """
+    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise InputError(f"target must hold class numbers of an integer type, got {target.dtype}; call target.long().")
+    if target.shape != logits.shape[:1]:
+        raise InputError(
+            f"target must have one class for each of the {logits.shape[0]} rows, got shape {tuple(target.shape)}."
+        )
+    target = target.long()
+    if torch.compiler.is_compiling():
+        return logits.gather(1, target.unsqueeze(1)).squeeze(1), target
+    try:
+        return logits.gather(1, target.unsqueeze(1)).squeeze(1), target
+    except (RuntimeError, IndexError) as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise InputError(
+            f"target must hold classes 0 to {logits.shape[1] - 1}, got {int(target.min())} to {int(target.max())}; "
+            "check num_classes and the labels."
+        ) from error
+
+
 def margin_logits(
     logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, margin: int, lambda_: float | Tensor = 0.0
 ) -> Tensor:
@@ -124,44 +158,21 @@ def margin_logits(
         Logits, [N, C]; float32 for half-precision input when ``margin`` > 1.
 
     Raises:
-        InputError: If ``target`` is not [N] of an integer type or, where that is seen without waiting for a device
-            (on the CPU, outside ``torch.compile``), holds a class outside 0 .. C-1.
+        InputError: If ``margin`` is not an integer >= 1, or as :func:`own_logits`.
     """
     check_margin(margin)
-    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise InputError(f"target must hold class numbers of an integer type, got {target.dtype}; call target.long().")
-    if target.shape != logits.shape[:1]:
-        raise InputError(
-            f"target must have one class for each of the {logits.shape[0]} rows, got shape {tuple(target.shape)}."
-        )
-    index = target.long().unsqueeze(1)
-    plain = _gather(logits, index)
+    plain, target = own_logits(logits, target)
     if margin == 1:
         return logits
     dtype = torch.promote_types(logits.dtype, torch.float32)
     features, weight = features.to(dtype), weight.to(dtype)
     if weight.shape[0] <= features.shape[0]:  # the cheaper order: norms of all classes, or of the gathered rows
-        weight_norm = torch.linalg.vector_norm(weight, dim=1)[index.squeeze(1)]
+        weight_norm = torch.linalg.vector_norm(weight, dim=1)[target]
     else:
-        weight_norm = torch.linalg.vector_norm(weight[index.squeeze(1)], dim=1)
+        weight_norm = torch.linalg.vector_norm(weight[target], dim=1)
     feature_norm = torch.linalg.vector_norm(features, dim=1)
-    own = margin_target(plain.squeeze(1).to(dtype), feature_norm, weight_norm, margin, lambda_)
-    return logits.to(dtype).scatter(1, index, own.unsqueeze(1))
-
-
-def _gather(logits: Tensor, index: Tensor) -> Tensor:
-    """``logits.gather(1, index)``; says which label is out of range, at no cost while none is."""
-    if torch.compiler.is_compiling():
-        return logits.gather(1, index)
-    try:
-        return logits.gather(1, index)
-    except (RuntimeError, IndexError) as error:
-        if "out of bounds" not in str(error):
-            raise
-        raise InputError(
-            f"target must hold classes 0 to {logits.shape[1] - 1}, got {int(index.min())} to {int(index.max())}; "
-            "check num_classes and the labels."
-        ) from error
+    own = margin_target(plain.to(dtype), feature_norm, weight_norm, margin, lambda_)
+    return logits.to(dtype).scatter(1, target.unsqueeze(1), own.unsqueeze(1))
 
 
 def lsoftmax_cross_entropy(

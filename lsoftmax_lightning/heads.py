@@ -49,10 +49,9 @@ class LSoftmaxLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if in_features < 1:
-            raise InputError(f"in_features must be at least 1, got {in_features}.")
-        if num_classes < 2:
-            raise InputError(f"num_classes must be at least 2, got {num_classes}.")
+        for name, value, least in (("in_features", in_features, 1), ("num_classes", num_classes, 2)):
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be an integer of at least {least}, got {value!r}.")
         self.in_features = in_features
         self.num_classes = num_classes
         self.margin = check_margin(margin)

@@ -21,7 +21,7 @@ class LambdaSchedule(ABC):
 
         Args:
             step: Optimiser steps already taken, 0 at the start of a run.
-            total_steps: Optimiser steps of the whole run; infinite where it has no end.
+            total_steps: Optimiser steps of the whole run; infinite or -1 where it is not known.
         """
 
 
@@ -106,8 +106,11 @@ class RunFraction(LambdaSchedule):
 
     def __call__(self, step: int, total_steps: float) -> float:
         """Gives lambda for the next optimiser step of a run of ``total_steps``."""
-        if not math.isfinite(total_steps):
-            raise InputError("RunFraction needs a run of known length: set the Trainer's max_steps or max_epochs.")
+        if not 0 < total_steps < math.inf:
+            raise InputError(
+                "RunFraction needs a run of known length: set the Trainer's max_steps or max_epochs (max_time does not "
+                "tell, nor does max_epochs for data without a length)."
+            )
         progress = step / (self.fraction * total_steps)
         if progress >= 1:
             return self.lambda_min

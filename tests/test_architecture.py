@@ -16,7 +16,7 @@ BELOW: dict[str, set[str]] = {
     "heads": {"errors", "functional"},
     "backbones": {"errors"},
     "callbacks": {"errors", "schedules"},
-    "modules": {"errors", "backbones", "callbacks", "heads", "schedules"},
+    "modules": {"errors", "functional", "backbones", "callbacks", "heads", "schedules"},
     "datamodules": {"errors"},
     "__init__": {"heads", "modules"},
     "__main__": {"cli"},

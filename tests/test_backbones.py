@@ -66,5 +66,9 @@ def test_bad_requests_are_refused() -> None:
         create_backbone("resnet19", (3, 32, 32))
     with pytest.raises(InputError, match="wdith"):
         create_backbone("mnist", (1, 28, 28), wdith=3)
+    with pytest.raises(InputError, match="kernel_size must be odd"):
+        create_backbone("mnist", (1, 28, 28), kernel_size=4)
+    with pytest.raises(InputError, match="nope"):
+        create_backbone("resnet18", (3, 32, 32), weights="nope")
     with pytest.raises(InputError, match="at least 8 pixels, got 4x28"):
         create_backbone("mnist", (1, 4, 28))

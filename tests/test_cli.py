@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +53,32 @@ def test_every_shipped_config_is_complete(config: Path) -> None:
     assert text.startswith("# ")
     for part in ("# Reproduces:", "# Expected:", "# Takes:", f"fit --config {config.name}"):
         assert part in text
+    assert "TODO" not in text
     keys = yaml.safe_load(text)
-    assert set(keys) == {"seed_everything", "model", "data", "trainer"}
+    assert {"seed_everything", "model", "data", "trainer"} <= set(keys)
     assert "num_classes" not in keys["model"]["init_args"]  # the data says it
 
 
 def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
-    cli = main(["fit", "--config", "digits", *SHORT])
+    # by its loss of the first epoch the best is worst thereafter
+    cli = main(["fit", "--config", "digits", *SHORT, "--trainer.max_epochs=3", "--checkpoint.mode=max"])
     assert cli is not None
     run = Path("runs/digits/version_0")
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "results.json", "hparams.yaml", "checkpoints"} <= names
     assert any(name.startswith("events") for name in names)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 9
     results = json.loads((run / "results.json").read_text())
     assert set(results) == {"test/acc", "test/loss"}
 
     best = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] < 9
     main(["test", "--config", str(run / "config.yaml"), best])
     assert json.loads(Path("runs/digits/version_1/results.json").read_text()) == pytest.approx(results)
     assert not Path("runs/digits/version_1/config.yaml").exists()
 
-    predicted = main(["predict", "--config", "digits.yaml", best, *QUIET])
+    predicted = main(["predict", "--config", str(run / "config.yaml"), best])
     assert predicted is not None
     rows = Path("runs/digits/version_2/predictions.csv").read_text().splitlines()
     assert rows[0] == "index,prediction,probability"
@@ -102,14 +107,69 @@ def test_the_data_tells_the_model() -> None:
     assert cli.model.hparams["image_shape"] == (1, 8, 8)
 
 
+RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a new folder for the rest of the run
+
+
+@RESUMED
 def test_resuming_goes_on() -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
     last = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
     cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", last])
     assert cli is not None
     assert cli.trainer.global_step == 6
-    assert cli.model.lambda_schedule == RunFraction(lambda_min=0.0)  # what a checkpoint does not hold, the config says
+    assert cli.model.lambda_schedule == RunFraction(lambda_min=1.0)  # what a checkpoint does not hold, the config says
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.05
+
+
+@RESUMED
+def test_settings_given_win_over_those_of_a_checkpoint() -> None:
+    main(["fit", "--config", "digits.yaml", *SHORT])
+    last = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
+    cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", "--model.margin=3", last])
+    assert cli is not None
+    assert cli.model.head.margin == 3
+
+
+def test_what_is_no_checkpoint_of_this_network_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", "digits.yaml", *SHORT])
+    test = ["test", "--config", "digits.yaml", *QUIET, "--ckpt_path"]
+    best = "runs/digits/version_0/checkpoints/best.ckpt"
+    printed = fails(capsys, *test, best, "--model.backbone_args={num_features: 32}")
+    assert "another network" in printed
+    assert "(640, 32)" not in printed
+    assert "(10, 64) there" in printed or "there and" in printed
+    Path("text.ckpt").write_text("text")
+    torch.save({"weight": torch.zeros(1)}, "bare.ckpt")
+    torch.save(Path("unsafe"), "unsafe.ckpt")
+    for name in ("text.ckpt", "bare.ckpt", "unsafe.ckpt"):
+        assert "not a checkpoint of Lightning" in fails(capsys, *test, name)
+    assert "takes a file" in fails(capsys, *test, "runs")
+
+
+def test_without_a_logger_nothing_of_the_users_is_overwritten() -> None:
+    config = Path("config.yaml")
+    config.write_text((CONFIGS / "digits.yaml").read_text())
+    before = config.read_text()
+    main(["fit", "--config", "config.yaml", *SHORT, "--trainer.logger=false"])
+    assert config.read_text() == before
+    assert not Path("results.json").exists()
+
+
+def test_checkpoints_can_be_switched_off() -> None:
+    main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.enable_checkpointing=false"])
+    assert Path("runs/digits/version_0/results.json").is_file()
+    assert not list(Path().rglob("*.ckpt"))
+
+
+def test_data_without_facts_are_asked_for_them(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bare_data.py").write_text("from lightning import LightningDataModule\nclass Bare(LightningDataModule): ...\n")
+    sys.path.insert(0, "")
+    try:
+        printed = fails(capsys, "fit", "--config", "digits.yaml", *QUIET, "--data", "bare_data.Bare")
+    finally:
+        sys.path.remove("")
+    assert "image_shape" in printed
+    assert "the datamodule, which must offer" in printed
 
 
 def test_a_config_in_the_working_directory_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +198,7 @@ def test_version_and_print_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["init_args"]["margin"] == 4
-    assert printed["checkpoint"]["monitor"] == "val/acc"
+    assert printed["checkpoint"]["monitor"] == "val/loss"
 
 
 def test_random_weights_are_not_scored_in_silence() -> None:
@@ -161,6 +221,10 @@ def test_random_weights_are_not_scored_in_silence() -> None:
         (["fit", "--config", "digits.yaml", "--data.batch_size", "5000"], ["1293 samples are too few"]),
         (["fit", "--config", "digits.yaml", "--data.val_size", "0"], ["val_size"]),
         (["fit", "--config", "digits.yaml", "--trainer.precision", "3"], ["precision"]),
+        (["fit", "--config", "digits.yaml", "--trainer.strategy", "foo"], ["foo"]),
+        (["fit", "--config", "digits.yaml", "--trainer.devices", "abc"], ["devices"]),
+        (["fit", "--config", "digits.yaml", "--trainer.devices", "0"], ["0"]),
+        (["fit", "--config", "digits.yaml", "--model.label_smoothing", "2"], ["label_smoothing"]),
         (["fit", "--config", "digits.yaml", "--ckpt_path", "gone.ckpt"], ["takes a file", "gone.ckpt"]),
         (["fit", "--config", "digits.yaml", "--ckpt_path", "last"], ["takes a file", "last.ckpt"]),
         (["fit"], ["required", "model"]),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lsoftmax_lightning.cli import main
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 FILES = dict(re.findall(r"```(?:python|yaml)\n# (\w+\.\w+)\n(.*?)```", README, flags=re.DOTALL))
 
@@ -32,7 +34,17 @@ def test_the_programs_run(command: list[str]) -> None:
         assert float(accuracy[1]) > 0.9
 
 
-def test_the_commands_name_configs_and_settings_that_are_there() -> None:
+@pytest.mark.parametrize(
+    "command",
+    re.findall(r"^python -m lsoftmax_lightning (fit .*?)(?: *#.*)?$", README, flags=re.MULTILINE),
+)
+def test_the_settings_of_the_commands_are_there(command: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--print_config"])
+    assert caught.value.code == 0
+
+
+def test_the_configs_and_files_named_are_there() -> None:
     configs = Path(__file__).parent.parent / "configs"
     for name in re.findall(r"--config (\w+\.yaml)", README):
         assert (configs / name).is_file() or name == "my.yaml"

@@ -14,7 +14,7 @@ __all__ = ["PaperNet", "create_backbone", "list_backbones"]
 
 # Table 1 of the paper; `digits` is ours, of the same make, for scikit-learn's 8x8 digits.
 _PAPER: dict[str, dict[str, Any]] = {
-    "digits": {"stem": 32, "blocks": [(32, 1), (64, 1), (64, 1)], "num_features": 64},
+    "digits": {"stem": 32, "blocks": [(32, 1), (64, 1)], "num_features": 64},
     "mnist": {"stem": 64, "blocks": [(64, 3), (64, 3), (64, 3)], "num_features": 256},
     "mnist_2d": {"blocks": [(32, 2), (64, 2), (128, 2)], "kernel_size": 5, "num_features": 2},
 }
@@ -52,8 +52,10 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
         if name in _PAPER:
             return PaperNet(image_shape, **(_PAPER[name] | kwargs))
         return _torchvision_backbone(name, image_shape[0], **kwargs)
-    except TypeError as error:
-        raise InputError(f"backbone {name!r} does not take these arguments: {error}.") from error
+    except (TypeError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"backbone {name!r} cannot be made with {kwargs or 'no arguments'}: {error}") from error
 
 
 def _torchvision_backbone(name: str, channels: int, **kwargs: Any) -> nn.Module:
@@ -61,6 +63,8 @@ def _torchvision_backbone(name: str, channels: int, **kwargs: Any) -> nn.Module:
         # the auxiliary classifiers of these two would come along, and turn the output into a tuple in training
         kwargs = {"aux_logits": False, "init_weights": True} | kwargs
     model: nn.Module = torchvision.models.get_model(name, **kwargs)
+    if name == "inception_v3":  # which keeps them with pretrained weights
+        model.aux_logits, model.AuxLogits = False, None  # type: ignore[assignment]
 
     # The last layer is the classifier: linear, but for SqueezeNet's 1x1 convolution.
     classifier_name, classifier = [
@@ -74,4 +78,6 @@ def _torchvision_backbone(name: str, channels: int, **kwargs: Any) -> nn.Module:
         first.in_channels = channels
         first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.kernel_size))
         first.reset_parameters()
+        if hasattr(model, "transform_input"):
+            model.transform_input = False  # type: ignore[assignment] # a matter of three colours
     return model

@@ -25,7 +25,7 @@ class PaperNet(nn.Module):
         num_features: Width of the feature.
 
     Raises:
-        InputError: If the image is too small for the poolings to mean anything.
+        InputError: If the image is too small for the poolings to mean anything, or ``kernel_size`` is even.
     """
 
     def __init__(
@@ -38,6 +38,10 @@ class PaperNet(nn.Module):
         feature_norm: bool = True,
     ) -> None:
         super().__init__()
+        if kernel_size % 2 == 0:
+            raise InputError(
+                f"kernel_size must be odd, so that the padding is the same on both sides, got {kernel_size}."
+            )
         channels, height, width = image_shape
         shrink = 2 ** len(blocks)
         if min(height, width) < shrink:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ class LambdaAnnealing(Callback):
     run goes on where it stopped. The annealing is that of the paper, section 4.
 
     A loss that is NaN or infinite stops the run before another checkpoint is written. It is looked for on the device
-    and read every ``log_every_n_steps`` steps, at the end of an epoch and before a checkpoint, so that it costs no
-    wait per step.
+    and read every ``log_every_n_steps`` steps, before a validation or a checkpoint and at the end of an epoch, so that
+    it costs no wait per step.
 
     Args:
         schedule: lambda as a function of the step; by default the module's own ``lambda_schedule``.
@@ -62,8 +63,13 @@ class LambdaAnnealing(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Stops a diverged run, every ``log_every_n_steps`` optimiser steps."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
             self._stop_if_diverged(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Stops a diverged run before a validation can choose it."""
+        self._stop_if_diverged(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Stops a diverged run."""
@@ -85,10 +91,12 @@ class LambdaAnnealing(Callback):
         step = int(trainer.strategy.reduce(self._first_bad_step, reduce_op="min"))
         if step == _NEVER:
             return
-        checkpoints = [
-            getattr(c, "last_model_path", "") or getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks
+        paths = [
+            getattr(callback, kind, "")
+            for kind in ("best_model_path", "last_model_path")
+            for callback in trainer.checkpoint_callbacks
         ]
-        kept = next(filter(None, checkpoints), "none was saved yet")
+        kept = next(filter(os.path.exists, paths), "none was saved yet")
         raise DivergenceError(
             f"The training loss was NaN or infinite at optimiser step {step}, where lambda was "
             f"{self._lambda_at(trainer, pl_module, step):.4g} (margin {pl_module.head.margin}). Try slower annealing "

@@ -112,7 +112,7 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         """Shuffled batches of (uint8 images, classes)."""
         overfit = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
-        return self._loader(self.train_data, train=not overfit)
+        return self._loader(self.train_data, shuffle=not overfit, drop_last=True)
 
     def val_dataloader(self) -> BatchLoader:
         """Batches of (uint8 images, classes), in order."""
@@ -126,14 +126,16 @@ class ImageDataModule(LightningDataModule):
         """The test images, in order."""
         return self._loader(self.test_data)
 
-    def _loader(self, data: Images, train: bool = False) -> BatchLoader:
+    def _loader(self, data: Images, shuffle: bool = False, drop_last: bool = False) -> BatchLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # the seed of seed_everything, as the Trainer takes it for its own samplers
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        sampler = BatchSampler(len(data.targets), self.batch_size, train, rank, world_size, seed)
+        sampler = BatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, seed)
         return BatchLoader(data.images, data.targets, sampler)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Normalises the images, on the device."""
         images, targets = batch
-        return self.normalize(images), targets
+        images = self.normalize(images)
+        # the Trainer's precision (bf16-true, say) was applied before the images were floats
+        return self.trainer.precision_plugin.convert_input(images) if self.trainer else images, targets

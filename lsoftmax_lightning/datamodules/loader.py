@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,28 +20,39 @@ class BatchSampler:
     Args:
         num_samples: How many samples there are.
         batch_size: Global batch size.
-        train: Whether to shuffle, and to leave out a last batch that is not whole (other samples each epoch).
+        shuffle: Whether each epoch has an order of its own.
+        drop_last: Whether to leave out a last batch that is not whole, as training does: its mean gradient over
+            several processes would not be that of one.
         rank: This process.
         world_size: Number of processes.
         seed: Seed of the shuffle.
 
     Raises:
-        InputError: If a training batch does not divide over the processes or exceeds the data, or there are fewer
-            samples than processes.
+        InputError: If a batch does not divide over the processes, or there are fewer samples than a whole batch (with
+            ``drop_last``) or than processes.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, train: bool, rank: int, world_size: int, seed: int) -> None:
-        if train and batch_size % world_size:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        shuffle: bool,
+        drop_last: bool,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        if batch_size % world_size:
             raise InputError(
                 f"batch_size is global and must divide over the devices: {batch_size} does not over {world_size}; "
                 f"take {batch_size // world_size * world_size or world_size}."
             )
-        if num_samples < (batch_size if train else world_size):
+        if num_samples < (batch_size if drop_last else world_size):
             raise InputError(
                 f"{num_samples} samples are too few for "
-                + (f"batch_size {batch_size}; lower it." if train else f"{world_size} devices; use fewer.")
+                + (f"batch_size {batch_size}; lower it." if drop_last else f"{world_size} devices; use fewer.")
             )
-        self.num_samples, self.batch_size, self.train = num_samples, batch_size, train
+        self.num_samples, self.batch_size, self.shuffle, self.drop_last = num_samples, batch_size, shuffle, drop_last
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch = 0
 
@@ -51,12 +62,13 @@ class BatchSampler:
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size)
-        return whole + (not self.train and self.rank < rest)
+        return whole + (not self.drop_last and self.rank < rest)
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self.train:
-            seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
-            generator = torch.Generator().manual_seed(int(seed[0]))
+        if self.shuffle:
+            # hashed: with a sum, epoch 1 of seed 0 would be epoch 0 of seed 1
+            seed = random.Random(f"{self.seed} {self.epoch}").getrandbits(32)
+            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(self.num_samples, generator=generator)
         else:
             order = torch.arange(self.num_samples)

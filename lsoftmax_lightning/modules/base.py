@@ -29,7 +29,7 @@ class LSoftmaxModule(LightningModule):
     ``__init__`` calls :meth:`configure_model_parts`, :meth:`configure_losses` and :meth:`configure_metrics`, in this
     order: override one of them, :meth:`embed` or :meth:`configure_optimizers` to change one thing; a step need never
     be rewritten. What ``__init__`` was given is in ``self.hparams``, but for objects, which a checkpoint cannot keep
-    safely.
+    safely: arguments that a subclass adds should be numbers, strings, or lists and dicts of these.
 
     :meth:`forward` and :meth:`embed` know no margin; only training does. lambda is annealed by
     :class:`~lsoftmax_lightning.callbacks.LambdaAnnealing`, brought along unless the Trainer has one.
@@ -91,7 +91,10 @@ class LSoftmaxModule(LightningModule):
         """
         if isinstance(backbone, str):
             if self.hparams["image_shape"] is None:
-                raise InputError(f"the backbone {backbone!r} needs image_shape=(channels, height, width).")
+                raise InputError(
+                    f"the backbone {backbone!r} needs image_shape=(channels, height, width); on the command line it "
+                    "is read from the datamodule, which must offer image_shape and num_classes."
+                )
             backbone = create_backbone(backbone, self.hparams["image_shape"], **(self.hparams["backbone_args"] or {}))
         num_features = getattr(backbone, "num_features", None)
         if not isinstance(num_features, int):
@@ -103,7 +106,13 @@ class LSoftmaxModule(LightningModule):
         self.head = LSoftmaxLinear(num_features, self.hparams["num_classes"], self.hparams["margin"])
 
     def configure_losses(self) -> None:
-        """Sets ``self.criterion``, which takes logits [N, C] (margin logits in training) and classes [N]."""
+        """Sets ``self.criterion``, which takes logits [N, C] (margin logits in training) and classes [N].
+
+        Raises:
+            InputError: If ``label_smoothing`` is out of range.
+        """
+        if not 0 <= self.hparams["label_smoothing"] <= 1:
+            raise InputError(f"label_smoothing must be from 0 to 1, got {self.hparams['label_smoothing']}.")
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.hparams["label_smoothing"])
 
     def configure_metrics(self) -> None:
@@ -127,7 +136,7 @@ class LSoftmaxModule(LightningModule):
         x, target = batch
         features = self.embed(x)
         logits = self.head(features)
-        loss: Tensor = self.criterion(self.head.apply_margin(logits, features, target), target)
+        loss: Tensor = self.criterion(self.head.apply_margin(logits, features, target), target.long())
         self.train_metrics.update(logits, target)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True)

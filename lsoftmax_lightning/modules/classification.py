@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from ..functional import own_logits
 from .base import LSoftmaxModule
 
 
@@ -39,6 +40,7 @@ class ClassificationModule(LSoftmaxModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], loss_name: str, metrics: MetricCollection) -> None:
         x, target = batch
         logits = self(x)
+        _, target = own_logits(logits, target)
         metrics.update(logits, target)
         # weighted by the batch and reduced once, at the end: exact for batches and processes of any size
         self.log(loss_name, self.criterion(logits, target), prog_bar=True, batch_size=len(target), sync_dist=True)

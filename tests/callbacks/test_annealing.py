@@ -168,11 +168,44 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(
             num_sanity_val_steps=0,
         )
     message = str(caught.value)
-    for part in (f"step {bad_step},", f"lambda was {SCHEDULE(bad_step):.4g}", "slower", "lambda_min", "last.ckpt"):
+    for part in (f"step {bad_step},", f"lambda was {SCHEDULE(bad_step):.4g}", "slower", "lambda_min", "best.ckpt"):
         assert part in message
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 8  # of the first epoch; the loss went bad in the second
     assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("monitor", ["val/acc", None])
+def test_no_checkpoint_inside_an_epoch_is_of_a_diverged_run(
+    tmp_path: Path, weights_only: bool, monitor: str | None
+) -> None:
+    model = make_model()
+    model.criterion = Poison(5, math.nan)
+    checkpoint = ModelCheckpoint(
+        tmp_path, filename="best", monitor=monitor, save_last=True, save_weights_only=weights_only
+    )
+    with pytest.raises(DivergenceError) as caught:
+        fit(model, callbacks=[checkpoint], enable_checkpointing=True, val_check_interval=2, num_sanity_val_steps=0)
+    assert "best.ckpt" in str(caught.value)
+    assert (tmp_path / "best.ckpt").is_file()
+    for path in tmp_path.glob("*.ckpt"):
+        kept = torch.load(path, weights_only=True)
+        assert kept["global_step"] in ([2, 4] if monitor else [4])
+        assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
+
+
+def test_a_checkpoint_by_step_is_not_of_a_diverged_run(tmp_path: Path) -> None:
+    model = make_model()
+    model.criterion = Poison(5, math.nan)
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.raises(DivergenceError):
+        fit(model, callbacks=[checkpoint], enable_checkpointing=True)
+    assert {path.name for path in tmp_path.iterdir()} == {f"step={step}.ckpt" for step in range(1, 6)}
+
+
+def test_a_trainer_that_never_logs_is_served() -> None:
+    fit(make_model(), log_every_n_steps=0)
 
 
 def test_divergence_before_any_checkpoint_says_so() -> None:

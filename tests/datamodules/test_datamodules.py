@@ -78,7 +78,8 @@ def batches(**settings: Any) -> list[list[int]]:
     defaults: dict[str, Any] = {
         "num_samples": 10,
         "batch_size": 4,
-        "train": True,
+        "shuffle": True,
+        "drop_last": True,
         "rank": 0,
         "world_size": 1,
         "seed": 0,
@@ -102,8 +103,9 @@ def test_training_batches_are_whole_shuffled_by_seed_and_epoch() -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("train", [True, False])
 def test_processes_share_the_batches_of_one(train: bool, world_size: int) -> None:
-    alone = batches(train=train)
-    shares = [batches(train=train, rank=rank, world_size=world_size) for rank in range(world_size)]
+    kind = {"shuffle": train, "drop_last": train}
+    alone = batches(**kind)
+    shares = [batches(**kind, rank=rank, world_size=world_size) for rank in range(world_size)]
     for number, whole in enumerate(alone):
         parts = [share[number] for share in shares if number < len(share)]
         assert sorted(index for part in parts for index in part) == sorted(whole)
@@ -116,7 +118,8 @@ def test_processes_share_the_batches_of_one(train: bool, world_size: int) -> Non
         ({"batch_size": 5, "world_size": 2}, "5 does not over 2; take 4"),
         ({"batch_size": 1, "world_size": 2}, "1 does not over 2; take 2"),
         ({"batch_size": 11}, "10 samples are too few for batch_size 11"),
-        ({"train": False, "world_size": 11}, "10 samples are too few for 11 devices"),
+        ({"drop_last": False, "batch_size": 11, "world_size": 11}, "10 samples are too few for 11 devices"),
+        ({"drop_last": False, "batch_size": 1, "world_size": 2}, "1 does not over 2"),
     ],
 )
 def test_batches_that_do_not_work_out_are_refused(settings: dict[str, int], said: str) -> None:
@@ -138,6 +141,11 @@ def test_images_are_normalised_on_the_device_and_reshuffled_each_epoch() -> None
     assert len(seen) == 2
     assert seen[0].dtype == torch.float32
     assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_images_have_the_precision_of_the_weights(precision: Any) -> None:
+    make_trainer(precision=precision, fast_dev_run=True).fit(make_model(), BlobsDataModule())
 
 
 def test_overfitting_one_batch_sees_one_batch() -> None:

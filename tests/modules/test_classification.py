@@ -135,10 +135,12 @@ def test_a_deep_copy_is_independent() -> None:
     [
         ({"margin": 0}, "margin"),
         ({"num_classes": 1}, "num_classes"),
+        ({"num_classes": None}, "num_classes must be an integer"),
+        ({"label_smoothing": 1.5}, "label_smoothing"),
         ({"backbone": "resnet"}, "no backbone is named 'resnet'"),
         ({"image_shape": None}, "image_shape"),
         ({"backbone": nn.Flatten()}, "num_features"),
-        ({"backbone_args": {"width": 3}}, "does not take these arguments"),
+        ({"backbone_args": {"width": 3}}, "cannot be made with"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -147,8 +149,20 @@ def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
 
 
 def test_labels_beyond_the_head_are_refused() -> None:
+    model, data = make_model(num_classes=3), BlobsDataModule()
     with pytest.raises(InputError, match="classes 0 to 2, got 0 to 3"):
-        make_trainer(num_sanity_val_steps=0).fit(make_model(num_classes=3), BlobsDataModule())
+        make_trainer(num_sanity_val_steps=0).fit(model, data)
+    with pytest.raises(InputError, match="classes 0 to 2, got 0 to 3"):
+        make_trainer().test(model, data)
+
+
+def test_labels_of_any_integer_type_are_taken() -> None:
+    class Short(BlobsDataModule):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            images, targets = super().on_after_batch_transfer(batch, dataloader_idx)
+            return images, targets.to(torch.int16)
+
+    make_trainer(fast_dev_run=True).fit(make_model(), Short())
 
 
 def test_a_subclass_overrides_a_part_never_a_step() -> None:
