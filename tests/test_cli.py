@@ -1,7 +1,6 @@
 """The command line as a user meets it."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +106,25 @@ def test_the_data_tells_the_model() -> None:
     assert cli.model.hparams["image_shape"] == (1, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "kind"),
+    [("resnet18", "ResNet"), ("{class_path: bare_net.Net, init_args: {width: 5}}", "Net")],
+)
+def test_a_backbone_is_a_name_or_a_class(backbone: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("bare_net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, width: int):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, width))\n"
+        "        self.num_features = width\n"
+    )
+    monkeypatch.syspath_prepend("")
+    cli = main(["fit", "--config", "digits.yaml", "--trainer.fast_dev_run=true", *QUIET, "--model.backbone", backbone])
+    assert cli is not None
+    assert type(cli.model.backbone).__name__ == kind
+    assert cli.model.head.in_features == (5 if kind == "Net" else 512)
+
+
 RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a new folder for the rest of the run
 
 
@@ -161,13 +179,12 @@ def test_checkpoints_can_be_switched_off() -> None:
     assert not list(Path().rglob("*.ckpt"))
 
 
-def test_data_without_facts_are_asked_for_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_without_facts_are_asked_for_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("bare_data.py").write_text("from lightning import LightningDataModule\nclass Bare(LightningDataModule): ...\n")
-    sys.path.insert(0, "")
-    try:
-        printed = fails(capsys, "fit", "--config", "digits.yaml", *QUIET, "--data", "bare_data.Bare")
-    finally:
-        sys.path.remove("")
+    monkeypatch.syspath_prepend("")
+    printed = fails(capsys, "fit", "--config", "digits.yaml", *QUIET, "--data", "bare_data.Bare")
     assert "image_shape" in printed
     assert "the datamodule, which must offer" in printed
 
