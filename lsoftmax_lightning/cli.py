@@ -256,11 +256,20 @@ def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
             configs(args[1:])
             return None
     except Exception as error:
-        # jsonargparse wraps what a constructor raises
-        mistake: BaseException | None = error
-        while not isinstance(mistake, LSoftmaxError | MisconfigurationException):
-            if mistake is None:
-                raise
-            mistake = mistake.__cause__
+        mistake = _mistake(error)
+        if mistake is None:
+            raise
         print(f"error: {mistake}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _mistake(error: Exception) -> BaseException | None:
+    """What the user can mend, found in what jsonargparse wraps around the error of a constructor."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LSoftmaxError | MisconfigurationException):
+            return cause
+        if str(cause).startswith("Expected a <class 'NoneType'>"):
+            return error  # its older versions chain this in the place of ours, which is in the text alone
+        cause = cause.__cause__
+    return None
