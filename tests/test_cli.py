@@ -59,7 +59,7 @@ def test_every_shipped_config_is_complete(config: Path) -> None:
 
 
 def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
-    # by its loss of the first epoch the best is worst thereafter
+    # with the highest loss as the best, best and last are two
     cli = main(["fit", "--config", "digits", *SHORT, "--trainer.max_epochs=3", "--checkpoint.mode=max"])
     assert cli is not None
     run = Path("runs/digits/version_0")
@@ -153,9 +153,8 @@ def test_what_is_no_checkpoint_of_this_network_is_refused(capsys: pytest.Capture
     test = ["test", "--config", "digits.yaml", *QUIET, "--ckpt_path"]
     best = "runs/digits/version_0/checkpoints/best.ckpt"
     printed = fails(capsys, *test, best, "--model.backbone_args={num_features: 32}")
-    assert "another network" in printed
-    assert "(640, 32)" not in printed
-    assert "(10, 64) there" in printed or "there and" in printed
+    assert "another network than the config: backbone.layers." in printed
+    assert "(64, 256) there and (32, 256) here" in printed
     Path("text.ckpt").write_text("text")
     torch.save({"weight": torch.zeros(1)}, "bare.ckpt")
     torch.save(Path("unsafe"), "unsafe.ckpt")
