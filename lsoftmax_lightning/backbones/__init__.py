@@ -52,9 +52,9 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
         if name in _PAPER:
             return PaperNet(image_shape, **(_PAPER[name] | kwargs))
         return _torchvision_backbone(name, image_shape[0], **kwargs)
+    except InputError:
+        raise
     except (TypeError, ValueError, KeyError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"backbone {name!r} cannot be made with {kwargs or 'no arguments'}: {error}") from error
 
 

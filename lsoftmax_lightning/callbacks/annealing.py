@@ -37,9 +37,12 @@ class LambdaAnnealing(Callback):
         self.schedule = schedule
         self._first_bad_step: Tensor | None = None
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Forgets the loss of an earlier call."""
+        self._first_bad_step = None
+
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Checks what is needed, before any work."""
-        self._first_bad_step = None
         name = type(pl_module).__name__
         if not hasattr(getattr(pl_module, "head", None), "lambda_"):
             raise InputError(f"LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}.")

@@ -35,7 +35,7 @@ class MNISTDataModule(ImageDataModule):
         Raises:
             DataError: If that fails.
         """
-        self._read(train=True, download=True)
+        self._read(train=False, download=True)  # fetches both parts, and reads the smaller
 
     def load(self, train: bool) -> Images:
         """The training or the test images.

@@ -208,6 +208,15 @@ def test_a_trainer_that_never_logs_is_served() -> None:
     fit(make_model(), log_every_n_steps=0)
 
 
+def test_a_diverged_run_is_forgotten_by_the_next_call() -> None:
+    model, data, trainer = make_model(), BlobsDataModule(), make_trainer(num_sanity_val_steps=0)
+    model.criterion = Poison(0, math.nan)
+    with pytest.raises(DivergenceError):
+        trainer.fit(model, data)
+    (results,) = trainer.validate(make_model(), data, verbose=False)
+    assert 0 <= results["val/acc"] <= 1
+
+
 def test_divergence_before_any_checkpoint_says_so() -> None:
     model = make_model()
     model.criterion = Poison(0, math.nan)
