@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from .heads import LSoftmaxLinear
-from .modules import ClassificationModule, LSoftmaxModule
+from .modules import ClassificationModule, LSoftmaxModule, VerificationModule
 
 __version__ = version("lsoftmax-lightning")
-__all__ = ["ClassificationModule", "LSoftmaxLinear", "LSoftmaxModule", "__version__"]
+__all__ = ["ClassificationModule", "LSoftmaxLinear", "LSoftmaxModule", "VerificationModule", "__version__"]

@@ -182,6 +182,11 @@ class LSoftmaxCLI(LightningCLI):
         if self.trainer.world_size > 1:
             raise InputError("predict writes one file in order; run it with --trainer.devices 1.")
         batches: Any = self.trainer.predict(**kwargs | {"return_predictions": True})
+        if "prediction" not in batches[0]:
+            raise InputError(
+                f"predict writes classes, and {type(self.model).__name__} gives {', '.join(batches[0])}; have that in "
+                "Python from trainer.predict(model, datamodule)."
+            )
         if not self.trainer.loggers:
             rank_zero_info("Without a logger there is no folder of this run: the predictions were not written.")
             return
@@ -226,7 +231,7 @@ def configs(args: list[str]) -> None:
     if name is None:
         for path in sorted(CONFIGS.glob("*.yaml")):
             first_line = path.read_text().splitlines()[0].removeprefix("# ")
-            print(f"{path.name:16}{first_line}")
+            print(f"{path.name:18}{first_line}")
         return
     source = find_config(name)
     if Path(source.name).exists():

@@ -16,8 +16,10 @@ BELOW: dict[str, set[str]] = {
     "heads": {"errors", "functional"},
     "backbones": {"errors"},
     "callbacks": {"errors", "schedules"},
-    "modules": {"errors", "functional", "backbones", "callbacks", "heads", "schedules"},
-    "datamodules": {"errors"},
+    "modules": {"errors", "functional", "backbones", "callbacks", "heads", "metrics", "schedules"},
+    "metrics": {"errors"},
+    "transforms": {"errors"},
+    "datamodules": {"errors", "transforms"},
     "__init__": {"heads", "modules"},
     "__main__": {"cli"},
 }

@@ -7,7 +7,14 @@ from torch import nn
 from lsoftmax_lightning.backbones import create_backbone, list_backbones
 from lsoftmax_lightning.errors import InputError
 
-PAPER = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "mnist_2d": (1, 28, 28)}
+PAPER = {
+    "digits": (1, 8, 8),
+    "mnist": (1, 28, 28),
+    "mnist_2d": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "lfw": (3, 112, 96),
+}
 
 
 def layers(name: str) -> list[tuple[str, int]]:
@@ -22,6 +29,11 @@ def layers(name: str) -> list[tuple[str, int]]:
 def test_table_1() -> None:
     assert layers("mnist") == [("conv", 64)] * 10 + [("fc", 256)]
     assert layers("mnist_2d") == [("conv", w) for w in (32, 32, 64, 64, 128, 128)] + [("fc", 2)]
+    assert layers("cifar10") == [("conv", w) for w in [64] * 5 + [96] * 4 + [128] * 4] + [("fc", 256)]
+    assert layers("cifar100") == [("conv", w) for w in [96] * 5 + [192] * 4 + [384] * 4] + [("fc", 512)]
+    assert layers("lfw") == [("conv", w) for w in [64] * 5 + [256] * 12] + [("fc", 512)]
+    strides = [m.stride for m in create_backbone("lfw", PAPER["lfw"]).modules() if isinstance(m, nn.Conv2d)]
+    assert strides == [(2, 2)] + [(1, 1)] * 16
     sizes = {m.kernel_size for m in create_backbone("mnist_2d", (1, 28, 28)).modules() if isinstance(m, nn.Conv2d)}
     assert sizes == {(5, 5)}
 
@@ -35,8 +47,9 @@ def test_paper_networks_give_features(name: str) -> None:
 
 
 def test_pooling_rounds_up_for_any_image_size() -> None:
-    backbone = create_backbone("mnist", (3, 29, 41), num_features=7)
-    assert backbone(torch.randn(2, 3, 29, 41)).shape == (2, 7)
+    for stride in (1, 2, 3):
+        backbone = create_backbone("mnist", (3, 29, 41), num_features=7, stem_stride=stride)
+        assert backbone(torch.randn(2, 3, 29, 41)).shape == (2, 7)
 
 
 # RegNet computes its widths from tensors, which the meta device has not
@@ -72,3 +85,5 @@ def test_bad_requests_are_refused() -> None:
         create_backbone("resnet18", (3, 32, 32), weights="nope")
     with pytest.raises(InputError, match="at least 8 pixels, got 4x28"):
         create_backbone("mnist", (1, 4, 28))
+    with pytest.raises(InputError, match="at least 16 pixels, got 15x96"):
+        create_backbone("lfw", (3, 15, 96))

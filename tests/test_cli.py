@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torchvision.datasets import CIFAR10, CIFAR100
 
 import lsoftmax_lightning
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.schedules import RunFraction
 
-from .datamodules.test_datamodules import write_mnist
+from .datamodules.formats import write_cifar, write_folder, write_lfw, write_mnist
 
 QUIET = [
     "--trainer.accelerator=cpu",
@@ -34,12 +35,29 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return printed
 
 
+def small_data(config: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Writes a little of a config's data in its own format; the arguments that point to it."""
+    if config.startswith("mnist"):
+        write_mnist(root)
+    elif config.startswith("cifar"):
+        write_cifar(root, monkeypatch, CIFAR100 if config == "cifar100.yaml" else CIFAR10)
+    elif config == "folder.yaml":
+        write_folder(root)
+    elif config.startswith("lfw"):
+        write_lfw(root, folds=10)
+    else:
+        return []
+    arguments = [f"--data.root={root}", "--data.batch_size=16"]
+    if config == "lfw.yaml":
+        write_folder(root / "faces", ("train",))
+        arguments += [f"--data.train_root={root / 'faces' / 'train'}", "--model.pca_components=4"]
+    return arguments
+
+
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_config_runs(config: Path, tmp_path: Path) -> None:
-    data = []
-    if "MNIST" in config.read_text():
-        write_mnist(tmp_path)
-        data = [f"--data.root={tmp_path}"]
+@pytest.mark.filterwarnings("ignore:.*were not embedded")  # in the one batch of a fast_dev_run
+def test_every_shipped_config_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = small_data(config.name, tmp_path / "small", monkeypatch)
     cli = main(["fit", "--config", config.name, "--trainer.fast_dev_run=true", *QUIET, *data])
     assert cli is not None
     assert cli.trainer.global_step == 1
@@ -200,7 +218,10 @@ def test_a_config_in_the_working_directory_comes_first(capsys: pytest.CaptureFix
 def test_configs_lists_them_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["digits.yaml", "mnist.yaml", "mnist_2d.yaml"]
+    assert [line.split()[0] for line in lines] == sorted(path.name for path in CONFIGS.glob("*.yaml"))
+    assert {"digits.yaml", "mnist.yaml", "cifar10.yaml", "lfw.yaml", "folder.yaml"} <= {
+        line.split()[0] for line in lines
+    }
     assert all(len(line.split()) > 4 for line in lines)
 
 
@@ -217,6 +238,27 @@ def test_version_and_print_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["checkpoint"]["monitor"] == "val/loss"
 
 
+@pytest.mark.filterwarnings("ignore:No --ckpt_path")
+def test_predict_says_that_it_writes_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_lfw(tmp_path, folds=10)
+    args = ("--config", "lfw_fold.yaml", f"--data.root={tmp_path}", "--data.num_workers=0", *QUIET)
+    assert "VerificationModule gives embedding; have that in Python" in fails(capsys, "predict", *args)
+
+
+def test_the_data_class_may_be_another_than_the_configs(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    cli = main(
+        [
+            *("fit", "--config", "cifar10plus.yaml", "--trainer.fast_dev_run=true", *QUIET),
+            *("--data", "ImageFolderDataModule", f"--data.root={tmp_path}", "--data.image_size=16"),
+            *("--data.batch_size=8", "--data.num_workers=0"),
+        ]
+    )
+    assert cli is not None
+    assert cli.datamodule.augment.padding == 4  # what both classes take stays as the config says
+    assert cli.model.head.num_classes == 2
+
+
 def test_random_weights_are_not_scored_in_silence() -> None:
     with pytest.warns(UserWarning, match="RANDOM weights"):
         main(["test", "--config", "digits.yaml", *QUIET])
@@ -225,7 +267,7 @@ def test_random_weights_are_not_scored_in_silence() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["fit", "--config", "nope.yaml"], ["no config 'nope.yaml'", "digits.yaml, mnist.yaml, mnist_2d.yaml"]),
+        (["fit", "--config", "nope.yaml"], ["no config 'nope.yaml'", "digits.yaml, folder.yaml, lfw.yaml"]),
         (["configs", "--copy", "nope"], ["no config 'nope'", "digits.yaml"]),
         (["fit", "--config", "digits.yaml", "--model", "Nope"], ["Nope"]),
         (["fit", "--config", "digits.yaml", "--model.margni", "2"], ["margni"]),

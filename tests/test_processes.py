@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from .datamodules.formats import write_lfw
+
 # without batch normalisation, whose statistics are those of a process's own share
 MODULE = """
 from typing import Any
 from torch import nn
-from lsoftmax_lightning import ClassificationModule
+from lsoftmax_lightning import ClassificationModule, VerificationModule
 
 class Flat(nn.Sequential):
     num_features = 32
@@ -20,14 +22,20 @@ class Flat(nn.Sequential):
 class Module(ClassificationModule):
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(num_classes, backbone=Flat(nn.Flatten(), nn.Linear(64, 32), nn.Tanh()), **kwargs)
+
+class Faces(VerificationModule):
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, backbone=Flat(nn.Flatten(), nn.Linear(192, 32), nn.Tanh()), **kwargs)
 """
 
 
-def run(devices: int, *args: str) -> subprocess.CompletedProcess[str]:
+def run(
+    devices: int, *args: str, config: str = "digits.yaml", module: str = "Module"
+) -> subprocess.CompletedProcess[str]:
     Path("flat.py").write_text(MODULE)
     command = [
-        *(sys.executable, "-m", "lsoftmax_lightning", "fit", "--config", "digits.yaml"),
-        *("--model", "flat.Module", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"),
+        *(sys.executable, "-m", "lsoftmax_lightning", "fit", "--config", config),
+        *("--model", f"flat.{module}", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"),
         *(f"--trainer.devices={devices}", "--trainer.max_epochs=3", f"--trainer.logger.version=on{devices}"),
         *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
         *args,
@@ -50,6 +58,28 @@ def test_two_processes_are_as_one() -> None:
     assert results[0]["test/acc"] == pytest.approx(results[1]["test/acc"], abs=1e-6)
     assert results[0]["test/loss"] == pytest.approx(results[1]["test/loss"], rel=1e-3)
     assert results[0]["test/acc"] > 0.8
+
+
+def test_two_processes_augment_and_verify_as_one(tmp_path: Path) -> None:
+    write_lfw(tmp_path / "lfw", folds=4, count=5)  # 25 test images: batches of 8 leave one over
+    weights, results = [], []
+    for devices in (1, 2):
+        done = run(
+            devices,
+            *(f"--data.root={tmp_path / 'lfw'}", "--data.fold=4", "--data.image_size=8", "--data.batch_size=8"),
+            *("--data.crop_padding=2", "--trainer.max_steps=20", "--trainer.val_check_interval=2"),
+            "--model.pca_components=4",
+            config="lfw_fold.yaml",
+            module="Faces",
+        )
+        assert done.returncode == 0, done.stderr
+        folder = Path("runs/lfw_fold", f"on{devices}")
+        weights.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+        results.append(json.loads((folder / "results.json").read_text()))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
+    assert results[0] == pytest.approx(results[1], abs=1e-6)
+    assert 0.5 < results[0]["test/auc"] <= 1
 
 
 def test_a_batch_that_does_not_divide_is_one_error() -> None:

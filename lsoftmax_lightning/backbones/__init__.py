@@ -17,6 +17,9 @@ _PAPER: dict[str, dict[str, Any]] = {
     "digits": {"stem": 32, "blocks": [(32, 1), (64, 1)], "num_features": 64},
     "mnist": {"stem": 64, "blocks": [(64, 3), (64, 3), (64, 3)], "num_features": 256},
     "mnist_2d": {"blocks": [(32, 2), (64, 2), (128, 2)], "kernel_size": 5, "num_features": 2},
+    "cifar10": {"stem": 64, "blocks": [(64, 4), (96, 4), (128, 4)], "num_features": 256},
+    "cifar100": {"stem": 96, "blocks": [(96, 4), (192, 4), (384, 4)], "num_features": 512},
+    "lfw": {"stem": 64, "stem_stride": 2, "blocks": [(64, 4), (256, 4), (256, 4), (256, 4)], "num_features": 512},
 }
 
 

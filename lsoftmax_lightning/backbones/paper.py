@@ -11,13 +11,14 @@ from ..errors import InputError
 
 
 class PaperNet(nn.Module):
-    """Stacks of conv-BN-PReLU with 2x2 max pooling after each, then one linear layer: the feature.
+    """Stacks of conv-BN-PReLU, 2x2 max pooling after each of the first three, then one linear layer: the feature.
 
     Args:
         image_shape: Channels, height and width of the input.
         num_features: Width of the feature.
         blocks: Width and number of convolutions of each block.
         stem: Width of a first convolution before the blocks, if any.
+        stem_stride: Stride of that convolution.
         kernel_size: Side of the convolutions, odd.
         feature_norm: Whether batch normalisation follows the linear layer.
 
@@ -34,6 +35,7 @@ class PaperNet(nn.Module):
         num_features: int,
         blocks: Sequence[tuple[int, int]],
         stem: int | None = None,
+        stem_stride: int = 1,
         kernel_size: int = 3,
         feature_norm: bool = True,
     ) -> None:
@@ -43,24 +45,26 @@ class PaperNet(nn.Module):
                 f"kernel_size must be odd, so that the padding is the same on both sides, got {kernel_size}."
             )
         channels, height, width = image_shape
-        shrink = 2 ** len(blocks)
+        poolings = min(len(blocks), 3)
+        shrink = (1 if stem is None else stem_stride) * 2**poolings
         if min(height, width) < shrink:
-            raise InputError(f"{len(blocks)} poolings need images of at least {shrink} pixels, got {height}x{width}.")
+            raise InputError(f"this network needs images of at least {shrink} pixels, got {height}x{width}.")
         layers: list[nn.Module] = []
 
-        def convolution(out_channels: int) -> None:
+        def convolution(out_channels: int, stride: int = 1) -> None:
             nonlocal channels
             # no bias: the normalisation that follows would take it away again
-            conv = nn.Conv2d(channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+            conv = nn.Conv2d(channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
             layers.extend([conv, nn.BatchNorm2d(out_channels), nn.PReLU(out_channels)])
             channels = out_channels
 
         if stem is not None:
-            convolution(stem)
-        for block_width, depth in blocks:
+            convolution(stem, stem_stride)
+        for number, (block_width, depth) in enumerate(blocks):
             for _ in range(depth):
                 convolution(block_width)
-            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # as Caffe rounds
+            if number < poolings:
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))  # as Caffe rounds
         flat = channels * math.ceil(height / shrink) * math.ceil(width / shrink)
         layers.extend([nn.Flatten(), nn.Linear(flat, num_features)])
         if feature_norm:

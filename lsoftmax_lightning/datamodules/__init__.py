@@ -1,7 +1,19 @@
-"""The benchmarks of the paper as LightningDataModules."""
+"""The benchmarks of the paper as LightningDataModules, and your own images."""
 
 from .base import ImageDataModule
+from .cifar import CIFAR10DataModule, CIFAR100DataModule
 from .digits import DigitsDataModule
+from .folder import ImageFolderDataModule
+from .lfw import LFWDataModule, LFWFoldDataModule
 from .mnist import MNISTDataModule
 
-__all__ = ["DigitsDataModule", "ImageDataModule", "MNISTDataModule"]
+__all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DigitsDataModule",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "LFWDataModule",
+    "LFWFoldDataModule",
+    "MNISTDataModule",
+]

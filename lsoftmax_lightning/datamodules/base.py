@@ -1,10 +1,10 @@
-"""What the datamodules share: split, loaders, normalisation on the device."""
+"""What the datamodules share: split, loaders, augmentation and normalisation on the device."""
 
 from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningDataModule
@@ -13,53 +13,88 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..errors import DataError, InputError
-from .loader import BatchLoader, BatchSampler
+from ..transforms import RandomCropFlip
+from .loader import BatchLoader, BatchSampler, ImageStore
 
 
 class Images(NamedTuple):
     """Images, uint8 [N, channels, height, width], and their classes, int64 [N]."""
 
-    images: Tensor
+    images: ImageStore
     targets: Tensor
 
 
-class ImageDataModule(LightningDataModule):
-    """Images that fit in memory, served by the batch as uint8 and normalised on the device.
+def check_val_size(val_size: float) -> float:
+    """Returns ``val_size`` as what scikit-learn takes it for: a share below 1, or an integer.
 
-    A subclass states the class attributes and :meth:`load`, and a download in ``prepare_data``.
+    Raises:
+        InputError: If it is neither a share nor a number of images.
+    """
+    if 0 < val_size < 1:
+        return val_size
+    if val_size >= 1 and val_size == int(val_size):
+        return int(val_size)
+    raise InputError(f"val_size must be a share between 0 and 1 or a number of images, got {val_size}.")
+
+
+def stratified_split(targets: Tensor, val_size: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of those to validate on, with the classes in proportion.
+
+    Args:
+        targets: The classes, [N].
+        val_size: How many images to validate on: a number, or a share below 1.
+        seed: Of the split.
+
+    Raises:
+        InputError: If a class is left out of a part.
+    """
+    try:
+        train, val = train_test_split(
+            torch.arange(len(targets)), test_size=val_size, stratify=targets, random_state=seed
+        )
+    except ValueError as error:
+        raise InputError(f"val_size {val_size} does not split {len(targets)} images: {error}") from error
+    return train, val
+
+
+class BatchDataModule(LightningDataModule):
+    """Images served by the batch as uint8, augmented and normalised on the device.
+
+    A subclass states the attributes below but ``augment``, on the class or before it calls this ``__init__``;
+    :meth:`load_train_val` and :meth:`load_test`; and a download in ``prepare_data``.
 
     Args:
         batch_size: Global batch size in training: with four devices each takes a quarter. Training leaves out a last
             batch that is not whole.
-        val_size: Training images held out for validation, stratified by class: a number, or a share below 1. The
-            paper's choice is a tenth (section 5).
-        split_seed: Seed of that split; it does not follow ``seed_everything``, so that every run validates on the
-            same images.
+        crop_padding: In training, pixels of black around an image, which is then cropped back at a random place.
+        flip: In training, whether half of the images are mirrored left and right.
 
     Attributes:
         class_names: Name of each class.
         image_shape: Channels, height and width.
         mean: Mean of each channel over the training images, in 0 .. 1.
         std: Likewise the standard deviation.
+        num_workers: Processes that read batches of images that are not in memory.
+        augment: What training does to uint8 images on the device, or None; a subclass may set its own, see
+            :class:`~lsoftmax_lightning.transforms.RandomCropFlip`.
 
     Raises:
         InputError: If a setting is out of range.
     """
 
-    class_names: ClassVar[tuple[str, ...]]
-    image_shape: ClassVar[tuple[int, int, int]]
-    mean: ClassVar[tuple[float, ...]]
-    std: ClassVar[tuple[float, ...]]
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_workers = 0
+    augment: RandomCropFlip | None
 
-    def __init__(self, batch_size: int = 256, val_size: float = 0.1, split_seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 256, crop_padding: int = 0, flip: bool = False) -> None:
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
-        if not (0 < val_size < 1 or (val_size >= 1 and val_size == int(val_size))):
-            raise InputError(f"val_size must be a share between 0 and 1 or a number of images, got {val_size}.")
         self.batch_size = batch_size
-        self.val_size = val_size if val_size < 1 else int(val_size)
-        self.split_seed = split_seed
+        self.augment = RandomCropFlip(crop_padding, flip) if crop_padding or flip else None
         self.normalize = v2.Compose(
             [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std))]
         )
@@ -70,30 +105,27 @@ class ImageDataModule(LightningDataModule):
         return len(self.class_names)
 
     @abstractmethod
-    def load(self, train: bool) -> Images:
-        """Reads the training or the test images.
+    def load_train_val(self) -> tuple[Images, Images]:
+        """Reads the images to train on and those to validate on.
+
+        Raises:
+            DataError: If they are missing or damaged.
+        """
+
+    @abstractmethod
+    def load_test(self) -> Images:
+        """Reads the test images.
 
         Raises:
             DataError: If they are missing or damaged.
         """
 
     def setup(self, stage: str) -> None:
-        """Reads and splits, once; ``stage`` is that of the Trainer."""
+        """Reads, once; ``stage`` is that of the Trainer."""
         if stage in ("fit", "validate") and not hasattr(self, "train_data"):
-            images, targets = self._checked(self.load(train=True))
-            try:
-                train, val = train_test_split(
-                    torch.arange(len(targets)),
-                    test_size=self.val_size,
-                    stratify=targets,
-                    random_state=self.split_seed,
-                )
-            except ValueError as error:
-                raise InputError(f"val_size {self.val_size} does not split {len(targets)} images: {error}") from error
-            self.train_data = Images(images[train], targets[train])
-            self.val_data = Images(images[val], targets[val])
+            self.train_data, self.val_data = self.load_train_val()
         if stage in ("test", "predict") and not hasattr(self, "test_data"):
-            self.test_data = self._checked(self.load(train=False))
+            self.test_data = self.load_test()
 
     def _checked(self, data: Images) -> Images:
         if len(data.images) != len(data.targets) or len(data.targets) == 0:
@@ -110,9 +142,10 @@ class ImageDataModule(LightningDataModule):
         return data
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled batches of (uint8 images, classes)."""
+        """Shuffled batches of (uint8 images, classes), with draws where the images are to be augmented."""
         overfit = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
-        return self._loader(self.train_data, shuffle=not overfit, drop_last=True)
+        num_draws = self.augment.num_draws if self.augment else 0
+        return self._loader(self.train_data, shuffle=not overfit, drop_last=True, num_draws=num_draws)
 
     def val_dataloader(self) -> BatchLoader:
         """Batches of (uint8 images, classes), in order."""
@@ -126,16 +159,69 @@ class ImageDataModule(LightningDataModule):
         """The test images, in order."""
         return self._loader(self.test_data)
 
-    def _loader(self, data: Images, shuffle: bool = False, drop_last: bool = False) -> BatchLoader:
+    def _loader(self, data: Images, shuffle: bool = False, drop_last: bool = False, num_draws: int = 0) -> BatchLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # the seed of seed_everything, as the Trainer takes it for its own samplers
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         sampler = BatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, seed)
-        return BatchLoader(data.images, data.targets, sampler)
+        num_workers = 0 if isinstance(data.images, Tensor) else self.num_workers
+        return BatchLoader(data.images, data.targets, sampler, num_draws, num_workers)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Normalises the images, on the device."""
-        images, targets = batch
+        """Augments training images and normalises all, on the device."""
+        images, targets, *draws = batch
+        if self.augment and draws:
+            images = self.augment(images, *draws)
         images = self.normalize(images)
         # the Trainer's precision (bf16-true, say) was applied before the images were floats
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images, targets
+
+
+class ImageDataModule(BatchDataModule):
+    """A set of training images, from which those for validation are split off, and one of test images.
+
+    A subclass states the attributes of :class:`BatchDataModule`, and :meth:`load`.
+
+    Args:
+        batch_size: As :class:`BatchDataModule`.
+        val_size: Training images held out for validation, stratified by class: a number, or a share below 1. The
+            paper's choice is a tenth (section 5).
+        split_seed: Seed of that split; it does not follow ``seed_everything``, so that every run validates on the
+            same images.
+        **kwargs: As :class:`BatchDataModule`: ``crop_padding``, ``flip``.
+
+    Raises:
+        InputError: If a setting is out of range.
+    """
+
+    def __init__(self, batch_size: int = 256, val_size: float = 0.1, split_seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(batch_size, **kwargs)
+        self.val_size = check_val_size(val_size)
+        self.split_seed = split_seed
+
+    @abstractmethod
+    def load(self, train: bool) -> Images:
+        """Reads the training or the test images.
+
+        Raises:
+            DataError: If they are missing or damaged.
+        """
+
+    def load_train_val(self) -> tuple[Images, Images]:
+        """Reads the training images and splits them.
+
+        Raises:
+            DataError: If they are missing or damaged.
+            InputError: If ``val_size`` does not split them.
+        """
+        images, targets = self._checked(self.load(train=True))
+        train, val = stratified_split(targets, self.val_size, self.split_seed)
+        return Images(images[train], targets[train]), Images(images[val], targets[val])
+
+    def load_test(self) -> Images:
+        """Reads the test images.
+
+        Raises:
+            DataError: If they are missing or damaged.
+        """
+        return self._checked(self.load(train=False))

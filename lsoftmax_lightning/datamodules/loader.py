@@ -1,14 +1,26 @@
-"""Whole batches out of tensors in memory, divided over the processes of a run."""
+"""Whole batches out of images in memory or in files, divided over the processes of a run."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..errors import InputError
+
+
+class ImageStore(Protocol):
+    """What images may be kept in: a tensor, or anything that an index tensor makes into one."""
+
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Images [N, C, H, W] for an index [N]."""
 
 
 class BatchSampler:
@@ -60,16 +72,19 @@ class BatchSampler:
         """Chooses the shuffle of an epoch; the Trainer calls it."""
         self.epoch = epoch
 
+    def generator(self, purpose: str = "") -> torch.Generator:
+        """A generator for this epoch and purpose, the same on every process."""
+        # hashed: with a sum, epoch 1 of seed 0 would be epoch 0 of seed 1
+        seed = random.Random(f"{self.seed} {self.epoch}{purpose}").getrandbits(32)
+        return torch.Generator().manual_seed(seed)
+
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size)
         return whole + (not self.drop_last and self.rank < rest)
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.shuffle:
-            # hashed: with a sum, epoch 1 of seed 0 would be epoch 0 of seed 1
-            seed = random.Random(f"{self.seed} {self.epoch}").getrandbits(32)
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(self.num_samples, generator=generator)
+            order = torch.randperm(self.num_samples, generator=self.generator())
         else:
             order = torch.arange(self.num_samples)
         for batch in torch.split(order, self.batch_size)[: len(self)]:
@@ -77,22 +92,43 @@ class BatchSampler:
 
 
 class BatchLoader:
-    """An iterable of (images, targets) batches; indexing the whole batch at once leaves nothing to a worker process.
+    """An iterable of (images, targets) batches, or of (images, targets, draws) for an augmentation.
+
+    Images in memory are indexed by the whole batch, which leaves nothing to a worker process; those in files are read
+    by ``num_workers`` of them. The draws belong to seed, epoch and sample, so neither the number of processes nor that
+    of workers changes an augmented image.
 
     Args:
         images: All images, [N, ...].
         targets: Their classes, [N].
         sampler: Which samples make which batch.
+        num_draws: How many draws, uniform on [0, 1), go with each sample.
+        num_workers: Processes that read batches ahead.
     """
 
     batch_sampler = None  # where there is a sampler, Lightning looks for this too
 
-    def __init__(self, images: Tensor, targets: Tensor, sampler: BatchSampler) -> None:
+    def __init__(
+        self, images: ImageStore, targets: Tensor, sampler: BatchSampler, num_draws: int = 0, num_workers: int = 0
+    ) -> None:
         self.images, self.targets, self.sampler = images, targets, sampler
+        self.num_draws, self.num_workers = num_draws, num_workers
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in self.sampler:
-            yield self.images[index], self.targets[index]
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.images[index], self.targets[index], index
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        draws = torch.rand(len(self.targets), self.num_draws, generator=self.sampler.generator(" draws"))
+        # with a generator of its own the loader takes no draw from the model's
+        loader: DataLoader[Any] = DataLoader(
+            self,  # type: ignore[arg-type] # indexed by batch, not by sample
+            batch_size=None,
+            sampler=self.sampler,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+        )
+        for images, targets, index in loader:
+            yield (images, targets, draws[index]) if self.num_draws else (images, targets)

@@ -2,5 +2,6 @@
 
 from .base import LSoftmaxModule
 from .classification import ClassificationModule
+from .verification import VerificationModule
 
-__all__ = ["ClassificationModule", "LSoftmaxModule"]
+__all__ = ["ClassificationModule", "LSoftmaxModule", "VerificationModule"]

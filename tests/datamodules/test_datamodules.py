@@ -1,7 +1,6 @@
 """Split, batches, normalisation, and what is said about bad files."""
 
 import gzip
-import struct
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,7 @@ from lsoftmax_lightning.datamodules.loader import BatchSampler
 from lsoftmax_lightning.errors import DataError, InputError
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
-
-
-def write_mnist(root: Path, train: int = 400, test: int = 100) -> None:
-    """Generated images in MNIST's own format."""
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    for part, count in (("train", train), ("t10k", test)):
-        images = torch.randint(256, (count, 28, 28), generator=generator, dtype=torch.uint8)
-        labels = (torch.arange(count) % 10).to(torch.uint8)
-        header = struct.pack(">IIII", 0x803, count, 28, 28)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + labels.numpy().tobytes())
+from .formats import write_mnist
 
 
 def test_digits_are_real_split_by_class_and_disjoint() -> None:

@@ -1,0 +1,232 @@
+"""Images in files: decoded once into memory, or by workers for each batch where they are too many for that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image, ImageOps
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..errors import DataError, InputError
+from .base import BatchDataModule, Images
+from .loader import ImageStore
+
+
+class Files(NamedTuple):
+    """Paths of images, the class of each, and whether every one of them is needed, even if unreadable ones are not."""
+
+    paths: list[Path]
+    targets: list[int]
+    needed: bool = False
+
+
+_NAMED = 10  # files that an error names
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted by name; hidden ones are left out.
+
+    Raises:
+        DataError: If the folder is not there, or holds files beside its folders, which no class would take.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder.absolute()} is not there; it must hold one folder of images for each class.")
+    entries = _visible(folder)
+    files = [entry.name for entry in entries if not entry.is_dir()]
+    if files:
+        raise DataError(f"{folder} must hold class folders alone; take away {', '.join(files[:_NAMED])}.")
+    return entries
+
+
+def list_files(folders: Sequence[Path]) -> Files:
+    """The files in class folders, each with the number of its folder as its class; hidden ones are left out.
+
+    Raises:
+        DataError: If a folder is empty.
+    """
+    contents = [_visible(folder) for folder in folders]
+    empty = [str(folder) for folder, files in zip(folders, contents, strict=True) if not files]
+    if empty:
+        raise DataError(f"every class folder must hold an image; these are empty: {', '.join(empty[:_NAMED])}.")
+    return Files(
+        [path for files in contents for path in files],
+        [target for target, files in enumerate(contents) for _ in files],
+    )
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def read_image(path: Path, size: tuple[int, int]) -> Tensor:
+    """Reads a file, turned as its EXIF data say, in colour, scaled to cover ``size`` and cropped to its middle.
+
+    Grey images and palettes become colours; what is transparent loses its transparency; an animation gives its first
+    frame.
+
+    Args:
+        path: A file of any format that Pillow reads.
+        size: Height and width.
+
+    Returns:
+        uint8 [3, height, width].
+
+    Raises:
+        ValueError: If a pixel has more than 8 bits a channel, of which Pillow would keep the wrong ones.
+        Exception: Whatever the decoder raises on a damaged file.
+    """
+    with Image.open(path) as image:
+        if image.mode[0] in "IF":
+            raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
+        upright = ImageOps.exif_transpose(image)
+        if "transparency" in upright.info:  # of a palette, which Pillow converts in two steps
+            upright = upright.convert("RGBA")
+        pixels = np.array(ImageOps.fit(upright.convert("RGB"), size[::-1]))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class ImageFiles:
+    """Images read from their files whenever a batch asks for them.
+
+    Args:
+        paths: The files.
+        size: Height and width of the images, as :func:`read_image` makes them.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int]) -> None:
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return torch.stack([read_image(self.paths[i], self.size) for i in index.tolist()])
+
+
+class _FirstReading:
+    """Chunks of images, zeros where one cannot be read, and what is the matter with those."""
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int], keep: bool) -> None:
+        self.paths, self.size, self.keep = paths, size, keep
+
+    def __getitem__(self, chunk: range) -> tuple[Tensor, dict[int, str]]:
+        images = torch.zeros(len(chunk) if self.keep else 0, 3, *self.size, dtype=torch.uint8)
+        problems = {}
+        for row, number in enumerate(chunk):
+            try:
+                image = read_image(self.paths[number], self.size)
+            except Exception as error:  # decoders raise whatever they meet in a damaged file
+                problems[number] = str(error) or type(error).__name__
+                continue
+            if self.keep:
+                images[row] = image
+        return images, problems
+
+
+class FileDataModule(BatchDataModule):
+    """Images in files of any kind and size; a subclass says which.
+
+    Args:
+        image_size: Side of the square images, or height and width. An image is scaled to cover that and its middle cut
+            out.
+        mean: Mean of each colour, in 0 .. 1; by default that of ImageNet, as pretrained backbones want it.
+        std: Likewise the standard deviation.
+        memory_gib: The images are kept in memory while all of them take no more than this, in GiB and for each
+            process; beyond it every batch is read from the files.
+        num_workers: Processes that read the files; by default one for each of torch's threads, up to 8.
+        skip_unreadable: Whether to leave out, and count in a warning, files for training that are no readable images,
+            instead of naming them in an error.
+        **kwargs: As :class:`BatchDataModule`: ``batch_size``, ``crop_padding``, ``flip``.
+
+    Raises:
+        InputError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        memory_gib: float = 4.0,
+        num_workers: int | None = None,
+        skip_unreadable: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(height, width) < 1:
+            raise InputError(f"image_size must be at least one pixel, got {image_size}.")
+        if min(std) <= 0:
+            raise InputError(f"std must be above 0, got {std}.")
+        if num_workers is None:
+            num_workers = min(8, torch.get_num_threads())
+        if num_workers < 0 or not memory_gib >= 0:
+            raise InputError(f"num_workers and memory_gib must be 0 or more, got {num_workers} and {memory_gib}.")
+        self.image_shape, self.mean, self.std = (3, height, width), mean, std
+        super().__init__(**kwargs)
+        self.memory_gib = memory_gib
+        self.num_workers = num_workers
+        self.skip_unreadable = skip_unreadable
+
+    def read(self, *parts: Files) -> list[Images]:
+        """Reads files under a progress bar; decodes each once even where the images are not kept.
+
+        Raises:
+            DataError: If a file is no readable image; it names all of them, up to a screen.
+        """
+        paths = [path for part in parts for path in part.paths]
+        size = self.image_shape[1:]
+        in_memory = len(paths) * math.prod(self.image_shape) <= self.memory_gib * 2**30
+        store = torch.empty(len(paths) if in_memory else 0, *self.image_shape, dtype=torch.uint8)
+        chunks = [range(len(paths))[start : start + 256] for start in range(0, len(paths), 256)]
+        reading = iter(
+            DataLoader(
+                _FirstReading(paths, size, keep=in_memory),  # type: ignore[arg-type] # indexed by chunk
+                batch_size=None,
+                sampler=chunks,
+                num_workers=self.num_workers,
+            )
+        )  # its processes start before the progress bar's thread
+        hidden = self.trainer and (self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero)
+        problems: dict[int, str] = {}
+        for chunk in track(chunks, "Reading images", disable=bool(hidden)):
+            store[chunk.start : chunk.stop], found = next(reading)
+            problems |= found
+        if problems:
+            self._report(parts, problems)
+
+        data, start = [], 0
+        for part in parts:
+            numbers = [n for n in range(start, start + len(part.paths)) if n not in problems]
+            targets = torch.tensor([part.targets[n - start] for n in numbers], dtype=torch.int64)
+            lost = set(part.targets).difference(targets.tolist())
+            if lost:
+                first = part.paths[part.targets.index(min(lost))].parent
+                raise DataError(f"no readable image is left in {first} (and {len(lost) - 1} other class folders).")
+            rows = store[start : start + len(part.paths)]
+            start += len(part.paths)
+            images: ImageStore
+            if not in_memory:
+                images = ImageFiles([paths[n] for n in numbers], size)
+            else:
+                images = rows if len(rows) == len(numbers) else store[numbers]
+            data.append(Images(images, targets))
+        return data
+
+    def _report(self, parts: Sequence[Files], problems: dict[int, str]) -> None:
+        files = [(path, part.needed) for part in parts for path in part.paths]
+        named = [f"\n  {files[number][0]}: {problem}" for number, problem in list(problems.items())[:_NAMED]]
+        more = "\n  ..." * (len(problems) > _NAMED)
+        message = f"{len(problems)} of {len(files)} files are no readable images:{''.join(named)}{more}"
+        if any(files[number][1] for number in problems):
+            raise DataError(f"{message}\nMend them: pairs need them.")
+        if not self.skip_unreadable:
+            raise DataError(f"{message}\nMend them or take them away, or leave them out with skip_unreadable=true.")
+        rank_zero_warn(f"Skipping {message}")

@@ -1,0 +1,201 @@
+"""Faces: training on folders of identities, verification on the pairs of LFW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from ..errors import DataError, InputError
+from .base import Images
+from .files import FileDataModule, Files, class_folders, list_files
+
+
+class Pair(NamedTuple):
+    """Two images as person and number, and the fold they are of, from 1."""
+
+    first: tuple[str, int]
+    second: tuple[str, int]
+    fold: int
+
+    @property
+    def people(self) -> set[str]:
+        """One name, or two."""
+        return {self.first[0], self.second[0]}
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Reads LFW's ``pairs.txt``.
+
+    The first line has the number of folds and that of pairs of either kind in each; then, for each fold, come lines
+    ``person n1 n2`` of same pairs and ``person n1 other n2`` of different ones, separated by tabs.
+
+    Raises:
+        DataError: If the file is missing or not of this form, or a pair comes twice.
+    """
+    if not path.is_file():
+        raise DataError(f"{path.absolute()} is not there; it is LFW's list of pairs, to lie beside the folder images.")
+    header, *lines = path.read_text().split("\n")  # CRLF goes with strip()
+    match header.split():
+        case [folds_, count_] if folds_.isdecimal() and count_.isdecimal() and int(count_):
+            folds, count = int(folds_), int(count_)
+        case _:
+            raise DataError(
+                f"{path}: the first line must be the number of folds and that of pairs of a kind, such as '10 300', "
+                f"got {header!r}."
+            )
+    pairs: list[Pair] = []
+    seen: dict[frozenset[tuple[str, int]], int] = {}
+    for number, line in enumerate(lines, start=2):
+        if not line.strip():
+            continue
+        pair = _pair(line, fold=len(pairs) // (2 * count) + 1, same=len(pairs) % (2 * count) < count)
+        if pair is None:
+            raise DataError(f"{path}, line {number}: no pair of the kind that belongs here: {line.strip()!r}.")
+        key = frozenset(pair[:2])
+        if key in seen:
+            raise DataError(f"{path}, line {number}: the pair of line {seen[key]} again: {line.strip()!r}.")
+        seen[key] = number
+        pairs.append(pair)
+    if len(pairs) != 2 * folds * count:
+        raise DataError(f"{path}: the first line announces {folds} x 2 x {count} pairs, but {len(pairs)} follow.")
+    return pairs
+
+
+def _pair(line: str, fold: int, same: bool) -> Pair | None:
+    """The pair of a line, if it is of this kind."""
+    match line.strip().split("\t"):
+        case [person, first, second] if same and first.isdecimal() and second.isdecimal() and int(first) != int(second):
+            return Pair((person, int(first)), (person, int(second)), fold)
+        case [person, first, other, second] if (
+            not same and first.isdecimal() and second.isdecimal() and person != other
+        ):
+            return Pair((person, int(first)), (other, int(second)), fold)
+    return None
+
+
+class PairsDataModule(FileDataModule):
+    """What verification on LFW has in common, whoever is trained on; a subclass sets the attributes.
+
+    Validation and test images come once each, as (image, its number), and the pairs tell of these numbers.
+
+    Args:
+        root: Folder of LFW: ``pairs.txt`` and ``images/<Person>/<Person>_<nnnn>.jpg``, aligned like the training
+            images.
+        image_size: Side of the square images, or height and width. An image is scaled to cover that and its middle cut
+            out.
+        **kwargs: As :class:`FileDataModule`; pairs need their images, ``skip_unreadable`` or not.
+
+    Attributes:
+        train_files: The images to train on; ``val_files`` and ``test_files`` those of the pairs.
+        val_pairs: int64 [P, 4]: number of the one image and of the other, 1 for the same person or 0, and the fold
+            (0 to fit the threshold on alone).
+        test_pairs: Likewise.
+
+    Raises:
+        DataError: If files are missing, or ``pairs.txt`` is damaged.
+        InputError: If a setting is out of range.
+    """
+
+    train_files: Files
+    val_files: Files
+    test_files: Files
+    val_pairs: Tensor
+    test_pairs: Tensor
+
+    def __init__(self, root: str, image_size: int | tuple[int, int] = (112, 96), **kwargs: Any) -> None:
+        super().__init__(image_size, **kwargs)
+        self.root = Path(root)
+        self.pairs = read_pairs(self.root / "pairs.txt")
+
+    def number_images(self, pairs: Sequence[Pair]) -> tuple[Files, Tensor]:
+        """The images of pairs, once each, and the pairs as numbers of these.
+
+        Raises:
+            DataError: If an image is missing.
+        """
+        numbers: dict[tuple[str, int], int] = {}
+        rows = [
+            [*(numbers.setdefault(image, len(numbers)) for image in pair[:2]), len(pair.people) == 1, pair.fold]
+            for pair in pairs
+        ]
+        paths = [self.root / "images" / person / f"{person}_{number:04d}.jpg" for person, number in numbers]
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(paths)} images that pairs.txt names are not there, such as {missing[0]}."
+            )
+        return Files(paths, list(range(len(paths))), needed=True), torch.tensor(rows)
+
+    def load_train_val(self) -> tuple[Images, Images]:
+        """Reads all parts, the test images too, so that one error before any work names all bad files."""
+        train_data, val_data, self.test_data = self.read(self.train_files, self.val_files, self.test_files)
+        return self._checked(train_data), val_data
+
+    def load_test(self) -> Images:
+        """Reads the test images."""
+        (test_data,) = self.read(self.test_files)
+        return test_data
+
+
+class LFWDataModule(PairsDataModule):
+    """Trains on a folder of identities (CASIA-WebFace, say), validates and tests on the 6,000 pairs of LFW.
+
+    All pairs are in both parts: watch the figures of validation, but choose no checkpoint by them. Identities that
+    are people of LFW by name are told in a warning.
+
+    Args:
+        train_root: Folder of ``<identity>/*``.
+        root: Folder of LFW, see :class:`PairsDataModule`.
+        **kwargs: As :class:`PairsDataModule`.
+    """
+
+    def __init__(self, train_root: str, root: str = "data/lfw", **kwargs: Any) -> None:
+        super().__init__(root, **kwargs)
+        folders = class_folders(Path(train_root))
+        self.class_names = tuple(folder.name for folder in folders)
+        self.train_files = list_files(folders)
+        self.val_files, self.val_pairs = self.test_files, self.test_pairs = self.number_images(self.pairs)
+        people = {_plain(person) for pair in self.pairs for person in pair.people}
+        known = [name for name in self.class_names if _plain(name) in people]
+        if known:
+            rank_zero_warn(
+                f"{len(known)} of {len(folders)} identities in {train_root} are people of LFW by name, such as "
+                f"{', '.join(known[:3])}: figures on LFW will not be those of unseen people. Take these folders away."
+            )
+
+
+class LFWFoldDataModule(PairsDataModule):
+    """Trains on people of LFW itself and tests on those of one fold: no outside data.
+
+    Of the nine other folds the one before (the last, before fold 1) is held out too, for validation and for the
+    threshold: on people a network was trained on, all pairs look easy, and a threshold from them is of no use to
+    others. The network trains on all images of the people of the remaining eight.
+
+    Args:
+        root: Folder of LFW, see :class:`PairsDataModule`.
+        fold: The fold to test on, from 1.
+        **kwargs: As :class:`PairsDataModule`.
+    """
+
+    def __init__(self, root: str = "data/lfw", fold: int = 10, **kwargs: Any) -> None:
+        super().__init__(root, **kwargs)
+        folds = self.pairs[-1].fold
+        if folds < 3 or not 1 <= fold <= folds:
+            raise InputError(f"fold must be one of the {folds} of pairs.txt (which must have 3 at least), got {fold}.")
+        val_fold = fold - 1 or folds
+        val, test = ([pair for pair in self.pairs if pair.fold == number] for number in (val_fold, fold))
+        # the threshold of validation is fitted within its fold, in ten parts
+        self.val_files, self.val_pairs = self.number_images([p._replace(fold=i % 10 + 1) for i, p in enumerate(val)])
+        self.test_files, self.test_pairs = self.number_images([*(p._replace(fold=0) for p in val), *test])
+        held_out = set().union(*(pair.people for pair in [*val, *test]))
+        self.class_names = tuple(sorted(set().union(*(pair.people for pair in self.pairs)) - held_out))
+        self.train_files = list_files([self.root / "images" / person for person in self.class_names])
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(" ", "_")

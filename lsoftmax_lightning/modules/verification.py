@@ -1,0 +1,91 @@
+"""Face verification with an L-Softmax head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..metrics import PairVerification
+from .base import LSoftmaxModule
+
+
+class VerificationModule(LSoftmaxModule):
+    """Trains as a classifier of identities; validates and tests on pairs of images of people it may never have seen.
+
+    Validation and test batches are (images, their numbers), each image once; the pairs of these numbers are what the
+    Trainer's datamodule offers as ``val_pairs`` and ``test_pairs``, see
+    :class:`~lsoftmax_lightning.metrics.PairVerification`. Logs its figures as ``val/acc``, ``val/auc`` and so on, and
+    so for test. There is no ``val/loss``: the people are of no class.
+
+    Args:
+        num_classes: Number of identities. The command line takes it from the data.
+        backbone: As :class:`LSoftmaxModule`.
+        pca_components: Width to which PCA brings the embeddings, if any (the paper's choice, section 5).
+        mirror: Whether the embedding is the mean of those of the image and its mirror image.
+        **kwargs: As :class:`LSoftmaxModule`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str | nn.Module,
+        pca_components: int | None = None,
+        mirror: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, backbone, **kwargs)
+
+    def configure_verification(self, pairs: Tensor) -> PairVerification:
+        """The metric of an evaluation on ``pairs``, int64 [P, 4]."""
+        return PairVerification(pairs, self.hparams["pca_components"])
+
+    def represent(self, images: Tensor) -> Tensor:
+        """Embeddings [N, D] that are compared, of images [N, channels, height, width]."""
+        features = self.embed(images)
+        return (features + self.embed(images.flip(3))) / 2 if self.hparams["mirror"] else features
+
+    def on_validation_epoch_start(self) -> None:
+        """Asks the data for the pairs."""
+        self._begin("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Asks the data for the pairs."""
+        self._begin("test")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Embeds images."""
+        images, numbers = batch
+        self.verification.update(self.represent(images), numbers)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Compares the pairs."""
+        self._end("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Compares the pairs."""
+        self._end("test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Embeddings, [N, D], for images or (images, numbers)."""
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return {"embedding": self.represent(images)}
+
+    def _begin(self, stage: str) -> None:
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        pairs = getattr(datamodule, f"{stage}_pairs", None)
+        if pairs is None:
+            raise InputError(
+                f"VerificationModule needs a datamodule that offers {stage}_pairs, as LFWDataModule does; got "
+                f"{type(datamodule).__name__}."
+            )
+        self.verification = self.configure_verification(pairs).to(self.device)
+
+    def _end(self, stage: str) -> None:
+        if self.trainer.sanity_checking:  # which embeds some images alone
+            return
+        figures = {f"{stage}/{name}": figure.float() for name, figure in self.verification.compute().items()}
+        self.log_dict(figures, prog_bar=False, sync_dist=True)

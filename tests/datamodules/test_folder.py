@@ -1,0 +1,259 @@
+"""Folders of images: what is read, what is refused, and that memory and files give the same."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lsoftmax_lightning.datamodules import ImageFolderDataModule
+from lsoftmax_lightning.datamodules.files import read_image
+from lsoftmax_lightning.errors import DataError, InputError
+
+from ..conftest import make_model, make_trainer
+from .formats import write_folder, write_image
+
+
+def make(root: Path, **settings: Any) -> ImageFolderDataModule:
+    return ImageFolderDataModule(**{"root": str(root), "image_size": 8, "batch_size": 4, "num_workers": 0} | settings)
+
+
+def test_the_layout_says_classes_and_parts(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    data = make(tmp_path, val_size=4)
+    assert (data.class_names, data.num_classes, data.image_shape) == (("blue", "red"), 2, (3, 8, 8))
+    data.setup("fit")
+    parts = (data.train_data, data.val_data, data.test_data)
+    assert [part.targets.bincount().tolist() for part in parts] == [[8, 8], [2, 2], [10, 10]]
+    for images, targets in parts:
+        assert images.dtype == torch.uint8
+        assert (images[targets == 1].amin(dim=(0, 2, 3)) == torch.tensor([250, 0, 0])).all()
+        assert (images[targets == 0].amax(dim=(0, 2, 3)) == torch.tensor([0, 0, 250])).all()
+
+
+def test_a_val_folder_is_taken(tmp_path: Path) -> None:
+    write_folder(tmp_path, ("train", "test"))
+    write_folder(tmp_path, ("val",), count=3)
+    data = make(tmp_path)
+    data.setup("fit")
+    assert [len(part.targets) for part in (data.train_data, data.val_data, data.test_data)] == [20, 6, 20]
+
+
+def test_it_trains(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    data = make(tmp_path, crop_padding=1, flip=True)
+    trainer = make_trainer(max_epochs=3)
+    model = make_model(num_classes=2, image_shape=data.image_shape)
+    trainer.fit(model, data)
+    assert trainer.test(model, data, verbose=False)[0]["test/acc"] == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_files_and_memory_give_the_same_batches(num_workers: int, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for number, path in enumerate(sorted((tmp_path / "train").rglob("*.png"))):
+        write_image(path, (number * 10, 5, 5))
+    found = []
+    for memory_gib in (1, 0):
+        data = make(tmp_path, crop_padding=2, flip=True, memory_gib=memory_gib, num_workers=num_workers)
+        data.setup("fit")
+        assert isinstance(data.train_data.images, torch.Tensor) == bool(memory_gib)
+        found.append([data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()])
+    assert len(found[0]) == 4
+    for (images, targets), (same_images, same_targets) in zip(*found, strict=True):
+        assert torch.equal(images, same_images)
+        assert torch.equal(targets, same_targets)
+
+
+def test_the_budget_is_of_all_images(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    size = 40 * 3 * 8 * 8 / 2**30
+    for memory_gib, in_memory in ((size, True), (size * 0.999, False)):
+        data = make(tmp_path, memory_gib=memory_gib)
+        data.setup("fit")
+        assert isinstance(data.test_data.images, torch.Tensor) == in_memory
+
+
+def test_augmentation_is_reproducible_and_new_each_epoch(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    data = make(tmp_path, crop_padding=2, flip=True)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in (0, 0, 1):
+        loader.sampler.set_epoch(epoch)
+        torch.rand(1)  # the draws do not come from the global generator
+        epochs.append(torch.cat([draws for _, _, draws in loader]))
+    assert torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[0], epochs[2])
+
+
+def test_loading_takes_no_draw_from_the_model(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    data = make(tmp_path, crop_padding=2)
+    data.setup("fit")
+    before = torch.get_rng_state()
+    list(data.train_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def saved(path: Path, image: Image.Image, **settings: Any) -> Path:
+    image.save(path, **settings)
+    return path
+
+
+def test_every_kind_of_image_becomes_colours(tmp_path: Path) -> None:
+    colour = Image.new("RGB", (12, 10), (200, 100, 50))
+    palette = colour.convert("P", palette=Image.Palette.ADAPTIVE)
+    for path in (
+        saved(tmp_path / "rgb.bmp", colour),
+        saved(tmp_path / "rgb.webp", colour, lossless=True),
+        saved(tmp_path / "rgba.png", Image.new("RGBA", (12, 10), (200, 100, 50, 0))),
+        saved(tmp_path / "palette.png", palette),
+        saved(tmp_path / "see-through.png", palette, transparency=b"\x00" * 3),
+    ):
+        image = read_image(path, (8, 6))
+        assert (image.dtype, image.shape) == (torch.uint8, (3, 8, 6))
+        assert image[:, 4, 3].tolist() == [200, 100, 50], path
+    for mode, values in (("L", [90] * 3), ("1", [255] * 3), ("LA", [90] * 3)):
+        fill: Any = {"L": 90, "1": 1, "LA": (90, 10)}[mode]
+        path = saved(tmp_path / f"{mode}.png", Image.new(mode, (12, 10), fill))
+        assert read_image(path, (8, 6))[:, 4, 3].tolist() == values
+    cmyk = saved(tmp_path / "cmyk.jpg", colour.convert("CMYK"), quality=100)
+    assert (read_image(cmyk, (8, 6))[:, 4, 3] - torch.tensor([200, 100, 50])).abs().max() < 5
+
+
+def test_an_image_is_scaled_to_cover_and_its_middle_kept(tmp_path: Path) -> None:
+    wide = np.zeros((10, 40, 3), dtype=np.uint8)
+    wide[:, 15:25] = 255  # the middle square
+    path = saved(tmp_path / "wide.png", Image.fromarray(wide))
+    assert read_image(path, (20, 20))[:, 5:15, 5:15].min() > 200
+    assert torch.equal(read_image(path, (10, 40)), torch.from_numpy(wide).permute(2, 0, 1))
+
+
+def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held sideways
+    sideways = np.zeros((8, 8, 3), dtype=np.uint8)
+    sideways[:, :4] = 255  # left of the file, top of the scene
+    path = saved(tmp_path / "photo.png", Image.fromarray(sideways), exif=exif)
+    upright = read_image(path, (8, 8))
+    assert upright[:, :4].min() == 255
+    assert upright[:, 4:].max() == 0
+
+
+def damaged(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    if kind == "deep":
+        Image.fromarray(noise[..., 0].astype(np.uint16)).save(buffer, "PNG")
+        return buffer.getvalue()
+    Image.fromarray(noise).save(buffer, "PNG" if kind == "broken" else "JPEG")
+    data = buffer.getvalue()
+    return {
+        "truncated": data[: len(data) // 2],
+        "broken": data[:60] + b"\x00" * 40 + data[100:],
+        "text": b"notes",
+        "empty": b"",
+    }[kind]
+
+
+DAMAGES = ("truncated", "broken", "text", "empty", "deep")
+
+
+@pytest.mark.parametrize("memory_gib", [1, 0])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_files_of_all_parts_are_named_in_one_error(memory_gib: float, num_workers: int, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for part in ("train", "test"):
+        for kind in DAMAGES:
+            (tmp_path / part / "red" / f"{kind}.jpg").write_bytes(damaged(kind))
+    (tmp_path / "train" / "blue" / "inner").mkdir()
+    with pytest.raises(DataError, match="11 of 51 files are no readable images") as caught:
+        make(tmp_path, memory_gib=memory_gib, num_workers=num_workers).setup("fit")
+    for part in (str(tmp_path / "train" / "red" / "deep.jpg"), "more than 8 bits", "...", "skip_unreadable"):
+        assert part in str(caught.value)
+    assert len(str(caught.value).splitlines()) < 20
+
+
+@pytest.mark.parametrize("memory_gib", [1, 0])
+def test_bad_files_are_skipped_with_a_count_when_asked(memory_gib: float, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for kind in DAMAGES:
+        (tmp_path / "train" / "red" / f"{kind}.jpg").write_bytes(damaged(kind))
+    (tmp_path / "test" / "blue" / "00.png").write_bytes(b"")
+    data = make(tmp_path, memory_gib=memory_gib, skip_unreadable=True)
+    with pytest.warns(UserWarning, match="Skipping 6 of 46 files"):
+        data.setup("fit")
+    assert len(data.train_data.targets) + len(data.val_data.targets) == 20
+    images, targets = data.test_data
+    assert len(images) == len(targets) == 20
+    everything = images[torch.arange(20)]
+    assert (everything[targets == 0].amax(dim=(0, 2, 3)) == torch.tensor([0, 0, 250])).all()
+    for batch in data.train_dataloader():
+        assert len(batch[0]) == 4
+
+
+def test_the_layout_is_checked_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone/train is not there; it must hold one folder of images for each class"):
+        make(tmp_path / "gone")
+    write_folder(tmp_path, ("train",))
+    with pytest.raises(DataError, match="test is not there"):
+        make(tmp_path)
+    write_folder(tmp_path, ("test",))
+    write_image(tmp_path / "test" / "green" / "0.png")
+    with pytest.raises(DataError, match=r"missing: \[\], too many: \['green'\]"):
+        make(tmp_path)
+    (tmp_path / "test" / "green").rename(tmp_path / "train" / "green")
+    with pytest.raises(DataError, match=r"missing: \['green'\], too many: \[\]"):
+        make(tmp_path)
+    (tmp_path / "train" / "green" / "0.png").rename(tmp_path / "stray.png")
+    (tmp_path / "test" / "green").mkdir()
+    with pytest.raises(DataError, match=r"these are empty: .*train/green"):
+        make(tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / part / "green").rmdir()
+    (tmp_path / "train" / ".DS_Store").touch()
+    (tmp_path / "train" / "red" / ".DS_Store").touch()
+    make(tmp_path).setup("fit")
+    (tmp_path / "stray.png").rename(tmp_path / "train" / "stray.png")
+    with pytest.raises(DataError, match=r"must hold class folders alone; take away stray.png"):
+        make(tmp_path)
+
+
+def test_one_class_is_no_classification(tmp_path: Path) -> None:
+    write_image(tmp_path / "train" / "red" / "0.png")
+    with pytest.raises(DataError, match="two class folders at least"):
+        make(tmp_path)
+
+
+def test_skipping_must_leave_an_image_of_each_class(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for path in (tmp_path / "test" / "red").iterdir():
+        path.write_bytes(b"")
+    data = make(tmp_path, skip_unreadable=True)
+    with pytest.warns(UserWarning, match="Skipping 10"), pytest.raises(DataError, match=r"is left in .*test/red"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"image_size": 0}, "image_size"),
+        ({"image_size": (8, -1)}, "image_size"),
+        ({"std": (0.2, 0.0, 0.2)}, "std"),
+        ({"num_workers": -1}, "num_workers"),
+        ({"memory_gib": -1}, "memory_gib"),
+        ({"memory_gib": float("nan")}, "memory_gib"),
+        ({"crop_padding": -1}, "padding"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"val_size": 0}, "val_size"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    with pytest.raises(InputError, match=said):
+        make(tmp_path, **settings)

@@ -1,0 +1,152 @@
+"""LFW's pairs: what is read, who is trained on, and what is said about bad files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lsoftmax_lightning.datamodules import LFWDataModule, LFWFoldDataModule
+from lsoftmax_lightning.datamodules.lfw import PairsDataModule, read_pairs
+from lsoftmax_lightning.errors import DataError, InputError
+
+from .formats import pairs_text, write_image, write_lfw
+
+SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "num_workers": 0}
+
+
+def told(data: PairsDataModule, part: str) -> list[tuple[str, str, bool, int]]:
+    """Pairs as their images' names."""
+    files, pairs = {"val": (data.val_files, data.val_pairs), "test": (data.test_files, data.test_pairs)}[part]
+    return [(files.paths[a].stem, files.paths[b].stem, bool(same), fold) for a, b, same, fold in pairs.tolist()]
+
+
+def test_the_pairs_are_those_of_the_file(tmp_path: Path) -> None:
+    write_lfw(tmp_path / "lfw", folds=2)
+    for number in range(5):
+        write_image(tmp_path / "faces" / f"identity {number % 2}" / f"{number}.jpg")
+    data = LFWDataModule(str(tmp_path / "faces"), str(tmp_path / "lfw"), **SMALL)
+    assert data.class_names == ("identity 0", "identity 1")
+    expected = [
+        ("Person_0A_0001", "Person_0A_0002", True, 1),
+        ("Person_0B_0001", "Person_0B_0002", True, 1),
+        ("Person_0A_0001", "Person_0B_0002", False, 1),
+        ("Person_0C_0001", "Person_0D_0002", False, 1),
+        ("Person_1A_0001", "Person_1A_0002", True, 2),
+        ("Person_1B_0001", "Person_1B_0002", True, 2),
+        ("Person_1A_0001", "Person_1B_0002", False, 2),
+        ("Person_1C_0001", "Person_1D_0002", False, 2),
+    ]
+    assert told(data, "test") == told(data, "val") == expected
+    data.setup("fit")
+    assert data.train_data.targets.tolist() == [0, 0, 0, 1, 1]
+    assert data.val_data.targets.tolist() == list(range(12))  # 16 places in the pairs, 12 images: each comes once
+    assert torch.equal(torch.cat([numbers for _, numbers in data.test_dataloader()]), torch.arange(12))
+
+
+@pytest.mark.parametrize(("fold", "val_fold"), [(1, 4), (2, 1), (4, 3)])
+def test_the_people_of_a_fold_are_held_out(fold: int, val_fold: int, tmp_path: Path) -> None:
+    write_lfw(tmp_path, folds=4, count=3)
+    write_image(tmp_path / "images" / "Person_0A" / "Person_0A_0003.jpg")  # in no pair, and trained on all the same
+    write_image(tmp_path / "images" / "Nobody" / "Nobody_0001.jpg")  # of no fold known, so not trained on
+    data = LFWFoldDataModule(str(tmp_path), fold, **SMALL)
+    trained_on = {name[7] for name in data.class_names}
+    assert trained_on == {str(number - 1) for number in {1, 2, 3, 4} - {fold, val_fold}}
+    paths = {path for person in data.class_names for path in (tmp_path / "images" / person).iterdir()}
+    assert set(data.train_files.paths) == paths
+    assert {(name[7], number > 0) for *pair, _, number in told(data, "test") for name in pair} == {
+        (str(fold - 1), True),
+        (str(val_fold - 1), False),
+    }
+    assert {name[7] for *pair, _, _ in told(data, "val") for name in pair} == {str(val_fold - 1)}
+    assert len({number for *_, number in told(data, "val")}) == 6  # as many parts as there are pairs, up to ten
+    data.setup("fit")
+    assert len(data.val_data.targets) == len(data.val_files.paths)
+    assert len(data.test_data.targets) == len(data.test_files.paths)
+
+
+def test_a_person_of_two_folds_is_not_trained_on(tmp_path: Path) -> None:
+    write_lfw(tmp_path, folds=4)
+    text = (tmp_path / "pairs.txt").read_text()
+    (tmp_path / "pairs.txt").write_text(text.replace("Person_0A\t1\tPerson_0B\t2", "Person_3A\t1\tPerson_0B\t2"))
+    assert "Person_3A" not in LFWFoldDataModule(str(tmp_path), 4, **SMALL).class_names
+
+
+@pytest.mark.parametrize("fold", [0, 4, -1])
+def test_the_fold_must_be_there(fold: int, tmp_path: Path) -> None:
+    write_lfw(tmp_path)
+    with pytest.raises(InputError, match=f"one of the 3 of pairs.txt .* got {fold}"):
+        LFWFoldDataModule(str(tmp_path), fold, **SMALL)
+
+
+def test_people_of_lfw_among_those_trained_on_are_reported(tmp_path: Path) -> None:
+    write_lfw(tmp_path / "lfw")
+    for name in ("person 1a", "Person_2B", "Somebody"):
+        write_image(tmp_path / "faces" / name / "0.jpg")
+    with pytest.warns(UserWarning, match=r"2 of 3 identities in .*faces are people of LFW by name, such as P"):
+        LFWDataModule(str(tmp_path / "faces"), str(tmp_path / "lfw"), **SMALL)
+
+
+def test_crlf_and_blank_lines_change_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.txt"
+    path.write_text(pairs_text())
+    expected = read_pairs(path)
+    assert len(expected) == 12
+    path.write_bytes(pairs_text().replace("\n", "\r\n").encode() + b"\r\n\r\n")
+    assert read_pairs(path) == expected
+
+
+def replace(old: str, new: str) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        assert old in text
+        return text.replace(old, new, 1)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: "", "the first line must be the number of folds"),
+        (replace("3\t2\n", ""), r"the first line must be .* got 'Person_0A\\t1\\t2'"),
+        (replace("3\t2", "300"), "the first line must be .* got '300'"),
+        (replace("3\t2", "4\t2"), "announces 4 x 2 x 2 pairs, but 12 follow"),
+        (replace("3\t2", "-3\t2"), "the first line must be"),
+        (replace("3\t2", "3\t0"), "the first line must be"),
+        (replace("3\t2", "3\t3"), r"line 4: no pair of the kind that belongs here: 'Person_0A\\t1\\tPerson_0B\\t2'"),
+        (replace("Person_0B\t1\t2", "Person_0B\t1\ttwo"), "line 3: no pair"),
+        (replace("Person_0B\t1\t2", "Person_0B\t1\t1"), "line 3: no pair"),
+        (replace("Person_0B\t1\t2", "Person_0B 1 2"), "line 3: no pair"),
+        (replace("\t1\tPerson_0B", "\t1\tPerson_0A"), "line 4: no pair"),
+        (replace("Person_0B\t1\t2", "Person_0A\t2\t1"), "line 3: the pair of line 2 again"),
+        (replace("Person_0C\t1\tPerson_0D\t2", "Person_0B\t2\tPerson_0A\t1"), "line 5: the pair of line 4 again"),
+        (lambda text: text + "Person_0A\t1\t2\n", "line 14: the pair of line 2 again"),
+        (lambda text: text[:-30], r"line 12: no pair .* 'Person_2A\\t1\\tPerson'"),
+        (lambda text: text.rsplit("\n", 2)[0], "announces 3 x 2 x 2 pairs, but 11 follow"),
+    ],
+)
+def test_a_damaged_list_is_one_error(change: Callable[[str], str], said: str, tmp_path: Path) -> None:
+    write_lfw(tmp_path)
+    (tmp_path / "pairs.txt").write_text(change(pairs_text()))
+    with pytest.raises(DataError, match=said):
+        LFWFoldDataModule(str(tmp_path), 1, **SMALL)
+
+
+def test_missing_and_unreadable_images_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"lfw/pairs.txt is not there"):
+        LFWFoldDataModule(str(tmp_path / "lfw"), 1, **SMALL)
+    write_lfw(tmp_path)
+    image = tmp_path / "images" / "Person_0A" / "Person_0A_0002.jpg"
+    content = image.read_bytes()
+    image.write_bytes(content[:300])
+    with pytest.raises(DataError, match=r"Person_0A_0002.jpg: .*\nMend them: pairs need them"):
+        LFWFoldDataModule(str(tmp_path), 1, skip_unreadable=True, **SMALL).setup("fit")
+    image.unlink()
+    with pytest.raises(DataError, match=r"1 of \d+ images that pairs.txt names .* such as .*Person_0A_0002.jpg"):
+        LFWFoldDataModule(str(tmp_path), 1, **SMALL)
+    image.write_bytes(content)
+    unused = tmp_path / "images" / "Person_1A" / "Person_1A_0003.jpg"
+    unused.write_bytes(b"")
+    with pytest.warns(UserWarning, match="Skipping 1 of"):
+        LFWFoldDataModule(str(tmp_path), 1, skip_unreadable=True, **SMALL).setup("fit")
