@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,19 +11,25 @@ from torch import Tensor
 from .errors import InputError
 
 
+class Augmentation(Protocol):
+    """What training may do to a whole batch; it is a function of images and draws alone."""
+
+    num_draws: int
+    """How many draws a sample takes."""
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Augmented images like ``images`` [N, C, H, W], uint8, for draws uniform on [0, 1), [N, num_draws]."""
+
+
 class RandomCropFlip:
     """Pads images with black, crops them back at a random place, and mirrors half of them.
 
     With ``padding=4, flip=True`` this is the "+" of the paper's CIFAR10+ (section 5). It is a pure function of images
-    and draws: who gives the draws decides on seed, order and processes. Any object of this shape (``num_draws`` and a
-    call) may stand in its place as a datamodule's ``augment``.
+    and draws: who gives the draws decides on seed, order and processes.
 
     Args:
         padding: Pixels of black on each side; 0 leaves the place of the image alone.
         flip: Whether to mirror left and right, each sample with probability 1/2.
-
-    Attributes:
-        num_draws: How many draws a sample takes.
 
     Raises:
         InputError: If ``padding`` is negative.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..errors import DataError, InputError
-from ..transforms import RandomCropFlip
+from ..transforms import Augmentation, RandomCropFlip
 from .loader import BatchLoader, BatchSampler, ImageStore
 
 
@@ -75,8 +75,8 @@ class BatchDataModule(LightningDataModule):
         mean: Mean of each channel over the training images, in 0 .. 1.
         std: Likewise the standard deviation.
         num_workers: Processes that read batches of images that are not in memory.
-        augment: What training does to uint8 images on the device, or None; a subclass may set its own, see
-            :class:`~lsoftmax_lightning.transforms.RandomCropFlip`.
+        augment: What training does to uint8 images on the device, or None; a subclass may set any
+            :class:`~lsoftmax_lightning.transforms.Augmentation`.
 
     Raises:
         InputError: If a setting is out of range.
@@ -87,7 +87,7 @@ class BatchDataModule(LightningDataModule):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_workers = 0
-    augment: RandomCropFlip | None
+    augment: Augmentation | None
 
     def __init__(self, batch_size: int = 256, crop_padding: int = 0, flip: bool = False) -> None:
         super().__init__()

@@ -14,7 +14,8 @@ class CIFAR10DataModule(DownloadedDataModule):
     """
 
     reader = CIFAR10
-    files = "the six *_batch* files and batches.meta of CIFAR-10 (in cifar-10-batches-py)"
+    files = "the six *_batch* files and batches.meta of CIFAR-10"
+    folder = CIFAR10.base_folder
     class_names: tuple[str, ...] = (
         *("airplane", "automobile", "bird", "cat", "deer"),
         *("dog", "frog", "horse", "ship", "truck"),
@@ -31,7 +32,8 @@ class CIFAR100DataModule(CIFAR10DataModule):
     """
 
     reader = CIFAR100
-    files = "the files train, test and meta of CIFAR-100 (in cifar-100-python)"
+    files = "the files train, test and meta of CIFAR-100"
+    folder = CIFAR100.base_folder
     mean = (0.5071, 0.4865, 0.4409)
     std = (0.2673, 0.2564, 0.2762)
     class_names = (

@@ -21,11 +21,13 @@ class DownloadedDataModule(ImageDataModule):
 
     Attributes:
         reader: The class of torchvision.
-        files: What it reads under ``root``, in words.
+        files: What it reads, in words.
+        folder: Where, under ``root``.
     """
 
     reader: ClassVar[Any]
     files: ClassVar[str]
+    folder: ClassVar[str]
 
     def __init__(self, root: str = "data", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -51,12 +53,12 @@ class DownloadedDataModule(ImageDataModule):
         return Images(images, torch.as_tensor(data.targets))
 
     def _read(self, train: bool, download: bool) -> Any:
-        name, root = self.reader.__name__, Path(self.root)
         try:
             return self.reader(self.root, train=train, download=download)
         except Exception as error:  # damaged files raise whatever their decoder meets
             raise DataError(
-                f"cannot read {name} in {root.absolute()}: {error}\n"
-                f"It needs {self.files} in {root}, which are downloaded there when the network allows. Where it does "
-                "not, copy them from elsewhere and name their folder with --data.root (in Python: root=...)."
+                f"cannot read {self.reader.__name__} in {Path(self.root).absolute()}: {error}\n"
+                f"It needs {self.files} in {Path(self.root, self.folder)}, which are downloaded there when the network "
+                f"allows. Where it does not, copy them from elsewhere and name the folder above {self.folder} with "
+                "--data.root (in Python: root=...)."
             ) from error

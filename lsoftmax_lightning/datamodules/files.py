@@ -37,9 +37,7 @@ def class_folders(folder: Path) -> list[Path]:
     Raises:
         DataError: If the folder is not there, or holds files beside its folders, which no class would take.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder.absolute()} is not there; it must hold one folder of images for each class.")
-    entries = _visible(folder)
+    entries = _visible(folder, "one folder of images for each class")
     files = [entry.name for entry in entries if not entry.is_dir()]
     if files:
         raise DataError(f"{folder} must hold class folders alone; take away {', '.join(files[:_NAMED])}.")
@@ -50,9 +48,9 @@ def list_files(folders: Sequence[Path]) -> Files:
     """The files in class folders, each with the number of its folder as its class; hidden ones are left out.
 
     Raises:
-        DataError: If a folder is empty.
+        DataError: If a folder is missing or empty.
     """
-    contents = [_visible(folder) for folder in folders]
+    contents = [_visible(folder, "images") for folder in folders]
     empty = [str(folder) for folder, files in zip(folders, contents, strict=True) if not files]
     if empty:
         raise DataError(f"every class folder must hold an image; these are empty: {', '.join(empty[:_NAMED])}.")
@@ -62,7 +60,9 @@ def list_files(folders: Sequence[Path]) -> Files:
     )
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible(folder: Path, content: str) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"the folder {folder.absolute()} is not there; it must hold {content}.")
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 

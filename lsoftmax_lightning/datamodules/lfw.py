@@ -150,7 +150,7 @@ class LFWDataModule(PairsDataModule):
 
     Args:
         train_root: Folder of ``<identity>/*``.
-        root: Folder of LFW, see :class:`PairsDataModule`.
+        root: Folder of LFW: ``pairs.txt`` and ``images/<Person>/<Person>_<nnnn>.jpg``.
         **kwargs: As :class:`PairsDataModule`.
     """
 
@@ -177,7 +177,7 @@ class LFWFoldDataModule(PairsDataModule):
     others. The network trains on all images of the people of the remaining eight.
 
     Args:
-        root: Folder of LFW, see :class:`PairsDataModule`.
+        root: Folder of LFW: ``pairs.txt`` and ``images/<Person>/<Person>_<nnnn>.jpg``.
         fold: The fold to test on, from 1.
         **kwargs: As :class:`PairsDataModule`.
     """

@@ -14,7 +14,8 @@ class MNISTDataModule(DownloadedDataModule):
     """
 
     reader = MNIST
-    files = "the four *-ubyte files of MNIST (in MNIST/raw)"
+    files = "the four *-ubyte files of MNIST"
+    folder = "MNIST/raw"
     class_names = tuple("0123456789")
     image_shape = (1, 28, 28)
     mean = (0.1307,)

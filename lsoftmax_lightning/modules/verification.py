@@ -21,7 +21,7 @@ class VerificationModule(LSoftmaxModule):
 
     Args:
         num_classes: Number of identities. The command line takes it from the data.
-        backbone: As :class:`LSoftmaxModule`.
+        backbone: Name of a network, or any module from images to features [N, D] with D as its ``num_features``.
         pca_components: Width to which PCA brings the embeddings, if any (the paper's choice, section 5).
         mirror: Whether the embedding is the mean of those of the image and its mirror image.
         **kwargs: As :class:`LSoftmaxModule`.
@@ -87,5 +87,5 @@ class VerificationModule(LSoftmaxModule):
     def _end(self, stage: str) -> None:
         if self.trainer.sanity_checking:  # which embeds some images alone
             return
-        figures = {f"{stage}/{name}": figure.float() for name, figure in self.verification.compute().items()}
-        self.log_dict(figures, prog_bar=False, sync_dist=True)
+        for name, figure in self.verification.compute().items():
+            self.log(f"{stage}/{name}", figure.float(), prog_bar=name == "acc", sync_dist=True)

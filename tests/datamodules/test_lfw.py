@@ -80,6 +80,13 @@ def test_the_fold_must_be_there(fold: int, tmp_path: Path) -> None:
         LFWFoldDataModule(str(tmp_path), fold, **SMALL)
 
 
+def test_the_people_trained_on_must_have_folders(tmp_path: Path) -> None:
+    write_lfw(tmp_path)
+    (tmp_path / "images" / "Person_1A").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"the folder .*images/Person_1A is not there"):
+        LFWFoldDataModule(str(tmp_path), 1, **SMALL)
+
+
 def test_people_of_lfw_among_those_trained_on_are_reported(tmp_path: Path) -> None:
     write_lfw(tmp_path / "lfw")
     for name in ("person 1a", "Person_2B", "Somebody"):
