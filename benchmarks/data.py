@@ -112,7 +112,7 @@ def main(rounds: int = 5) -> None:
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, Python "
         f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     )
-    print(f"\n| path | samples/s, median of {rounds} | least .. most | ours is faster by |\n| --- | --- | --- | --- |")
+    print(f"\n| path | samples/s, median of {rounds} | least .. most | ours to it |\n| --- | --- | --- | --- |")
     fastest = statistics.median(rates["ours"])
     for name, found in rates.items():
         median = statistics.median(found)

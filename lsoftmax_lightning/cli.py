@@ -169,7 +169,7 @@ class LSoftmaxCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Leaves the figures in the run's folder as ``results.json``."""
-        if not self.trainer.loggers:  # in a fast_dev_run, too
+        if self.trainer.fast_dev_run or not self.trainer.loggers:  # type: ignore[attr-defined]
             return
         path = self._run_folder() / "results.json"
         if self.trainer.is_global_zero:

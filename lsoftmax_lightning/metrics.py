@@ -20,15 +20,16 @@ class PairVerification(Metric):
     """Whether two images show the same identity, told from the cosine of their embeddings: the protocol of LFW.
 
     Each fold in turn is scored with the threshold that is best for all other pairs, on embeddings that PCA, where it
-    is asked for, projects on the main components of the images of those other pairs: neither sees the fold it is
-    scored on. The ROC figures are of the scored pairs of all folds together.
+    is asked for, projects on the main components of the images of those other pairs that are in none of the fold: PCA
+    sees no image that it is scored on. The ROC figures are of the scored pairs of all folds together.
 
     Every image is given once, with its number, in batches of any size and on any number of processes.
 
     ``compute`` gives a dict of: ``acc``, the mean over folds; ``acc_stderr``, its standard error (over folds; for a
     single one, that of a share); ``auc``, the area under the ROC curve; ``eer``, the equal error rate; and
     ``tar_at_far_1e-2`` and ``tar_at_far_1e-3``, the share of same pairs accepted where at most that share of the
-    different ones is. They are NaN, with a warning, where images are missing (in a ``fast_dev_run``, say).
+    different ones is. They are NaN, with a warning, where embeddings are missing (in a ``fast_dev_run``, say) or not
+    finite.
 
     Args:
         pairs: int64 [P, 4]: number of the one image, number of the other, 1 for the same identity or 0, and the fold.
@@ -37,7 +38,8 @@ class PairVerification(Metric):
         **kwargs: As :class:`torchmetrics.Metric`.
 
     Raises:
-        InputError: If ``pairs`` is not of this form, lacks one of the two kinds, or has nothing to fit on.
+        InputError: If ``pairs`` is not of this form, lacks one of the two kinds, or has nothing, or for PCA too few
+            images, to fit on.
 
     Example:
         >>> metric = PairVerification(torch.tensor([[0, 1, 1, 1], [0, 2, 0, 1], [3, 4, 1, 2], [3, 5, 0, 2]]))
@@ -62,10 +64,12 @@ class PairVerification(Metric):
             raise InputError("among the pairs of folds 1, 2, ... there must be same (1) and different ones (0) alone.")
         if len(set(fold.tolist())) < 2:
             raise InputError("pairs of one fold leave none to fit the threshold on; give some fold 0, or make more.")
-        if pca_components is not None and pca_components < 1:
-            raise InputError(f"pca_components must be at least 1, got {pca_components}.")
         self.pairs = pairs.cpu()
         self.pca_components = pca_components
+        if pca_components is not None:
+            least = min(len(self._seen(fold == number)) for number in fold[fold > 0].tolist())
+            if not 1 <= pca_components <= least:
+                raise InputError(f"pca_components must be 1 to {least}, the images to fit on, got {pca_components}.")
         self.add_state("embeddings", [], dist_reduce_fx="cat")
         self.add_state("numbers", [], dist_reduce_fx="cat")
 
@@ -83,16 +87,23 @@ class PairVerification(Metric):
         """The figures, by name, float64.
 
         Raises:
-            InputError: If PCA is to give more components than the embeddings or the images it is fitted on have.
+            InputError: If PCA is to give more components than the embeddings have.
         """
         numbers = dim_zero_cat(self.numbers).cpu()
         given = dim_zero_cat(self.embeddings).cpu().double()
+        if self.pca_components is not None and self.pca_components > given.shape[1]:
+            raise InputError(f"embeddings of {given.shape[1]} features have no {self.pca_components} components.")
         first, second, same, fold = self.pairs.T
         counted = fold > 0
         wanted = torch.unique(self.pairs[:, :2])
+        of_use = torch.isin(numbers, wanted) & given.isfinite().all(dim=1)
+        numbers, given = numbers[of_use], given[of_use]
         missing = ~torch.isin(wanted, numbers)
         if missing.any():
-            rank_zero_warn(f"{int(missing.sum())} of {len(wanted)} images were not embedded: no figures of the pairs.")
+            rank_zero_warn(
+                f"{int(missing.sum())} of {len(wanted)} images were not embedded, or not to finite numbers: no figures "
+                "of the pairs."
+            )
             return dict.fromkeys(_FIGURES, torch.tensor(math.nan, dtype=torch.float64))
         table = given.new_zeros(int(wanted[-1]) + 1, given.shape[1])
         table[numbers] = given  # an image that came twice counts once
@@ -102,7 +113,7 @@ class PairVerification(Metric):
             scored = fold == number
             projected = table
             if self.pca_components is not None:
-                projected = _project(table, torch.unique(self.pairs[~scored, :2]), self.pca_components)
+                projected = _project(table, self._seen(scored), self.pca_components)
             cosine = cosine_similarity(projected[first], projected[second]).clamp(-1, 1)
             accepted = cosine > _best_threshold(cosine[~scored], same[~scored])
             shares.append((accepted == same.bool())[scored].double().mean())
@@ -121,6 +132,11 @@ class PairVerification(Metric):
         )
         return {name: figure.double() for name, figure in zip(_FIGURES, figures, strict=True)}
 
+    def _seen(self, scored: Tensor) -> Tensor:
+        """Numbers of the images that PCA may see, where these pairs are scored."""
+        seen: Tensor = torch.unique(self.pairs[~scored, :2])
+        return seen[~torch.isin(seen, self.pairs[scored, :2])]
+
 
 _FIGURES = ("acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3")
 
@@ -131,17 +147,13 @@ def _best_threshold(cosine: Tensor, same: Tensor) -> Tensor:
     positives = same.sum()
     right = (tpr * positives).round() - (fpr * (len(same) - positives)).round()
     best = int(right.argmax())
-    return thresholds[best : best + 2].mean() * 2 - 1
+    refused = torch.cat([thresholds, thresholds.new_tensor([-1.0])])  # nothing, where all are accepted
+    return refused[best : best + 2].mean() * 2 - 1
 
 
 def _project(table: Tensor, seen: Tensor, components: int) -> Tensor:
     """All rows on the main components of the rows that PCA may see."""
     fitted = table[seen]
-    if components > min(fitted.shape):
-        raise InputError(
-            f"PCA to {components} components needs as many images and features at least, got {fitted.shape[0]} images "
-            f"with {fitted.shape[1]} features."
-        )
     _, axes = torch.linalg.eigh(torch.cov(fitted.T))
     projected: Tensor = (table - fitted.mean(0)) @ axes[:, -components:]
     return projected

@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
+from lsoftmax_lightning import metrics
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.metrics import PairVerification
 
@@ -107,29 +108,36 @@ def test_the_same_embedding_for_everybody_is_worth_nothing() -> None:
     assert (found["acc"], found["auc"]) == (0.5, 0.5)
 
 
-def test_the_scored_fold_has_no_say_in_threshold_and_pca() -> None:
-    # fold 2 is scaled and turned, so that a threshold or a PCA that saw it would be another for fold 1
-    pairs, people = make_pairs(folds=2)
-    embeddings = noisy(people, noise=0.5)
-    alone = pairs[:, 3] == 1
-    fitted_on_two = torch.cat([pairs[alone], pairs[~alone] * torch.tensor([1, 1, 1, 0])])
-    images_of_one = torch.unique(pairs[alone][:, :2])
-    before = PairVerification(fitted_on_two, pca_components=4)
-    before.update(embeddings, torch.arange(len(embeddings)))
-    seen = before.compute()["acc"]
-    noise = torch.randn(len(images_of_one), embeddings.shape[1]) * 100
-    embeddings[images_of_one[len(images_of_one) // 2 :]] = noise[len(images_of_one) // 2 :]
-    unaffected = torch.isin(pairs[:, 0], images_of_one[: len(images_of_one) // 2]) & alone
-    unaffected &= torch.isin(pairs[:, 1], images_of_one[: len(images_of_one) // 2])
-    assert 0 < unaffected.sum() < alone.sum()
-    metrics = []
-    for table in (noisy(people, noise=0.5), embeddings):
-        kept = torch.cat([pairs[unaffected], fitted_on_two[fitted_on_two[:, 3] == 0]])
-        metric = PairVerification(kept, pca_components=4)
-        metric.update(table, torch.arange(len(table)))
-        metrics.append(metric.compute()["acc"])
-    assert metrics[0] == metrics[1]
-    assert 0.5 < seen < 1
+def test_the_scored_fold_has_no_say_in_threshold_and_pca(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, people = make_pairs(folds=3)
+    pairs[-1, 0] = pairs[0, 0]  # a pair of fold 3 with an image of fold 1
+    threshold, project = metrics._best_threshold, metrics._project
+    fitted, projected = [], []
+
+    def spy_threshold(cosine: Tensor, same: Tensor) -> Tensor:
+        fitted.append((cosine, same))
+        return threshold(cosine, same)
+
+    def spy_project(table: Tensor, seen: Tensor, components: int) -> Tensor:
+        projected.append((seen, project(table, seen, components)))
+        return projected[-1][1]
+
+    monkeypatch.setattr(metrics, "_best_threshold", spy_threshold)
+    monkeypatch.setattr(metrics, "_project", spy_project)
+    figures(pairs, noisy(people, noise=0.6), pca_components=4)
+    assert len(fitted) == len(projected) == 3
+    for fold, (cosine, same), (seen, table) in zip((1, 2, 3), fitted, projected, strict=True):
+        others = pairs[pairs[:, 3] != fold]
+        torch.testing.assert_close(cosine, torch.cosine_similarity(table[others[:, 0]], table[others[:, 1]]))
+        assert torch.equal(same, others[:, 2])
+        scored = set(pairs[pairs[:, 3] == fold, :2].flatten().tolist())
+        assert set(seen.tolist()) == set(others[:, :2].flatten().tolist()) - scored
+
+
+def test_where_most_pairs_are_the_same_all_may_be_accepted() -> None:
+    rows = [[4 * i + j, 4 * i + j + 1, int(j < 3), i % 5 + 1] for i in range(20) for j in range(4)]
+    pairs = torch.tensor(rows)
+    assert figures(pairs, torch.ones(81, 3))["acc"] == 0.75
 
 
 def test_one_scored_fold_has_the_error_of_a_share() -> None:
@@ -158,6 +166,22 @@ def test_half_precision_is_taken() -> None:
     assert half["auc"] == pytest.approx(exact["auc"], abs=0.01)
 
 
+def test_images_of_no_pair_do_not_matter() -> None:
+    pairs, people = make_pairs()
+    embeddings = noisy(people, noise=0.6)
+    assert figures(pairs, torch.cat([embeddings, embeddings[:3]])) == figures(pairs, embeddings)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("pca_components", [None, 3])
+def test_what_is_not_finite_gives_no_figures(value: float, pca_components: int | None) -> None:
+    pairs, people = make_pairs()
+    embeddings = noisy(people, noise=0.6)
+    embeddings[5, 3] = value
+    with pytest.warns(UserWarning, match="1 of .* were not embedded, or not to finite numbers"):
+        assert all(math.isnan(found) for found in figures(pairs, embeddings, pca_components=pca_components).values())
+
+
 def test_missing_images_give_no_figures_and_a_warning() -> None:
     pairs, people = make_pairs()
     metric = PairVerification(pairs)
@@ -184,8 +208,9 @@ def test_bad_pairs_are_refused(pairs: Tensor, said: str) -> None:
 
 
 def test_bad_components_are_refused() -> None:
-    pairs, people = make_pairs()
-    with pytest.raises(InputError, match="pca_components must be at least 1, got 0"):
-        PairVerification(pairs, pca_components=0)
-    with pytest.raises(InputError, match=r"PCA to 13 components .* 12 features"):
+    pairs, people = make_pairs(folds=2, count=10)
+    for components in (0, 21):
+        with pytest.raises(InputError, match=f"must be 1 to 20, the images to fit on, got {components}"):
+            PairVerification(pairs, pca_components=components)
+    with pytest.raises(InputError, match="embeddings of 12 features have no 13 components"):
         figures(pairs, noisy(people, 0.5), pca_components=13)

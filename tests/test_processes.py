@@ -61,12 +61,18 @@ def test_two_processes_are_as_one() -> None:
 
 
 def test_two_processes_augment_and_verify_as_one(tmp_path: Path) -> None:
-    write_lfw(tmp_path / "lfw", folds=4, count=5)  # 25 test images: batches of 8 leave one over
+    write_lfw(tmp_path / "lfw", folds=4, count=5)  # an odd number of test images: batches of 8 leave some over
     weights, results = [], []
     for devices in (1, 2):
         done = run(
             devices,
-            *(f"--data.root={tmp_path / 'lfw'}", "--data.fold=4", "--data.image_size=8", "--data.batch_size=8"),
+            *(
+                f"--data.root={tmp_path / 'lfw'}",
+                "--data.fold=4",
+                "--data.val_fold=3",
+                "--data.image_size=8",
+                "--data.batch_size=8",
+            ),
             *("--data.crop_padding=2", "--trainer.max_steps=20", "--trainer.val_check_interval=2"),
             "--model.pca_components=4",
             config="lfw_fold.yaml",

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from ..errors import DataError, InputError
 from ..transforms import Augmentation, RandomCropFlip
-from .loader import BatchLoader, BatchSampler, ImageStore
+from .loader import DRAWS, BatchLoader, BatchSampler, ImageStore, StoredImages
 
 
 class Images(NamedTuple):
@@ -32,7 +32,7 @@ def check_val_size(val_size: float) -> float:
     """
     if 0 < val_size < 1:
         return val_size
-    if val_size >= 1 and val_size == int(val_size):
+    if val_size >= 1 and float(val_size).is_integer():
         return int(val_size)
     raise InputError(f"val_size must be a share between 0 and 1 or a number of images, got {val_size}.")
 
@@ -95,8 +95,8 @@ class BatchDataModule(LightningDataModule):
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
         self.batch_size = batch_size
         self.augment = RandomCropFlip(crop_padding, flip) if crop_padding or flip else None
-        self.normalize = v2.Compose(
-            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std))]
+        self.normalize = v2.Compose(  # in place of the floats made of the bytes
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std), inplace=True)]
         )
 
     @property
@@ -144,7 +144,7 @@ class BatchDataModule(LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         """Shuffled batches of (uint8 images, classes), with draws where the images are to be augmented."""
         overfit = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
-        num_draws = self.augment.num_draws if self.augment else 0
+        num_draws = self.augment.num_draws if self.augment else None
         return self._loader(self.train_data, shuffle=not overfit, drop_last=True, num_draws=num_draws)
 
     def val_dataloader(self) -> BatchLoader:
@@ -159,19 +159,21 @@ class BatchDataModule(LightningDataModule):
         """The test images, in order."""
         return self._loader(self.test_data)
 
-    def _loader(self, data: Images, shuffle: bool = False, drop_last: bool = False, num_draws: int = 0) -> BatchLoader:
+    def _loader(
+        self, data: Images, shuffle: bool = False, drop_last: bool = False, num_draws: int | None = None
+    ) -> BatchLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # the seed of seed_everything, as the Trainer takes it for its own samplers
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         sampler = BatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, seed)
-        num_workers = 0 if isinstance(data.images, Tensor) else self.num_workers
+        num_workers = 0 if isinstance(data.images, Tensor | StoredImages) else self.num_workers
         return BatchLoader(data.images, data.targets, sampler, num_draws, num_workers)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augments training images and normalises all, on the device."""
         images, targets, *draws = batch
         if self.augment and draws:
-            images = self.augment(images, *draws)
+            images = self.augment(images, draws[0].to(torch.float32) / DRAWS)
         images = self.normalize(images)
         # the Trainer's precision (bf16-true, say) was applied before the images were floats
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images, targets

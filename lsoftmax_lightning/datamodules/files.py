@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import DataError, InputError
 from .base import BatchDataModule, Images
-from .loader import ImageStore
+from .loader import ImageStore, StoredImages
 
 
 class Files(NamedTuple):
@@ -48,9 +48,12 @@ def list_files(folders: Sequence[Path]) -> Files:
     """The files in class folders, each with the number of its folder as its class; hidden ones are left out.
 
     Raises:
-        DataError: If a folder is missing or empty.
+        DataError: If a folder is missing or empty, or holds folders.
     """
     contents = [_visible(folder, "images") for folder in folders]
+    inner = [str(entry) for files in contents for entry in files if entry.is_dir()]
+    if inner:
+        raise DataError(f"a class folder must hold images alone; take away the folders {', '.join(inner[:_NAMED])}.")
     empty = [str(folder) for folder, files in zip(folders, contents, strict=True) if not files]
     if empty:
         raise DataError(f"every class folder must hold an image; these are empty: {', '.join(empty[:_NAMED])}.")
@@ -84,13 +87,14 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
         Exception: Whatever the decoder raises on a damaged file.
     """
     with Image.open(path) as image:
+        image.draft("RGB", (2 * max(size),) * 2)  # a JPEG much larger than that is decoded at a fraction of its size
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
         upright = ImageOps.exif_transpose(image)
         if "transparency" in upright.info:  # of a palette, which Pillow converts in two steps
             upright = upright.convert("RGBA")
-        pixels = np.array(ImageOps.fit(upright.convert("RGB"), size[::-1]))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        pixels: Tensor = pil_to_tensor(ImageOps.fit(upright.convert("RGB"), size[::-1]))
+    return pixels
 
 
 class ImageFiles:
@@ -163,8 +167,8 @@ class FileDataModule(BatchDataModule):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if min(height, width) < 1:
             raise InputError(f"image_size must be at least one pixel, got {image_size}.")
-        if min(std) <= 0:
-            raise InputError(f"std must be above 0, got {std}.")
+        if not (all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)):
+            raise InputError(f"mean must be within 0 .. 1 and std above 0, at most 1, got {mean} and {std}.")
         if num_workers is None:
             num_workers = min(8, torch.get_num_threads())
         if num_workers < 0 or not memory_gib >= 0:
@@ -179,53 +183,55 @@ class FileDataModule(BatchDataModule):
         """Reads files under a progress bar; decodes each once even where the images are not kept.
 
         Raises:
-            DataError: If a file is no readable image; it names all of them, up to a screen.
+            DataError: If a file is no readable image; it names all of them, up to a screen. Or if skipping such files
+                leaves none of a class.
         """
-        paths = [path for part in parts for path in part.paths]
-        size = self.image_shape[1:]
-        in_memory = len(paths) * math.prod(self.image_shape) <= self.memory_gib * 2**30
+        paths = list(dict.fromkeys(path for part in parts for path in part.paths))  # parts may share images
+        size, image_bytes = self.image_shape[1:], math.prod(self.image_shape)
+        in_memory = len(paths) * image_bytes <= self.memory_gib * 2**30
         store = torch.empty(len(paths) if in_memory else 0, *self.image_shape, dtype=torch.uint8)
-        chunks = [range(len(paths))[start : start + 256] for start in range(0, len(paths), 256)]
+        step = max(1, min(256, 2**24 // image_bytes))  # of 16 MiB at most
+        chunks = [range(len(paths))[start : start + step] for start in range(0, len(paths), step)]
         reading = iter(
             DataLoader(
                 _FirstReading(paths, size, keep=in_memory),  # type: ignore[arg-type] # indexed by chunk
                 batch_size=None,
                 sampler=chunks,
                 num_workers=self.num_workers,
+                generator=torch.Generator(),
             )
         )  # its processes start before the progress bar's thread
         hidden = self.trainer and (self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero)
-        problems: dict[int, str] = {}
+        problems: dict[Path, str] = {}
         for chunk in track(chunks, "Reading images", disable=bool(hidden)):
             store[chunk.start : chunk.stop], found = next(reading)
-            problems |= found
+            problems |= {paths[number]: problem for number, problem in found.items()}
         if problems:
-            self._report(parts, problems)
+            self._report(parts, problems, len(paths))
 
-        data, start = [], 0
+        rows = {path: row for row, path in enumerate(paths)}
+        data = []
         for part in parts:
-            numbers = [n for n in range(start, start + len(part.paths)) if n not in problems]
-            targets = torch.tensor([part.targets[n - start] for n in numbers], dtype=torch.int64)
-            lost = set(part.targets).difference(targets.tolist())
+            kept = [
+                (path, target) for path, target in zip(part.paths, part.targets, strict=True) if path not in problems
+            ]
+            lost = set(part.targets) - {target for _, target in kept}
             if lost:
                 first = part.paths[part.targets.index(min(lost))].parent
                 raise DataError(f"no readable image is left in {first} (and {len(lost) - 1} other class folders).")
-            rows = store[start : start + len(part.paths)]
-            start += len(part.paths)
             images: ImageStore
-            if not in_memory:
-                images = ImageFiles([paths[n] for n in numbers], size)
+            if in_memory:
+                images = StoredImages(store, torch.tensor([rows[path] for path, _ in kept]))
             else:
-                images = rows if len(rows) == len(numbers) else store[numbers]
-            data.append(Images(images, targets))
+                images = ImageFiles([path for path, _ in kept], size)
+            data.append(Images(images, torch.tensor([target for _, target in kept])))
         return data
 
-    def _report(self, parts: Sequence[Files], problems: dict[int, str]) -> None:
-        files = [(path, part.needed) for part in parts for path in part.paths]
-        named = [f"\n  {files[number][0]}: {problem}" for number, problem in list(problems.items())[:_NAMED]]
+    def _report(self, parts: Sequence[Files], problems: dict[Path, str], count: int) -> None:
+        named = [f"\n  {path}: {problem}" for path, problem in list(problems.items())[:_NAMED]]
         more = "\n  ..." * (len(problems) > _NAMED)
-        message = f"{len(problems)} of {len(files)} files are no readable images:{''.join(named)}{more}"
-        if any(files[number][1] for number in problems):
+        message = f"{len(problems)} of {count} files are no readable images:{''.join(named)}{more}"
+        if any(part.needed and not problems.keys().isdisjoint(part.paths) for part in parts):
             raise DataError(f"{message}\nMend them: pairs need them.")
         if not self.skip_unreadable:
             raise DataError(f"{message}\nMend them or take them away, or leave them out with skip_unreadable=true.")

@@ -39,7 +39,10 @@ def read_pairs(path: Path) -> list[Pair]:
     """
     if not path.is_file():
         raise DataError(f"{path.absolute()} is not there; it is LFW's list of pairs, to lie beside the folder images.")
-    header, *lines = path.read_text().split("\n")  # CRLF goes with strip()
+    try:
+        header, *lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8: {error}") from error
     match header.split():
         case [folds_, count_] if folds_.isdecimal() and count_.isdecimal() and int(count_):
             folds, count = int(folds_), int(count_)
@@ -146,7 +149,8 @@ class LFWDataModule(PairsDataModule):
     """Trains on a folder of identities (CASIA-WebFace, say), validates and tests on the 6,000 pairs of LFW.
 
     All pairs are in both parts: watch the figures of validation, but choose no checkpoint by them. Identities that
-    are people of LFW by name are told in a warning.
+    are people of LFW by name are told in a warning; where folders have numbers for names, as CASIA-WebFace's often do,
+    its absence means nothing.
 
     Args:
         train_root: Folder of ``<identity>/*``.
@@ -170,30 +174,43 @@ class LFWDataModule(PairsDataModule):
 
 
 class LFWFoldDataModule(PairsDataModule):
-    """Trains on people of LFW itself and tests on those of one fold: no outside data.
+    """Trains on people of LFW itself and tests on the pairs of one fold: no outside data.
 
-    Of the nine other folds the one before (the last, before fold 1) is held out too, for validation and for the
-    threshold: on people a network was trained on, all pairs look easy, and a threshold from them is of no use to
-    others. The network trains on all images of the people of the remaining eight.
+    The network trains on all images of the people of the nine other folds, whose pairs also fit threshold and PCA. It
+    is validated on these too, people it has seen, which says little; to choose a setting or a checkpoint, hold one of
+    the nine out as ``val_fold``.
 
     Args:
         root: Folder of LFW: ``pairs.txt`` and ``images/<Person>/<Person>_<nnnn>.jpg``.
         fold: The fold to test on, from 1.
+        val_fold: A fold to validate on instead of training on it. Its ten parts then stand for folds, though they share
+            people.
         **kwargs: As :class:`PairsDataModule`.
+
+    Raises:
+        DataError: If files are missing, or ``pairs.txt`` is damaged.
+        InputError: If a setting is out of range.
     """
 
-    def __init__(self, root: str = "data/lfw", fold: int = 10, **kwargs: Any) -> None:
+    def __init__(self, root: str = "data/lfw", fold: int = 10, val_fold: int | None = None, **kwargs: Any) -> None:
         super().__init__(root, **kwargs)
         folds = self.pairs[-1].fold
-        if folds < 3 or not 1 <= fold <= folds:
-            raise InputError(f"fold must be one of the {folds} of pairs.txt (which must have 3 at least), got {fold}.")
-        val_fold = fold - 1 or folds
-        val, test = ([pair for pair in self.pairs if pair.fold == number] for number in (val_fold, fold))
-        # the threshold of validation is fitted within its fold, in ten parts
-        self.val_files, self.val_pairs = self.number_images([p._replace(fold=i % 10 + 1) for i, p in enumerate(val)])
-        self.test_files, self.test_pairs = self.number_images([*(p._replace(fold=0) for p in val), *test])
-        held_out = set().union(*(pair.people for pair in [*val, *test]))
-        self.class_names = tuple(sorted(set().union(*(pair.people for pair in self.pairs)) - held_out))
+        for name, number in (("fold", fold), ("val_fold", val_fold)):
+            if number is not None and not 1 <= number <= folds:
+                raise InputError(f"{name} must be one of the {folds} of pairs.txt, got {number}.")
+        if fold == val_fold or folds < 3:
+            raise InputError(f"fold and val_fold must differ and leave some of the {folds}, got {fold} and {val_fold}.")
+        val = [pair for pair in self.pairs if pair.fold != fold]
+        if val_fold is not None:
+            val = [p._replace(fold=i % 10 + 1) for i, p in enumerate(p for p in self.pairs if p.fold == val_fold)]
+        self.val_files, self.val_pairs = self.number_images(val)
+        self.test_files, self.test_pairs = self.number_images(
+            [pair if pair.fold == fold else pair._replace(fold=0) for pair in self.pairs]
+        )
+        people = {held_out: set[str]() for held_out in (True, False)}
+        for pair in self.pairs:
+            people[pair.fold in (fold, val_fold)] |= pair.people
+        self.class_names = tuple(sorted(people[False] - people[True]))
         self.train_files = list_files([self.root / "images" / person for person in self.class_names])
 
 

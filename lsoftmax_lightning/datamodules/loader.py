@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader
 
 from ..errors import InputError
 
+DRAWS = 2**24
+"""A draw over this is exact in float32, and uniform on [0, 1)."""
+
 
 class ImageStore(Protocol):
     """What images may be kept in: a tensor, or anything that an index tensor makes into one."""
@@ -21,6 +24,24 @@ class ImageStore(Protocol):
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Images [N, C, H, W] for an index [N]."""
+
+
+class StoredImages:
+    """Some of the images of a tensor, without a copy of them.
+
+    Args:
+        store: Images, [M, ...].
+        rows: Which of them, [N].
+    """
+
+    def __init__(self, store: Tensor, rows: Tensor) -> None:
+        self.store, self.rows = store, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.store[self.rows[index]]
 
 
 class BatchSampler:
@@ -102,14 +123,20 @@ class BatchLoader:
         images: All images, [N, ...].
         targets: Their classes, [N].
         sampler: Which samples make which batch.
-        num_draws: How many draws, uniform on [0, 1), go with each sample.
+        num_draws: How many draws go with each sample, or None where there is no augmentation. They are integers,
+            uniform below :data:`DRAWS`, since the Trainer's precision may round whatever is a float.
         num_workers: Processes that read batches ahead.
     """
 
     batch_sampler = None  # where there is a sampler, Lightning looks for this too
 
     def __init__(
-        self, images: ImageStore, targets: Tensor, sampler: BatchSampler, num_draws: int = 0, num_workers: int = 0
+        self,
+        images: ImageStore,
+        targets: Tensor,
+        sampler: BatchSampler,
+        num_draws: int | None = None,
+        num_workers: int = 0,
     ) -> None:
         self.images, self.targets, self.sampler = images, targets, sampler
         self.num_draws, self.num_workers = num_draws, num_workers
@@ -121,7 +148,8 @@ class BatchLoader:
         return self.images[index], self.targets[index], index
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        draws = torch.rand(len(self.targets), self.num_draws, generator=self.sampler.generator(" draws"))
+        shape = (len(self.targets), self.num_draws or 0)
+        draws = torch.randint(DRAWS, shape, dtype=torch.int32, generator=self.sampler.generator(" draws"))
         # with a generator of its own the loader takes no draw from the model's
         loader: DataLoader[Any] = DataLoader(
             self,  # type: ignore[arg-type] # indexed by batch, not by sample
@@ -131,4 +159,4 @@ class BatchLoader:
             generator=torch.Generator(),
         )
         for images, targets, index in loader:
-            yield (images, targets, draws[index]) if self.num_draws else (images, targets)
+            yield (images, targets) if self.num_draws is None else (images, targets, draws[index])

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from ..errors import InputError
 from ..functional import own_logits
 from .base import LSoftmaxModule
 
@@ -22,6 +23,11 @@ class ClassificationModule(LSoftmaxModule):
         >>> model.head
         LSoftmaxLinear(in_features=256, num_classes=10, margin=4, lambda_=0)
     """
+
+    def setup(self, stage: str) -> None:
+        """Refuses data that have pairs in the place of classes, whose numbers would be taken for these."""
+        if hasattr(self.trainer.datamodule, "val_pairs"):  # type: ignore[attr-defined]
+            raise InputError("these data validate on pairs of images: train a VerificationModule on them.")
 
     def configure_metrics(self) -> None:
         """Adds ``self.val_metrics`` and ``self.test_metrics``, which read plain logits [N, C] and classes [N]."""

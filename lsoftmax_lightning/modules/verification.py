@@ -25,6 +25,9 @@ class VerificationModule(LSoftmaxModule):
         pca_components: Width to which PCA brings the embeddings, if any (the paper's choice, section 5).
         mirror: Whether the embedding is the mean of those of the image and its mirror image.
         **kwargs: As :class:`LSoftmaxModule`.
+
+    Raises:
+        InputError: If a setting is out of range, or the parts do not fit together.
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class VerificationModule(LSoftmaxModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, backbone, **kwargs)
+        if pca_components is not None and not 1 <= pca_components <= self.head.in_features:
+            raise InputError(f"pca_components must be 1 to {self.head.in_features}, got {pca_components}.")
 
     def configure_verification(self, pairs: Tensor) -> PairVerification:
         """The metric of an evaluation on ``pairs``, int64 [P, 4]."""
@@ -88,4 +93,4 @@ class VerificationModule(LSoftmaxModule):
         if self.trainer.sanity_checking:  # which embeds some images alone
             return
         for name, figure in self.verification.compute().items():
-            self.log(f"{stage}/{name}", figure.float(), prog_bar=name == "acc", sync_dist=True)
+            self.log(f"{stage}/{name}", figure.float().to(self.device), prog_bar=name == "acc", sync_dist=True)

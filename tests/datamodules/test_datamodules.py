@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lsoftmax_lightning.datamodules import DigitsDataModule, MNISTDataModule
 from lsoftmax_lightning.datamodules.base import Images
 from lsoftmax_lightning.datamodules.loader import BatchSampler
 from lsoftmax_lightning.errors import DataError, InputError
+from lsoftmax_lightning.transforms import RandomCropFlip
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
 from .formats import write_mnist
@@ -131,6 +133,49 @@ def test_images_are_normalised_on_the_device_and_reshuffled_each_epoch() -> None
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
 def test_images_have_the_precision_of_the_weights(precision: Any) -> None:
     make_trainer(precision=precision, fast_dev_run=True).fit(make_model(), BlobsDataModule())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
+def test_precision_does_not_move_the_crops(precision: Any) -> None:
+    seen = []
+
+    class Spy(RandomCropFlip):
+        def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+            seen.append(super().__call__(images, draws))
+            return seen[-1]
+
+    data = BlobsDataModule()
+    data.augment = Spy(padding=2, flip=True)
+    make_trainer(precision=precision, max_epochs=3).fit(make_model(), data)
+    assert len(seen) == 3 * 8
+    data = BlobsDataModule()
+    data.augment = RandomCropFlip(padding=2, flip=True)
+    data.normalize = lambda images: images
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(2)
+    assert all(
+        torch.equal(data.on_after_batch_transfer(batch, 0)[0], images)
+        for batch, images in zip(loader, seen[16:], strict=True)
+    )
+
+
+def test_an_augmentation_without_draws_is_applied_to_training_alone() -> None:
+    class Invert:
+        num_draws = 0
+
+        def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+            assert draws.shape == (len(images), 0)
+            return 255 - images
+
+    data = BlobsDataModule()
+    data.augment = Invert()
+    data.normalize = lambda images: images
+    data.setup("fit")
+    for loader, inverted in ((data.train_dataloader(), True), (data.val_dataloader(), False)):
+        batch = next(iter(loader))
+        images, _ = data.on_after_batch_transfer(batch, 0)
+        assert torch.equal(images, 255 - batch[0] if inverted else batch[0])
 
 
 def test_overfitting_one_batch_sees_one_batch() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor
 
 from lsoftmax_lightning.datamodules import ImageFolderDataModule
 from lsoftmax_lightning.datamodules.files import read_image
+from lsoftmax_lightning.datamodules.loader import StoredImages
 from lsoftmax_lightning.errors import DataError, InputError
 
 from ..conftest import make_model, make_trainer
@@ -28,7 +30,8 @@ def test_the_layout_says_classes_and_parts(tmp_path: Path) -> None:
     data.setup("fit")
     parts = (data.train_data, data.val_data, data.test_data)
     assert [part.targets.bincount().tolist() for part in parts] == [[8, 8], [2, 2], [10, 10]]
-    for images, targets in parts:
+    for stored, targets in parts:
+        images = stored[torch.arange(len(stored))]
         assert images.dtype == torch.uint8
         assert (images[targets == 1].amin(dim=(0, 2, 3)) == torch.tensor([250, 0, 0])).all()
         assert (images[targets == 0].amax(dim=(0, 2, 3)) == torch.tensor([0, 0, 250])).all()
@@ -60,7 +63,7 @@ def test_files_and_memory_give_the_same_batches(num_workers: int, tmp_path: Path
     for memory_gib in (1, 0):
         data = make(tmp_path, crop_padding=2, flip=True, memory_gib=memory_gib, num_workers=num_workers)
         data.setup("fit")
-        assert isinstance(data.train_data.images, torch.Tensor) == bool(memory_gib)
+        assert isinstance(data.train_data.images, StoredImages) == bool(memory_gib)
         found.append([data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()])
     assert len(found[0]) == 4
     for (images, targets), (same_images, same_targets) in zip(*found, strict=True):
@@ -74,7 +77,7 @@ def test_the_budget_is_of_all_images(tmp_path: Path) -> None:
     for memory_gib, in_memory in ((size, True), (size * 0.999, False)):
         data = make(tmp_path, memory_gib=memory_gib)
         data.setup("fit")
-        assert isinstance(data.test_data.images, torch.Tensor) == in_memory
+        assert isinstance(data.test_data.images, StoredImages) == in_memory
 
 
 def test_augmentation_is_reproducible_and_new_each_epoch(tmp_path: Path) -> None:
@@ -97,6 +100,7 @@ def test_loading_takes_no_draw_from_the_model(tmp_path: Path) -> None:
     data.setup("fit")
     before = torch.get_rng_state()
     list(data.train_dataloader())
+    make(tmp_path).setup("fit")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -132,6 +136,15 @@ def test_an_image_is_scaled_to_cover_and_its_middle_kept(tmp_path: Path) -> None
     path = saved(tmp_path / "wide.png", Image.fromarray(wide))
     assert read_image(path, (20, 20))[:, 5:15, 5:15].min() > 200
     assert torch.equal(read_image(path, (10, 40)), torch.from_numpy(wide).permute(2, 0, 1))
+
+
+def test_a_large_photograph_comes_out_as_if_decoded_whole(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:900, :1200]
+    scene = np.stack([rows % 256, columns // 5, (rows + columns) // 9], axis=2).astype(np.uint8)
+    path = saved(tmp_path / "large.jpg", Image.fromarray(scene), quality=95)
+    with Image.open(path) as image:
+        whole = pil_to_tensor(ImageOps.fit(image, (60, 40)))
+    assert (read_image(path, (40, 60)).float() - whole).abs().mean() < 2
 
 
 def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
@@ -171,7 +184,7 @@ def test_bad_files_of_all_parts_are_named_in_one_error(memory_gib: float, num_wo
     for part in ("train", "test"):
         for kind in DAMAGES:
             (tmp_path / part / "red" / f"{kind}.jpg").write_bytes(damaged(kind))
-    (tmp_path / "train" / "blue" / "inner").mkdir()
+    (tmp_path / "test" / "blue" / "notes.txt").write_text("notes")
     with pytest.raises(DataError, match="11 of 51 files are no readable images") as caught:
         make(tmp_path, memory_gib=memory_gib, num_workers=num_workers).setup("fit")
     for part in (str(tmp_path / "train" / "red" / "deep.jpg"), "more than 8 bits", "...", "skip_unreadable"):
@@ -214,8 +227,12 @@ def test_the_layout_is_checked_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "test" / "green").mkdir()
     with pytest.raises(DataError, match=r"these are empty: .*train/green"):
         make(tmp_path)
+    (tmp_path / "train" / "red" / "inner").mkdir()
     for part in ("train", "test"):
         (tmp_path / part / "green").rmdir()
+    with pytest.raises(DataError, match=r"hold images alone; take away the folders .*red/inner"):
+        make(tmp_path)
+    (tmp_path / "train" / "red" / "inner").rmdir()
     (tmp_path / "train" / ".DS_Store").touch()
     (tmp_path / "train" / "red" / ".DS_Store").touch()
     make(tmp_path).setup("fit")
@@ -245,6 +262,8 @@ def test_skipping_must_leave_an_image_of_each_class(tmp_path: Path) -> None:
         ({"image_size": 0}, "image_size"),
         ({"image_size": (8, -1)}, "image_size"),
         ({"std": (0.2, 0.0, 0.2)}, "std"),
+        ({"mean": (124.0, 116.0, 104.0)}, "mean"),
+        ({"val_size": float("inf")}, "val_size"),
         ({"num_workers": -1}, "num_workers"),
         ({"memory_gib": -1}, "memory_gib"),
         ({"memory_gib": float("nan")}, "memory_gib"),

@@ -45,25 +45,33 @@ def test_the_pairs_are_those_of_the_file(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([numbers for _, numbers in data.test_dataloader()]), torch.arange(12))
 
 
-@pytest.mark.parametrize(("fold", "val_fold"), [(1, 4), (2, 1), (4, 3)])
-def test_the_people_of_a_fold_are_held_out(fold: int, val_fold: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fold", "val_fold"), [(1, None), (4, None), (2, 1), (4, 2)])
+def test_the_people_of_a_fold_are_held_out(fold: int, val_fold: int | None, tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4, count=3)
-    write_image(tmp_path / "images" / "Person_0A" / "Person_0A_0003.jpg")  # in no pair, and trained on all the same
+    write_image(tmp_path / "images" / "Person_2A" / "Person_2A_0003.jpg")  # in no pair, and trained on all the same
     write_image(tmp_path / "images" / "Nobody" / "Nobody_0001.jpg")  # of no fold known, so not trained on
-    data = LFWFoldDataModule(str(tmp_path), fold, **SMALL)
-    trained_on = {name[7] for name in data.class_names}
-    assert trained_on == {str(number - 1) for number in {1, 2, 3, 4} - {fold, val_fold}}
+    data = LFWFoldDataModule(str(tmp_path), fold, val_fold, **SMALL)
+    trained_on = {number for name in data.class_names for number in (int(name[7]) + 1,)}
+    assert trained_on == {1, 2, 3, 4} - {fold, val_fold}
     paths = {path for person in data.class_names for path in (tmp_path / "images" / person).iterdir()}
     assert set(data.train_files.paths) == paths
-    assert {(name[7], number > 0) for *pair, _, number in told(data, "test") for name in pair} == {
-        (str(fold - 1), True),
-        (str(val_fold - 1), False),
-    }
-    assert {name[7] for *pair, _, _ in told(data, "val") for name in pair} == {str(val_fold - 1)}
-    assert len({number for *_, number in told(data, "val")}) == 6  # as many parts as there are pairs, up to ten
+
+    # the name of a person says of which fold they are
+    for first, second, _, number in told(data, "test"):
+        assert int(first[7]) + 1 == int(second[7]) + 1 == (number or int(first[7]) + 1)
+        assert (number == 0) == (int(first[7]) + 1 != fold)
+    validated = {(int(name[7]) + 1, number) for *pair, _, number in told(data, "val") for name in pair}
+    if val_fold is None:
+        assert validated == {(number, number) for number in trained_on}
+    else:
+        assert validated == {(val_fold, part) for part in range(1, 7)}  # of its six pairs
+
     data.setup("fit")
     assert len(data.val_data.targets) == len(data.val_files.paths)
     assert len(data.test_data.targets) == len(data.test_files.paths)
+    # the parts share images, which are in memory once
+    assert data.train_data.images.store is data.val_data.images.store is data.test_data.images.store
+    assert len(data.train_data.images.store) == len(paths | set(data.test_files.paths))
 
 
 def test_a_person_of_two_folds_is_not_trained_on(tmp_path: Path) -> None:
@@ -74,17 +82,14 @@ def test_a_person_of_two_folds_is_not_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fold", [0, 4, -1])
-def test_the_fold_must_be_there(fold: int, tmp_path: Path) -> None:
+def test_the_folds_must_be_there(fold: int, tmp_path: Path) -> None:
     write_lfw(tmp_path)
-    with pytest.raises(InputError, match=f"one of the 3 of pairs.txt .* got {fold}"):
+    with pytest.raises(InputError, match=f"^fold must be one of the 3 of pairs.txt, got {fold}"):
         LFWFoldDataModule(str(tmp_path), fold, **SMALL)
-
-
-def test_the_people_trained_on_must_have_folders(tmp_path: Path) -> None:
-    write_lfw(tmp_path)
-    (tmp_path / "images" / "Person_1A").rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"the folder .*images/Person_1A is not there"):
-        LFWFoldDataModule(str(tmp_path), 1, **SMALL)
+    with pytest.raises(InputError, match=f"^val_fold must be one of the 3 of pairs.txt, got {fold}"):
+        LFWFoldDataModule(str(tmp_path), 1, fold, **SMALL)
+    with pytest.raises(InputError, match="must differ"):
+        LFWFoldDataModule(str(tmp_path), 2, 2, **SMALL)
 
 
 def test_people_of_lfw_among_those_trained_on_are_reported(tmp_path: Path) -> None:
@@ -102,6 +107,15 @@ def test_crlf_and_blank_lines_change_nothing(tmp_path: Path) -> None:
     assert len(expected) == 12
     path.write_bytes(pairs_text().replace("\n", "\r\n").encode() + b"\r\n\r\n")
     assert read_pairs(path) == expected
+
+
+def test_a_byte_order_mark_is_no_matter_but_other_text_is(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.txt"
+    path.write_text(pairs_text(), encoding="utf-8-sig")
+    assert len(read_pairs(path)) == 12
+    path.write_text(pairs_text(), encoding="utf-16")
+    with pytest.raises(DataError, match="is not text in UTF-8"):
+        read_pairs(path)
 
 
 def replace(old: str, new: str) -> Callable[[str], str]:

@@ -13,7 +13,7 @@ from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.metrics import PairVerification
 
-from ..conftest import BlobsDataModule, make_trainer
+from ..conftest import BlobsDataModule, make_model, make_trainer
 from ..datamodules.formats import write_lfw
 
 FIGURES = {"acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3"}
@@ -22,7 +22,7 @@ FIGURES = {"acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-
 @pytest.fixture
 def data(tmp_path: Path) -> LFWFoldDataModule:
     write_lfw(tmp_path, folds=4, count=4)
-    return LFWFoldDataModule(str(tmp_path), 4, image_size=8, batch_size=8, num_workers=0, flip=True)
+    return LFWFoldDataModule(str(tmp_path), 4, 3, image_size=8, batch_size=8, num_workers=0, flip=True)
 
 
 def make(data: LFWFoldDataModule, **settings: Any) -> VerificationModule:
@@ -49,7 +49,7 @@ def test_the_figures_are_those_of_the_embeddings(settings: dict[str, Any], data:
     (results,) = trainer.test(model, data, verbose=False)
     metric = PairVerification(data.test_pairs, settings.get("pca_components"))
     with torch.inference_mode():
-        images = data.normalize(data.test_data.images)
+        images = data.normalize(data.test_data.images[torch.arange(len(data.test_files.paths))])
         features = model.embed(images)
         if settings:
             features = features + model.embed(images.flip(-1))
@@ -75,7 +75,7 @@ def test_each_image_is_embedded_once(data: LFWFoldDataModule) -> None:
 
 def test_a_partial_evaluation_gives_no_figures(data: LFWFoldDataModule) -> None:
     trainer = make_trainer(limit_test_batches=1)
-    with pytest.warns(UserWarning, match="were not embedded: no figures"):
+    with pytest.warns(UserWarning, match="were not embedded"):
         (results,) = trainer.test(make(data), data, verbose=False)
     assert all(math.isnan(value) for value in results.values())
 
@@ -86,13 +86,26 @@ def test_data_without_pairs_are_asked_for_them() -> None:
         make_trainer().test(model, BlobsDataModule())
 
 
+def test_a_classifier_does_not_take_pairs_for_classes(data: LFWFoldDataModule) -> None:
+    model = make_model(num_classes=data.num_classes, image_shape=data.image_shape)
+    with pytest.raises(InputError, match="train a VerificationModule"):
+        make_trainer().fit(model, data)
+
+
+@pytest.mark.parametrize("pca_components", [0, 65])
+def test_components_that_features_have_not_are_refused(pca_components: int, data: LFWFoldDataModule) -> None:
+    with pytest.raises(InputError, match=f"pca_components must be 1 to 64, got {pca_components}"):
+        make(data, pca_components=pca_components)
+
+
 def test_predict_gives_embeddings_in_order(data: LFWFoldDataModule) -> None:
     model = make(data).eval()
     batches = make_trainer().predict(model, data)
     assert batches is not None
     found = torch.cat([batch["embedding"] for batch in batches])
     with torch.inference_mode():
-        torch.testing.assert_close(found, model.embed(data.normalize(data.test_data.images)))
+        images = data.test_data.images[torch.arange(len(data.test_files.paths))]
+        torch.testing.assert_close(found, model.embed(data.normalize(images)))
 
 
 def test_a_checkpoint_rebuilds_it(data: LFWFoldDataModule, tmp_path: Path) -> None:
