@@ -67,7 +67,7 @@ class PairVerification(Metric):
         self.pairs = pairs.cpu()
         self.pca_components = pca_components
         if pca_components is not None:
-            least = min(len(self._seen(fold == number)) for number in fold[fold > 0].tolist())
+            least = min(len(self._seen(fold == number)) for number in set(fold[fold > 0].tolist()))
             if not 1 <= pca_components <= least:
                 raise InputError(f"pca_components must be 1 to {least}, the images to fit on, got {pca_components}.")
         self.add_state("embeddings", [], dist_reduce_fx="cat")

@@ -19,6 +19,8 @@ from ..errors import DataError, InputError
 from .base import BatchDataModule, Images
 from .loader import ImageStore, StoredImages
 
+_NAMED = 10  # files that an error names
+
 
 class Files(NamedTuple):
     """Paths of images, the class of each, and whether every one of them is needed, even if unreadable ones are not."""
@@ -26,9 +28,6 @@ class Files(NamedTuple):
     paths: list[Path]
     targets: list[int]
     needed: bool = False
-
-
-_NAMED = 10  # files that an error names
 
 
 def class_folders(folder: Path) -> list[Path]:
