@@ -207,10 +207,8 @@ class LFWFoldDataModule(PairsDataModule):
         self.test_files, self.test_pairs = self.number_images(
             [pair if pair.fold == fold else pair._replace(fold=0) for pair in self.pairs]
         )
-        people = {held_out: set[str]() for held_out in (True, False)}
-        for pair in self.pairs:
-            people[pair.fold in (fold, val_fold)] |= pair.people
-        self.class_names = tuple(sorted(people[False] - people[True]))
+        held_out = {person for pair in self.pairs if pair.fold in (fold, val_fold) for person in pair.people}
+        self.class_names = tuple(sorted({person for pair in self.pairs for person in pair.people} - held_out))
         self.train_files = list_files([self.root / "images" / person for person in self.class_names])
 
 
