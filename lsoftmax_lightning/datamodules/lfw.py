@@ -177,13 +177,14 @@ class LFWFoldDataModule(PairsDataModule):
     """Trains on people of LFW itself and tests on the pairs of one fold: no outside data.
 
     The network trains on all images of the people of the nine other folds, whose pairs also fit threshold and PCA. It
-    is validated on these too, people it has seen, which says little; to choose a setting or a checkpoint, hold one of
-    the nine out as ``val_fold``.
+    is validated on these too, people it has seen, which says little. With a ``val_fold`` it trains on those of eight,
+    and validation, threshold and PCA are of the pairs of the ninth: people as new to the network as those of the test,
+    so a setting or a checkpoint can be chosen by them.
 
     Args:
         root: Folder of LFW: ``pairs.txt`` and ``images/<Person>/<Person>_<nnnn>.jpg``.
         fold: The fold to test on, from 1.
-        val_fold: A fold to validate on instead of training on it. Its ten parts then stand for folds, though they share
+        val_fold: A fold to hold out from training. In validation its ten parts stand for folds, though they share
             people.
         **kwargs: As :class:`PairsDataModule`.
 
@@ -200,13 +201,12 @@ class LFWFoldDataModule(PairsDataModule):
                 raise InputError(f"{name} must be one of the {folds} of pairs.txt, got {number}.")
         if fold == val_fold or folds < 3:
             raise InputError(f"fold and val_fold must differ and leave some of the {folds}, got {fold} and {val_fold}.")
-        val = [pair for pair in self.pairs if pair.fold != fold]
+        test = [pair for pair in self.pairs if pair.fold == fold]
+        val = [pair for pair in self.pairs if pair.fold != fold and val_fold in (None, pair.fold)]
+        self.test_files, self.test_pairs = self.number_images([*(pair._replace(fold=0) for pair in val), *test])
         if val_fold is not None:
-            val = [p._replace(fold=i % 10 + 1) for i, p in enumerate(p for p in self.pairs if p.fold == val_fold)]
+            val = [pair._replace(fold=number % 10 + 1) for number, pair in enumerate(val)]
         self.val_files, self.val_pairs = self.number_images(val)
-        self.test_files, self.test_pairs = self.number_images(
-            [pair if pair.fold == fold else pair._replace(fold=0) for pair in self.pairs]
-        )
         held_out = {person for pair in self.pairs if pair.fold in (fold, val_fold) for person in pair.people}
         self.class_names = tuple(sorted({person for pair in self.pairs for person in pair.people} - held_out))
         self.train_files = list_files([self.root / "images" / person for person in self.class_names])

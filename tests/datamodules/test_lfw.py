@@ -60,6 +60,7 @@ def test_the_people_of_a_fold_are_held_out(fold: int, val_fold: int | None, tmp_
     for first, second, _, number in told(data, "test"):
         assert int(first[7]) + 1 == int(second[7]) + 1 == (number or int(first[7]) + 1)
         assert (number == 0) == (int(first[7]) + 1 != fold)
+        assert number or val_fold in (None, int(first[7]) + 1)
     validated = {(int(name[7]) + 1, number) for *pair, _, number in told(data, "val") for name in pair}
     if val_fold is None:
         assert validated == {(number, number) for number in trained_on}
@@ -72,6 +73,13 @@ def test_the_people_of_a_fold_are_held_out(fold: int, val_fold: int | None, tmp_
     # the parts share images, which are in memory once
     assert data.train_data.images.store is data.val_data.images.store is data.test_data.images.store
     assert len(data.train_data.images.store) == len(paths | set(data.test_files.paths))
+
+
+def test_the_pairs_of_a_test_keep_their_fold(tmp_path: Path) -> None:
+    write_lfw(tmp_path, folds=4)
+    for val_fold, fitted in ((None, 12), (3, 4)):
+        folds = LFWFoldDataModule(str(tmp_path), 2, val_fold, **SMALL).test_pairs[:, 3]
+        assert ((folds == 0).sum(), (folds == 2).sum(), len(folds)) == (fitted, 4, fitted + 4)
 
 
 def test_a_person_of_two_folds_is_not_trained_on(tmp_path: Path) -> None:
