@@ -11,6 +11,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR, StepLR
+from torch.utils.data import DataLoader, TensorDataset
 
 from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
 from lsoftmax_lightning.errors import InputError
@@ -154,6 +155,16 @@ def test_labels_beyond_the_head_are_refused() -> None:
         make_trainer(num_sanity_val_steps=0).fit(model, data)
     with pytest.raises(InputError, match="classes 0 to 2, got 0 to 3"):
         make_trainer().test(model, data)
+
+
+def test_plain_dataloaders_do() -> None:
+    data = BlobsDataModule()
+    data.setup("fit")
+    images, targets = data.train_data
+    loader = DataLoader(TensorDataset(data.normalize(images), targets), batch_size=20)
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(make_model(), loader, loader)
+    assert trainer.callback_metrics["val/acc"] > 0.5
 
 
 def test_labels_of_any_integer_type_are_taken() -> None:
