@@ -44,7 +44,7 @@ def read_pairs(path: Path) -> list[Pair]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8: {error}") from error
     match header.split():
-        case [folds_, count_] if folds_.isdecimal() and count_.isdecimal() and int(count_):
+        case [folds_, count_] if folds_.isdecimal() and count_.isdecimal() and int(folds_) and int(count_):
             folds, count = int(folds_), int(count_)
         case _:
             raise DataError(

@@ -143,6 +143,7 @@ def replace(old: str, new: str) -> Callable[[str], str]:
         (replace("3\t2", "4\t2"), "announces 4 x 2 x 2 pairs, but 12 follow"),
         (replace("3\t2", "-3\t2"), "the first line must be"),
         (replace("3\t2", "3\t0"), "the first line must be"),
+        (lambda text: "0\t300\n", "the first line must be"),
         (replace("3\t2", "3\t3"), r"line 4: no pair of the kind that belongs here: 'Person_0A\\t1\\tPerson_0B\\t2'"),
         (replace("Person_0B\t1\t2", "Person_0B\t1\ttwo"), "line 3: no pair"),
         (replace("Person_0B\t1\t2", "Person_0B\t1\t1"), "line 3: no pair"),
