@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # the names that a YAML may use without their path
 from . import datamodules, modules, schedules  # noqa: F401
+from .callbacks import Dashboard, MarginMonitor
 from .errors import InputError, LSoftmaxError
 
 _PACKAGE = Path(__file__).parent
@@ -88,7 +89,7 @@ class LSoftmaxCLI(LightningCLI):
                     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
                 },
                 # on its own: `save_last` of the one that monitors would leave out what is not among the best
-                "callbacks": [ModelCheckpoint(filename="last", enable_version_counter=False)],
+                "callbacks": [ModelCheckpoint(filename="last", enable_version_counter=False), MarginMonitor()],
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -108,10 +109,11 @@ class LSoftmaxCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links what the data knows to the model; keeps the best and the last checkpoint."""
+        """Links what the data knows to the model; keeps the best and the last checkpoint; draws the dashboard."""
         for fact in ("num_classes", "image_shape"):
             parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/acc",
@@ -127,7 +129,7 @@ class LSoftmaxCLI(LightningCLI):
         """As Lightning's; a setting that the Trainer does not take is a user's mistake."""
         if self._get(self.config_init, "trainer").enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-            del self.trainer_defaults["callbacks"]
+            del self.trainer_defaults["callbacks"][0]
         try:
             return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:

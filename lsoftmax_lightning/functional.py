@@ -16,6 +16,7 @@ and 4 (arXiv 1612.02295).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,71 @@ def own_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             f"target must hold classes 0 to {logits.shape[1] - 1}, got {int(target.min())} to {int(target.max())}; "
             "check num_classes and the labels."
         ) from error
+
+
+def effective_margin(margin: int, lambda_: float) -> float:
+    """The constant margin, seldom an integer, that the annealed loss amounts to for samples near their class.
+
+    Around theta = 0 the annealed target (lambda cos(theta) + psi(theta)) / (1 + lambda) falls as cos(m' theta) does, to
+    the second order, for m'^2 = (lambda + m^2) / (1 + lambda): 1 while lambda is high, m at lambda = 0.
+
+    Args:
+        margin: m, an integer >= 1.
+        lambda_: Weight of the plain logit, 0 to infinity.
+    """
+    return math.sqrt(1 + (margin**2 - 1) / (1 + lambda_))
+
+
+def degrees(cosine: Tensor) -> Tensor:
+    """Angles in degrees, 0 to 180, of cosines, which rounding may have put outside [-1, 1]; no use for training."""
+    return cosine.clamp(-1, 1).arccos().rad2deg()
+
+
+def target_angles(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """theta_y: the angle of each sample to the weight of its class, in degrees.
+
+    Args:
+        features: x, [N, D].
+        weight: W, [C, D].
+        target: Class of each sample, [N], int64.
+
+    Returns:
+        Angles, float32 [N].
+    """
+    return degrees(F.cosine_similarity(features.float(), weight[target].float()))
+
+
+class Separation(NamedTuple):
+    """Angles between directions, in degrees, 0-d; NaN where there are no two directions."""
+
+    mean: Tensor
+    """Between any two."""
+    nearest: Tensor
+    """From each to the one nearest to it, on average."""
+    min: Tensor
+    """Between the nearest two."""
+
+
+def separation(directions: Tensor) -> Separation:
+    """How far directions are apart, class weights for one. Of more than 10,000, evenly spaced ones are taken.
+
+    Args:
+        directions: [C, D], of any length but 0.
+    """
+    unit = F.normalize(directions.float())[:: max(1, math.ceil(len(directions) / 10_000))]
+    count = len(unit)
+    if count < 2:
+        return Separation(*unit.new_full((3,), math.nan))
+    total, nearest = unit.new_zeros(()), []
+    for start in range(0, count, 1024):  # so that the C x C angles are never held at once
+        angles = degrees(unit[start : start + 1024] @ unit.T)
+        own = angles.diagonal(start)  # of each direction to itself
+        own.zero_()
+        total += angles.sum()
+        own.fill_(180.0)
+        nearest.append(angles.amin(dim=1))
+    least = torch.cat(nearest)
+    return Separation(total / (count * (count - 1)), least.mean(), least.min())
 
 
 def margin_logits(

@@ -8,12 +8,80 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc, binary_eer, binary_roc
 from torchmetrics.utilities import dim_zero_cat
 
 from .errors import InputError
+from .functional import separation, target_angles
+
+
+class ClassAngles(Metric):
+    """What the margin is for: how close samples are to their class, and how far classes are from each other.
+
+    ``compute`` gives a dict of: ``angle``, the mean angle of a sample to the weight of its class, in degrees;
+    ``centre_angle_mean``, ``_nearest`` and ``_min``, the :func:`~lsoftmax_lightning.functional.separation` of the mean
+    directions of the classes; ``feature_norm``, the mean length of a feature; and ``segment_0`` to
+    ``segment_{m-1}``, the share of samples in each segment k of psi (section 3.2), the last of them furthest from their
+    class. All are exact for batches and processes of any size, and NaN where there was no sample.
+
+    Args:
+        num_classes: C.
+        in_features: D, the width of a feature.
+        margin: m, an integer >= 1.
+        **kwargs: As :class:`torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    angle: Tensor
+    norm: Tensor
+    segments: Tensor
+    directions: Tensor
+
+    def __init__(self, num_classes: int, in_features: int, margin: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.margin = margin
+        for name, shape in (
+            ("angle", ()),
+            ("norm", ()),
+            ("segments", margin),
+            ("directions", (num_classes, in_features)),
+        ):
+            self.add_state(name, torch.zeros(shape), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, weight: Tensor, target: Tensor) -> None:
+        """Takes a batch.
+
+        Args:
+            features: x, [N, D].
+            weight: W, [C, D].
+            target: Class of each sample, [N], int64.
+        """
+        angles = target_angles(features, weight, target)
+        self.angle += angles.sum()
+        self.norm += torch.linalg.vector_norm(features.float(), dim=1).sum()
+        self.segments += segment_counts(angles, self.margin)
+        self.directions.index_add_(0, target, normalize(features.float()))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures, by name."""
+        count = self.segments.sum()
+        centres = separation(self.directions[self.directions.any(dim=1)])  # of the classes that were seen
+        return {
+            "angle": self.angle / count,
+            "feature_norm": self.norm / count,
+            **{f"centre_angle_{name}": angle for name, angle in centres._asdict().items()},
+            **{f"segment_{k}": share for k, share in enumerate(self.segments / count)},
+        }
+
+
+def segment_counts(angles: Tensor, margin: int) -> Tensor:
+    """How many angles, in degrees [N], lie in each segment k of psi, float32 [m]; those that are NaN in none."""
+    segment = (angles * (margin / 180)).floor().clamp(max=margin - 1)
+    return (segment.unsqueeze(1) == torch.arange(margin, device=angles.device)).float().sum(dim=0)
 
 
 class PairVerification(Metric):
@@ -29,7 +97,7 @@ class PairVerification(Metric):
     single one, that of a share); ``auc``, the area under the ROC curve; ``eer``, the equal error rate; and
     ``tar_at_far_1e-2`` and ``tar_at_far_1e-3``, the share of same pairs accepted where at most that share of the
     different ones is. They are NaN, with a warning, where embeddings are missing (in a ``fast_dev_run``, say) or not
-    finite.
+    finite; else ``cosines`` has the cosine of each scored pair, in their order.
 
     Args:
         pairs: int64 [P, 4]: number of the one image, number of the other, 1 for the same identity or 0, and the fold.
@@ -54,6 +122,7 @@ class PairVerification(Metric):
 
     embeddings: list[Tensor]
     numbers: list[Tensor]
+    cosines: Tensor | None
 
     def __init__(self, pairs: Tensor, pca_components: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -89,6 +158,7 @@ class PairVerification(Metric):
         Raises:
             InputError: If PCA is to give more components than the embeddings have.
         """
+        self.cosines = None
         numbers = dim_zero_cat(self.numbers).cpu()
         given = dim_zero_cat(self.embeddings).cpu().double()
         if self.pca_components is not None and self.pca_components > given.shape[1]:
@@ -126,6 +196,7 @@ class PairVerification(Metric):
             error = (mean * (1 - mean) / counted.sum()).sqrt()
         shifted, labels = (scores[counted] + 1) / 2, same[counted]  # what is outside 0 .. 1 would be taken for logits
         fpr, tpr, _ = binary_roc(shifted, labels)
+        self.cosines = scores[counted]
         figures = (
             *(mean, error, binary_auroc(shifted, labels), binary_eer(shifted, labels)),
             *(tpr[fpr <= rate].max() for rate in (1e-2, 1e-3)),

@@ -1,0 +1,216 @@
+"""Pictures of a training for TensorBoard, and for papers."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from ..errors import InputError
+from ..functional import separation, target_angles
+from .frames import ClassFrame, ClassSample, Frame, evenly_spaced, pair_frame
+from .monitor import is_logged_step
+from .tap import HeadTap
+
+
+class Dashboard(Callback):
+    """Draws a training on TensorBoard, for any module with an L-Softmax ``head``; without it, does nothing.
+
+    After validation: the features (:func:`~lsoftmax_lightning.pictures.plane`), the angles of samples to their class,
+    the angles between class weights, the confusion matrix and the most confused images; where validation is of pairs of
+    images, the ROC curve, the angles of the pairs and the hardest pairs. After training also the embedding projector.
+    After a test the same of its images.
+
+    Training waits for no picture: those that would take more than ``max_share`` of its time are drawn when it is over.
+
+    Args:
+        every_n_epochs: Epochs between the pictures of a validation, from the first on; the last is always drawn. By
+            default a tenth of the run.
+        max_samples: Features in the scatter and in the projector; all other pictures are of all images.
+        max_share: The most that drawing may take of the time of training.
+        save: Whether to leave every picture as a PNG file, and the numbers in it as CSV, in the folder ``dashboard`` of
+            the run.
+
+    Raises:
+        InputError: If an argument is out of range, or there is no logger to say where to save.
+    """
+
+    def __init__(
+        self, every_n_epochs: int | None = None, max_samples: int = 2000, max_share: float = 0.03, save: bool = False
+    ) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}.")
+        if not 0 <= max_share <= 1:
+            raise InputError(f"max_share must be from 0 to 1, got {max_share}.")
+        self.every_n_epochs, self.max_samples, self.max_share, self.save = every_n_epochs, max_samples, max_share, save
+        self._tap: HeadTap | None = None
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Listens at the head, if there is somewhere to draw."""
+        if self.save and not trainer.loggers:
+            raise InputError("Dashboard(save=True) writes into the folder of the run, which a logger has to name.")
+        writable = self.save or any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        self._tap = HeadTap(pl_module, "Dashboard") if writable and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        self._folder = Path(str(trainer.log_dir), "dashboard")  # to be asked on every process
+        self._sample: ClassSample | None = None
+        self._train_angles: list[Tensor] = []
+        self._latest: Frame | None = None
+        self._kept: Frame | None = None
+        self._pending: list[Frame] = []  # on the first process alone
+        self._next_step = 0.0
+        self._began, self._spent, self._cost = (
+            time.perf_counter(),
+            0.0,
+            1.0,
+        )  # seconds; the last, of a frame, at a guess
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Leaves the head alone."""
+        if self._tap:
+            self._tap.remove()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int) -> None:
+        """Keeps the angles of the steps that are logged."""
+        if self._tap and is_logged_step(trainer) and (taken := self._tap.take(batch)):
+            features, _, target = taken
+            self._train_angles.append(target_angles(features, pl_module.head.weight.detach(), target))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begins anew."""
+        self._begin(trainer, trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begins anew."""
+        self._begin(trainer, trainer.num_test_batches)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Takes a batch."""
+        self._update(pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Takes a batch."""
+        self._update(pl_module, batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Keeps the validation, and draws what there is time for."""
+        if not self._tap or trainer.sanity_checking:
+            return
+        start = time.perf_counter()
+        self._latest = self._frame(trainer, pl_module, "val")
+        self._spent += time.perf_counter() - start
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._draw_all(trainer)
+            return
+        if trainer.global_step >= self._next_step:
+            self._next_step = trainer.global_step + self._steps_between(trainer)
+            self._keep(trainer)
+        while self._pending and self._spent + self._cost <= self.max_share * (time.perf_counter() - self._began):
+            self._draw_next(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Draws the test."""
+        if self._tap:
+            self._latest = self._frame(trainer, pl_module, "test")
+            self._draw_all(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Draws what is left, and the last validation in the projector."""
+        if not self._tap:
+            return
+        self._draw_all(trainer)
+        if isinstance(self._latest, ClassFrame) and trainer.is_global_zero:
+            for writer in _writers(trainer):
+                writer.add_embedding(**self._latest.embedding(), global_step=self._latest.step, tag="val")
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Draws what was kept of a training that failed, but lets one that was interrupted go."""
+        if isinstance(exception, Exception) and self._tap:
+            self._draw_all(trainer)
+
+    def _begin(self, trainer: Trainer, num_batches: Sequence[float]) -> None:
+        per_batch = math.ceil(self.max_samples / (sum(num_batches) * trainer.world_size))
+        self._sample = ClassSample(max(1, per_batch), trainer.datamodule)  # type: ignore[attr-defined]
+
+    def _update(self, pl_module: Any, batch: Any) -> None:
+        if self._tap and self._sample is not None and (taken := self._tap.take(batch)):
+            self._sample.update(batch[0], *taken, pl_module.head.weight.detach())
+
+    def _frame(self, trainer: Trainer, pl_module: Any, stage: str) -> Frame:
+        """What was seen of this validation or test."""
+        head, data = pl_module.head, trainer.datamodule  # type: ignore[attr-defined]
+        names = getattr(data, "class_names", None) or tuple(map(str, range(head.num_classes)))
+        settings = {
+            **{"stage": stage, "step": trainer.global_step, "margin": head.margin, "lambda_": head.lambda_},
+            "nearest": float(separation(head.weight.detach()).nearest),
+            "train_angles": torch.cat(self._train_angles).cpu() if self._train_angles else torch.empty(0),
+        }
+        self._train_angles = []
+        if self._sample:
+            shown = evenly_spaced(head.num_classes)
+            weight = head.weight.detach()[shown.to(head.weight.device)].float().cpu()
+            return self._sample.frame(weight=weight, shown=shown, class_names=names, **settings)
+        verification = getattr(pl_module, "verification", None)
+        if verification is not None and verification.cosines is not None:
+            images = getattr(getattr(data, f"{stage}_data", None), "images", None)
+            return pair_frame(verification.pairs, verification.cosines, images, **settings)
+        return Frame(**settings)
+
+    def _steps_between(self, trainer: Trainer) -> float:
+        """Optimiser steps from one kept validation to the next."""
+        epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+        if self.every_n_epochs:
+            return self.every_n_epochs * epoch
+        total = trainer.estimated_stepping_batches
+        return (
+            total / 9 if 0 < total < math.inf else 10 * epoch
+        )  # with first and last ten, as many as TensorBoard shows
+
+    def _keep(self, trainer: Trainer) -> None:
+        """Keeps the latest frame to be drawn, once."""
+        if trainer.is_global_zero and self._latest is not None and self._latest is not self._kept:
+            self._pending.append(self._latest)
+            self._kept = self._latest
+
+    def _draw_all(self, trainer: Trainer) -> None:
+        self._keep(trainer)
+        while self._pending:
+            self._draw_next(trainer)
+
+    def _draw_next(self, trainer: Trainer) -> None:
+        """Draws the frame that has waited longest."""
+        start = time.perf_counter()
+        frame = self._pending.pop(0)
+        for name, angles in frame.angle_samples().items():
+            if len(angles := angles[angles.isfinite()]):
+                for writer in _writers(trainer):
+                    writer.add_histogram(f"angles/{name}", angles, frame.step)
+        for name, figure, header, rows in frame.draw():
+            if self.save:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                path = self._folder / f"{frame.stage}_{name}_{frame.step:06d}"
+                figure.savefig(path.with_suffix(".png"), dpi=200)
+                with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows([header, *rows])
+            for writer in _writers(trainer):
+                writer.add_figure(f"{frame.stage}/{name}", figure, frame.step)
+        self._cost = time.perf_counter() - start
+        self._spent += self._cost
+
+
+def _writers(trainer: Trainer) -> list[Any]:
+    """TensorBoard's writers."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

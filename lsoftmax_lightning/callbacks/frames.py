@@ -1,0 +1,255 @@
+"""What the dashboard keeps of one validation or test, and the pictures it is drawn as, perhaps much later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from .. import pictures
+from ..functional import degrees, effective_margin, target_angles
+
+_SHOWN = 100  # classes that can be told apart in a picture
+_HARD = 12  # images in a strip
+_THUMBNAIL = 48  # pixels of the side of an image in the projector, at most
+
+
+class Picture(NamedTuple):
+    """A figure and the numbers in it."""
+
+    name: str
+    figure: Figure
+    header: Sequence[str]
+    rows: Iterable[Sequence[Any]]
+
+
+@dataclass(kw_only=True)
+class Frame:
+    """A moment of training, to be drawn: the head as it was and what a validation or test (``stage``) has seen.
+
+    ``nearest`` is the mean angle from a class weight to the nearest one. Of a stage that has seen nothing there are the
+    angles of training alone.
+    """
+
+    stage: str
+    step: int
+    margin: int
+    lambda_: float
+    nearest: float
+    train_angles: Tensor
+
+    def angle_samples(self) -> dict[str, Tensor]:
+        """Angles of samples to their class, in degrees, by stage."""
+        return {"train": self.train_angles}
+
+    def draw(self) -> Iterator[Picture]:
+        """All pictures, one by one."""
+        angles = self.angle_samples()
+        boundaries = {"boundary of softmax": self.nearest / 2}
+        if self.margin > 1:
+            boundaries[f"what m = {self.margin} asks for"] = self.nearest / (self.margin + 1)
+        figure = pictures.angle_histogram(angles, boundaries, self._title("angle to the own class"))
+        rows = ((name, angle) for name, values in angles.items() for angle in values.tolist())
+        yield Picture("angles", figure, ("stage", "degrees"), rows)
+
+    def _title(self, what: str) -> str:
+        title = f"{what}, step {self.step}, m = {self.margin}"
+        if self.margin == 1 or self.stage == "test":  # a test knows no lambda
+            return title
+        return f"{title} at lambda {self.lambda_:.3g} (effective {effective_margin(self.margin, self.lambda_):.2f})"
+
+
+@dataclass(kw_only=True)
+class ClassFrame(Frame):
+    """Of a validation or test on the classes of the head."""
+
+    class_names: Sequence[str]
+    shown: Tensor
+    weight: Tensor
+    target: Tensor
+    prediction: Tensor
+    angles: Tensor
+    features: Tensor
+    features_target: Tensor
+    thumbnails: Tensor
+    worst: Sequence[Tensor]
+
+    def angle_samples(self) -> dict[str, Tensor]:
+        """Angles of samples to their class, in degrees, by stage."""
+        return super().angle_samples() | {self.stage: self.angles}
+
+    def draw(self) -> Iterator[Picture]:
+        """All pictures, one by one."""
+        yield from super().draw()
+        names = [self.class_names[number] for number in self.shown]
+        of = f" of {len(names)} of {len(self.class_names)} classes" * (len(names) < len(self.class_names))
+
+        place = torch.full((len(self.class_names),), -1)  # of a class among those shown
+        place[self.shown] = torch.arange(len(names))
+
+        target = place[self.features_target]
+        points, rays = pictures.plane(self.features, self.weight)
+        figure = pictures.feature_scatter(points, rays, target, names, self._title(f"features{of}"))
+        rows = [(*point, names[c]) for point, c in zip(points.tolist(), target.tolist(), strict=True) if c >= 0]
+        yield Picture("features", figure, ("x", "y", "class"), rows)
+
+        unit = normalize(self.weight)
+        between = degrees(unit @ unit.T).fill_diagonal_(0)
+        figure = pictures.angle_map(between, names, self._title(f"angles between the weights{of}"))
+        yield Picture("class_angles", figure, ("class", *names), _rows(names, between))
+
+        target, prediction = place[self.target], place[self.prediction]
+        cell = (target * len(names) + prediction)[(target >= 0) & (prediction >= 0)]
+        counts = torch.bincount(cell, minlength=len(names) ** 2).view(len(names), -1)
+        figure = pictures.confusion(counts, names, self._title(f"confusion{of}"))
+        yield Picture("confusion", figure, ("true class", *names), _rows(names, counts))
+
+        mistakes = self.worst[0] > 0
+        if mistakes.any():
+            *numbers, images = (part[mistakes] for part in self.worst[1:])
+            rows = [
+                (self.class_names[target], self.class_names[prediction], angle)
+                for target, prediction, angle in zip(*(part.tolist() for part in numbers), strict=True)
+            ]
+            captions = ["{}\ntaken for {}\n{:.0f}°".format(*row) for row in rows]
+            figure = pictures.image_strip(images, captions, self._title("most confused"))
+            yield Picture("most_confused", figure, ("true class", "predicted class", "degrees"), rows)
+
+    def embedding(self) -> dict[str, Any]:
+        """For the projector."""
+        return {
+            "mat": self.features,
+            "metadata": [[self.class_names[number], number] for number in self.features_target.tolist()],
+            "metadata_header": ["class", "number"],
+            "label_img": self.thumbnails.expand(-1, 3, -1, -1).float() / 255,
+        }
+
+
+@dataclass(kw_only=True)
+class PairFrame(Frame):
+    """Of a validation or test on pairs of images."""
+
+    cosines: Tensor
+    same: Tensor
+    hardest: Tensor
+    images: Tensor | None
+
+    def draw(self) -> Iterator[Picture]:
+        """All pictures, one by one."""
+        yield from super().draw()
+        angles = degrees(self.cosines)
+        rows = list(zip(self.cosines.tolist(), angles.tolist(), self.same.tolist(), strict=True))
+        header = ("cosine", "degrees", "same")
+        figure = pictures.roc(self.cosines, self.same, self._title(f"ROC curve of {len(rows)} pairs"))
+        yield Picture("roc", figure, header, rows)
+        both = {"same": angles[self.same], "different": angles[~self.same]}
+        figure = pictures.angle_histogram(both, {}, self._title("angle between two images"))
+        yield Picture("pair_angles", figure, header, rows)
+        if self.images is not None:
+            rows = [rows[pair] for pair in self.hardest.tolist()]
+            captions = [f"{'same' if same else 'different'}: {angle:.0f}°" for _, angle, same in rows]
+            figure = pictures.image_strip(self.images, captions, self._title("hardest pairs"))
+            yield Picture("hardest_pairs", figure, header, rows)
+
+
+def _rows(names: Sequence[str], matrix: Tensor) -> Iterable[Sequence[Any]]:
+    return ((name, *values) for name, values in zip(names, matrix.tolist(), strict=True))
+
+
+def evenly_spaced(num_classes: int) -> Tensor:
+    """All classes or, where they are more than a picture can show, a hundred of them."""
+    return torch.linspace(0, num_classes - 1, min(num_classes, _SHOWN)).round().long()
+
+
+def pair_frame(pairs: Tensor, cosines: Tensor, store: Any, **settings: Any) -> PairFrame:
+    """Finds the pairs that are hardest to tell and their images, if ``store`` gives images by number."""
+    scored = pairs[pairs[:, 3] > 0]
+    same = scored[:, 2].bool()
+    hardness = torch.where(same, -cosines, cosines)  # hard are same ones far apart and different ones near
+    kinds = (same.nonzero().squeeze(1), (~same).nonzero().squeeze(1))
+    hardest = torch.cat([kind[hardness[kind].topk(min(_HARD // 2, len(kind))).indices] for kind in kinds])
+    images = None if store is None else torch.cat([store[scored[hardest, side]] for side in (0, 1)], dim=3)
+    return PairFrame(cosines=cosines, same=same, hardest=hardest, images=images, **settings)
+
+
+class ClassSample:
+    """Collects from batches, on their device: all classes and predictions, some features, the worst mistakes.
+
+    Args:
+        per_batch: How many features and images of a batch to keep.
+        datamodule: Tells by ``mean`` and ``std`` how images were normalised; without, each image's own range is used.
+    """
+
+    def __init__(self, per_batch: int, datamodule: Any) -> None:
+        self._per_batch = per_batch
+        self._norm = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
+        self._all: list[tuple[Tensor, ...]] = []
+        self._some: list[tuple[Tensor, ...]] = []
+        self._worst: tuple[Tensor, ...] = ()
+
+    def update(self, images: Any, features: Tensor, logits: Tensor, target: Tensor, weight: Tensor) -> None:
+        """Takes a batch."""
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            images = features.new_zeros(len(target), 1, 1, 1)  # nothing that could be shown
+        shares = logits.float().softmax(dim=1)
+        share, prediction = shares.max(dim=1)
+        angles = target_angles(features, weight, target)
+        self._all.append((target, prediction, angles))
+        some = slice(self._per_batch)
+        self._some.append((features[some].float(), target[some], _thumbnails(self._bytes(images[some]))))
+        gap = share - shares.gather(1, target.unsqueeze(1)).squeeze(1)  # above 0 for a mistake
+        gap, rows = gap.topk(min(_HARD, len(gap)))
+        worst = gap, target[rows], prediction[rows], angles[rows], self._bytes(images[rows])
+        self._worst = _top(*_joined([self._worst, worst])) if self._worst else worst
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def frame(self, **settings: Any) -> ClassFrame:
+        """What all processes have collected, on the CPU; ``settings`` are the rest of the frame."""
+        names = ("target", "prediction", "angles", "features", "features_target", "thumbnails")
+        collected = _gathered([*_joined(self._all), *_joined(self._some)])
+        settings |= zip(names, collected, strict=True)
+        return ClassFrame(worst=_top(*_gathered(self._worst)), **settings)
+
+    def _bytes(self, images: Tensor) -> Tensor:
+        images = images.float()
+        if images.shape[1] not in (1, 3):
+            images = images[:, :1]
+        mean, std = self._norm
+        if mean is not None and std is not None:
+            images = images * images.new_tensor(std)[:, None, None] + images.new_tensor(mean)[:, None, None]
+        else:
+            low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+            images = (images - low) / (high - low).clamp_min(1e-12)
+        return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _top(gap: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    rows = gap.topk(min(_HARD, len(gap))).indices
+    return gap[rows], *(other[rows] for other in others)
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    scale = _THUMBNAIL / max(images.shape[2:])
+    if scale >= 1:
+        return images
+    return F.interpolate(images.float(), scale_factor=scale, mode="area").round().to(torch.uint8)
+
+
+def _joined(batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+def _gathered(own: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of all processes, on the CPU."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return [torch.cat(gather_all_tensors(rows)).cpu() for rows in own]
+    return [rows.cpu() for rows in own]

@@ -1,0 +1,218 @@
+"""Scalars that explain a training with a margin, and their place on TensorBoard."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.tensorboard.summary import hparams
+
+from ..functional import effective_margin, separation, target_angles
+from ..metrics import ClassAngles, segment_counts
+from .annealing import LambdaAnnealing
+from .tap import HeadTap
+
+# categories of charts, each of the tags that its regular expressions match
+_Layout = dict[str, dict[str, tuple[str, list[str]]]]
+
+
+def _layout(pairs: bool) -> _Layout:
+    """Of the tab of custom scalars."""
+    charts = {
+        "Learning": {
+            "loss with the margin": ["train/loss$", "val/margin_loss$"],
+            "plain cross-entropy": ["train/cross_entropy$", "val/loss$"],
+            "accuracy": ["train/acc$", "val/acc$"],
+        },
+        "Verification": {
+            "area under the ROC curve": ["val/auc$"],
+            "equal error rate": ["val/eer$"],
+            "accepted at few false accepts": ["val/tar_at_far_"],
+        },
+        "Annealing": {
+            "lambda": ["lambda$"],
+            "effective margin": ["effective_margin$"],
+            "learning rate": ["lr$"],
+        },
+        "Compactness": {
+            "angle of a sample to its class weight, degrees": ["train/angle$", "val/angle$"],
+            "share of samples in segment k": ["train/segment_", "val/segment_"],
+            "length of a feature": ["train/feature_norm$", "val/feature_norm$"],
+        },
+        "Separability": {
+            "angle between class weights": ["val/weight_angle_"],
+            "angle between class centres": ["val/centre_angle_"],
+        },
+        "Speed": {"images a second": ["images_per_second$"]},
+    }
+    if pairs:
+        del charts["Separability"]["angle between class centres"]
+    else:
+        del charts["Verification"]
+    return {
+        category: {title: ("Multiline", tags) for title, tags in content.items()}
+        for category, content in charts.items()
+    }
+
+
+class MarginMonitor(Callback):
+    """Logs what shows whether a margin does its work, for any module with an L-Softmax ``head``.
+
+    Every ``log_every_n_steps`` training steps, of that batch: ``train/cross_entropy`` (the plain one, beside the
+    margin's ``train/loss``), ``train/angle``, ``train/feature_norm``, ``train/segment_k``, ``effective_margin``
+    (:func:`~lsoftmax_lightning.functional.effective_margin`), ``lr`` (of the first parameter group) and
+    ``images_per_second`` (of all devices, validation left out).
+
+    In validation ``val/weight_angle_mean``, ``_nearest`` and ``_min``, the
+    :func:`~lsoftmax_lightning.functional.separation` of the class weights, and where the images are of
+    these classes also ``val/margin_loss`` and the figures of :class:`~lsoftmax_lightning.metrics.ClassAngles`, as
+    ``val/angle`` and so on. In testing the same, but for the loss.
+
+    With a TensorBoardLogger the tab of custom scalars is laid out, and the HParams tab gets a row with margin, lambda
+    settings, backbone, seed, and validation and test accuracy.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Listens at the head."""
+        self._tap = HeadTap(pl_module, "MarginMonitor")
+        self._angles: ClassAngles | None = None
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Leaves the head alone."""
+        self._tap.remove()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Lays out TensorBoard."""
+        if not self._tap.attached:
+            return
+        pairs = _has_pairs(trainer, "val")
+        metrics = dict.fromkeys(["val/acc", "test/acc", "train/angle" if pairs else "val/angle"])
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_custom_scalars(_layout(pairs))
+                # the tab finds the values by these names; Lightning's way would log some now, before there are any
+                for summary in hparams(_settings(trainer, pl_module), metrics):  # type: ignore[no-untyped-call]
+                    logger.experiment._get_file_writer().add_summary(summary)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Starts the clock."""
+        self._restart_clock()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int) -> None:
+        """Logs the figures of a training step."""
+        taken = self._tap.take(batch)
+        if taken is None:
+            return
+        features, logits, target = taken
+        self._images += len(target) * trainer.world_size
+        if not is_logged_step(trainer):
+            return
+        head = pl_module.head
+        angles = target_angles(features, head.weight.detach(), target)
+        shares = segment_counts(angles, head.margin) / len(angles)
+        pl_module.log_dict(
+            {
+                "train/cross_entropy": F.cross_entropy(logits.float(), target),
+                "train/angle": angles.mean(),
+                "train/feature_norm": torch.linalg.vector_norm(features.float(), dim=1).mean(),
+                **{f"train/segment_{k}": share for k, share in enumerate(shares)},
+                "effective_margin": effective_margin(head.margin, head.lambda_),
+                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "images_per_second": self._images / (time.perf_counter() - self._since),
+            }
+        )
+        self._restart_clock()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begins anew."""
+        self._begin(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begins anew."""
+        self._begin(trainer, pl_module, "test")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Takes a batch."""
+        self._update(trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Takes a batch."""
+        self._update(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Logs the figures of a validation."""
+        self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Logs the figures of a test."""
+        self._log(trainer, pl_module, "test")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Starts the clock again, where the validation was amid an epoch of training."""
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._images, self._since = 0, time.perf_counter()
+
+    def _begin(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._angles = None
+        if self._tap.attached and not trainer.sanity_checking and not _has_pairs(trainer, stage):
+            head = pl_module.head
+            self._angles = ClassAngles(head.num_classes, head.in_features, head.margin).to(pl_module.device)
+
+    def _update(self, trainer: Trainer, pl_module: Any, batch: Any) -> None:
+        taken = self._tap.take(batch)
+        if self._angles is None or taken is None:
+            return
+        features, logits, target = taken
+        self._angles.update(features, pl_module.head.weight.detach(), target)
+        if trainer.state.fn == TrainerFn.FITTING:  # elsewhere nobody has set lambda
+            loss = F.cross_entropy(pl_module.head.apply_margin(logits, features, target), target)
+            pl_module.log("val/margin_loss", loss, batch_size=len(target), sync_dist=True)
+
+    def _log(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if not self._tap.attached or trainer.sanity_checking:
+            return
+        weights = separation(pl_module.head.weight.detach())
+        figures = {f"weight_angle_{name}": angle for name, angle in weights._asdict().items()}
+        if self._angles is not None:
+            figures |= self._angles.compute()
+        pl_module.log_dict({f"{stage}/{name}": figure for name, figure in figures.items()}, sync_dist=True)
+
+
+def is_logged_step(trainer: Trainer) -> bool:
+    """Whether the Trainer logs the training step that has just been taken."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and trainer.global_step % every == 0
+
+
+def _has_pairs(trainer: Trainer, stage: str) -> bool:
+    """Whether the images of a stage are of pairs, not of the classes of the head."""
+    return hasattr(trainer.datamodule, f"{stage}_pairs")  # type: ignore[attr-defined]
+
+
+def _settings(trainer: Trainer, pl_module: Any) -> dict[str, bool | float | str]:
+    """What tells one run from another: plain hyperparameters, lambda's schedule, optimiser and seed."""
+    plain = {name: value for name, value in pl_module.hparams.items() if isinstance(value, bool | int | float | str)}
+    schedule = next((c.schedule for c in trainer.callbacks if isinstance(c, LambdaAnnealing) and c.schedule), None)  # type: ignore[attr-defined]
+    schedule = schedule or getattr(pl_module, "lambda_schedule", None)
+    optimizer = trainer.optimizers[0].defaults
+    return {
+        "backbone": type(getattr(pl_module, "backbone", None)).__name__,
+        "margin": pl_module.head.margin,
+        **plain,
+        "lambda": type(schedule).__name__,
+        **{f"lambda/{name}": value for name, value in getattr(schedule, "__dict__", {}).items()},
+        **{name: optimizer[name] for name in ("lr", "weight_decay") if name in optimizer},
+        "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
+    }

@@ -1,0 +1,174 @@
+"""What a margin does, drawn from plain tensors: each function gives a matplotlib figure and touches nothing else.
+
+Colours are Petroff's ten, chosen for colour-blind readers; beyond ten classes the marker changes too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib import color_sequences
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchmetrics.functional.classification import binary_roc
+
+COLORS = color_sequences["petroff10"]
+_MARKERS = "o^sDvP*X<>"
+
+
+def plane(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Points and rays for :func:`feature_scatter`.
+
+    Features of two dimensions are what they are. Wider ones are projected so that each class keeps its place, in every
+    epoch and for every margin: the classes are spread evenly over the unit circle, in their order, and each draws a
+    sample towards its place by the cosine of the sample to its weight. Where class weights are at right angles, a
+    sample on the direction of its weight is on the circle. Nothing is fitted, so pictures can be laid side by side.
+
+    Args:
+        features: x, [N, D].
+        weight: W, [C, D].
+
+    Returns:
+        Points, [N, 2], and the same of the directions of the class weights, [C, 2].
+    """
+    directions = normalize(weight)
+    if features.shape[1] == 2:
+        return features, directions * torch.linalg.vector_norm(features, dim=1).quantile(0.99)
+    turn = torch.arange(len(weight)) * (2 * math.pi / len(weight))
+    places = torch.stack([turn.cos(), turn.sin()], dim=1)
+    return normalize(features) @ directions.T @ places, directions @ directions.T @ places
+
+
+def feature_scatter(
+    points: Tensor, rays: Tensor, target: Tensor, class_names: Sequence[str], title: str = ""
+) -> Figure:
+    """The poster's figure: features as points, the directions of the class weights as rays.
+
+    Args:
+        points: [N, 2], see :func:`plane`.
+        rays: [C, 2].
+        target: Class of each sample, [N].
+        class_names: C names; up to 100 can be told apart.
+        title: Above the axes.
+    """
+    columns = math.ceil(len(class_names) / 25)
+    figure = Figure(figsize=(6.4 + 1.2 * columns, 6), layout="constrained")
+    axes = figure.add_subplot(title=title, aspect="equal", adjustable="datalim")
+    axes.grid(alpha=0.3)
+    for number, name in enumerate(class_names):
+        color, marker = COLORS[number % 10], _MARKERS[number // 10 % 10]
+        x, y = rays[number].tolist()
+        axes.plot([0, x], [0, y], color=color, linewidth=0.8)
+        own = points[target == number].numpy()
+        axes.plot(own[:, 0], own[:, 1], marker, color=color, markersize=2.5, markeredgewidth=0, label=name)
+    size = 9 if columns == 1 else 7
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, fontsize=size, markerscale=2.5, frameon=False
+    )
+    return figure
+
+
+def angle_histogram(angles: Mapping[str, Tensor], boundaries: Mapping[str, float], title: str = "") -> Figure:
+    """Distributions of an angle, overlaid, against the boundaries that matter.
+
+    Args:
+        angles: By name, angles in degrees, [N] each; those without any are left out.
+        boundaries: By name, an angle in degrees, drawn as a vertical line.
+        title: Above the axes.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="degrees", ylabel="share of the samples, %, in 2 degrees")
+    for color, (name, values) in zip(COLORS, angles.items(), strict=False):
+        if len(values):
+            shares = torch.histc(values.float(), bins=90, min=0, max=180) * (100 / len(values))
+            label = f"{name} (mean {values.float().mean():.1f}°)"
+            axes.stairs(shares.numpy(), torch.arange(0, 181, 2).numpy(), fill=True, color=color, alpha=0.35)
+            axes.stairs(shares.numpy(), torch.arange(0, 181, 2).numpy(), color=color, label=label)
+    for style, (name, angle) in zip(("--", ":", "-."), boundaries.items(), strict=False):
+        axes.axvline(angle, color="black", linestyle=style, linewidth=1, label=f"{name}: {angle:.1f}°")
+    axes.set(xlim=(0, 180), xticks=range(0, 181, 30))
+    axes.legend(frameon=False)
+    return figure
+
+
+def angle_map(angles: Tensor, class_names: Sequence[str], title: str = "") -> Figure:
+    """Angles between classes, in degrees [C, C], as a heat map."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    image = _matrix(figure.add_subplot(title=title), angles, class_names, cmap="viridis_r", vmin=0, vmax=120)
+    figure.colorbar(image, label="degrees")
+    return figure
+
+
+def confusion(counts: Tensor, class_names: Sequence[str], title: str = "") -> Figure:
+    """A confusion matrix [C, C] of true (rows) and predicted classes: counts, and the share of each row in percent."""
+    figure = Figure(figsize=(13, 6.2), layout="constrained")
+    figure.suptitle(title)
+    shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    for axes, values, name in zip(figure.subplots(1, 2), (counts, shares), ("images", "% of the class"), strict=True):
+        _matrix(axes, values, class_names, cmap="Blues", vmin=0, vmax=float(values.max()))
+        axes.set(title=name, xlabel="predicted class", ylabel="true class")
+    return figure
+
+
+def image_strip(images: Tensor, captions: Sequence[str], title: str = "", columns: int = 6) -> Figure:
+    """Images in a grid, each with a caption below it.
+
+    Args:
+        images: uint8 [K, channels, height, width], in grey or in colour.
+        captions: K of them, of up to three lines.
+        title: Above the grid.
+        columns: Images in a row.
+    """
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(1.8 * columns, 2.4 * rows + 0.4), layout="constrained")
+    figure.suptitle(title)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(caption, fontsize=8, y=0, va="top")
+    return figure
+
+
+def roc(cosines: Tensor, same: Tensor, title: str = "") -> Figure:
+    """How many same pairs are accepted at how many false accepts, on a logarithmic axis.
+
+    Args:
+        cosines: Of the embeddings of each pair, [P].
+        same: Whether it shows the same identity, [P].
+        title: Above the axes.
+    """
+    false, true, _ = binary_roc((cosines + 1) / 2, same.long())
+    least = 0.5 / max(1, int((same == 0).sum()))  # where "none" is drawn
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.add_subplot(
+        title=title, xlabel="different pairs accepted", ylabel="same pairs accepted", xscale="log"
+    )
+    axes.plot(false.clamp_min(least).numpy(), true.numpy(), color=COLORS[0], drawstyle="steps-post")
+    chance = torch.logspace(math.log10(least), 0, 100)
+    axes.plot(chance.numpy(), chance.numpy(), color="black", linestyle=":", linewidth=1, label="chance")
+    axes.set(xlim=(least, 1), ylim=(0, 1.01))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _matrix(axes: Axes, values: Tensor, class_names: Sequence[str], **colors: Any) -> AxesImage:
+    """Draws a square matrix with names beside it and, where there is room, what is not 0 written in it."""
+    image = axes.imshow(values.numpy(), **colors)
+    count = len(class_names)
+    size = max(3.0, min(9.0, 250 / count))
+    axes.set_xticks(range(count), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0, fontsize=size)
+    axes.set_yticks(range(count), class_names, fontsize=size)
+    if count <= 20:
+        for row, column in values.nonzero().tolist():
+            value = float(values[row, column])
+            color = "white" if image.norm(value) > 0.5 else "black"  # both colour maps are dark where values are high
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=color)
+    return image
