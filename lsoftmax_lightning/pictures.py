@@ -59,18 +59,20 @@ def feature_scatter(
     """
     columns = math.ceil(len(class_names) / 25)
     figure = Figure(figsize=(6.4 + 1.2 * columns, 6), layout="constrained")
-    axes = figure.add_subplot(title=title, aspect="equal", adjustable="datalim")
+    limit = max(1.6, 1.05 * float(points.abs().nan_to_num().max()))  # the same at every step where plane() projects
+    axes = figure.add_subplot(title=title, aspect="equal", anchor="W", xlim=(-limit, limit), ylim=(-limit, limit))
     axes.grid(alpha=0.3)
+    few = len(class_names) <= 25
     for number, name in enumerate(class_names):
-        color, marker = COLORS[number % 10], _MARKERS[number // 10 % 10]
+        color, marker = COLORS[number % 10], _MARKERS[(number + number // 10) % 10]
         x, y = rays[number].tolist()
-        axes.plot([0, x], [0, y], color=color, linewidth=0.8)
+        axes.plot([0, x], [0, y], color=color, linewidth=0.8, alpha=1 if few else 0.3)
+        if few:
+            axes.text(1.07 * x, 1.07 * y, name, ha="center", va="center", fontsize=8)
         own = points[target == number].numpy()
-        axes.plot(own[:, 0], own[:, 1], marker, color=color, markersize=2.5, markeredgewidth=0, label=name)
-    size = 9 if columns == 1 else 7
-    axes.legend(
-        loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, fontsize=size, markerscale=2.5, frameon=False
-    )
+        axes.plot(own[:, 0], own[:, 1], marker, color=color, markersize=3, markeredgewidth=0, label=name)
+    size = 9 if few else 7
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, fontsize=size, markerscale=2, frameon=False)
     return figure
 
 
@@ -99,7 +101,8 @@ def angle_histogram(angles: Mapping[str, Tensor], boundaries: Mapping[str, float
 
 def angle_map(angles: Tensor, class_names: Sequence[str], title: str = "") -> Figure:
     """Angles between classes, in degrees [C, C], as a heat map."""
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    side = _side(class_names)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
     image = _matrix(figure.add_subplot(title=title), angles, class_names, cmap="viridis_r", vmin=0, vmax=120)
     figure.colorbar(image, label="degrees")
     return figure
@@ -107,7 +110,8 @@ def angle_map(angles: Tensor, class_names: Sequence[str], title: str = "") -> Fi
 
 def confusion(counts: Tensor, class_names: Sequence[str], title: str = "") -> Figure:
     """A confusion matrix [C, C] of true (rows) and predicted classes: counts, and the share of each row in percent."""
-    figure = Figure(figsize=(13, 6.2), layout="constrained")
+    side = _side(class_names)
+    figure = Figure(figsize=(2 * side + 1, side + 0.2), layout="constrained")
     figure.suptitle(title)
     shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
     for axes, values, name in zip(figure.subplots(1, 2), (counts, shares), ("images", "% of the class"), strict=True):
@@ -132,7 +136,7 @@ def image_strip(images: Tensor, captions: Sequence[str], title: str = "", column
         axes.set_axis_off()
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(caption, fontsize=8, y=0, va="top")
+        axes.set_title(caption, fontsize=8, y=0, va="top", pad=-3)
     return figure
 
 
@@ -159,16 +163,22 @@ def roc(cosines: Tensor, same: Tensor, title: str = "") -> Figure:
     return figure
 
 
+def _side(class_names: Sequence[str]) -> float:
+    """Inches that a matrix takes so that names can be read."""
+    return max(6.0, 0.13 * len(class_names))
+
+
 def _matrix(axes: Axes, values: Tensor, class_names: Sequence[str], **colors: Any) -> AxesImage:
     """Draws a square matrix with names beside it and, where there is room, what is not 0 written in it."""
     image = axes.imshow(values.numpy(), **colors)
     count = len(class_names)
-    size = max(3.0, min(9.0, 250 / count))
+    size = 9 if count <= 25 else 7
     axes.set_xticks(range(count), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0, fontsize=size)
     axes.set_yticks(range(count), class_names, fontsize=size)
     if count <= 20:
+        middle = sum(image.get_clim()) / 2
         for row, column in values.nonzero().tolist():
             value = float(values[row, column])
-            color = "white" if image.norm(value) > 0.5 else "black"  # both colour maps are dark where values are high
+            color = "white" if value > middle else "black"  # colour maps here are dark where values are high
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=color)
     return image

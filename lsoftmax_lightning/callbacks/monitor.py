@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
+from torchmetrics import MeanMetric
 
 from ..functional import effective_margin, separation, target_angles
 from ..metrics import ClassAngles, segment_counts
@@ -81,7 +83,10 @@ class MarginMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Listens at the head."""
         self._tap = HeadTap(pl_module, "MarginMonitor")
-        self._angles: ClassAngles | None = None
+        if self._tap.attached:
+            head = pl_module.head
+            self._angles = ClassAngles(head.num_classes, head.in_features, head.margin)
+            self._margin_loss = MeanMetric(nan_strategy="disable")
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Leaves the head alone."""
@@ -116,17 +121,19 @@ class MarginMonitor(Callback):
         head = pl_module.head
         angles = target_angles(features, head.weight.detach(), target)
         shares = segment_counts(angles, head.margin) / len(angles)
-        pl_module.log_dict(
-            {
-                "train/cross_entropy": F.cross_entropy(logits.float(), target),
-                "train/angle": angles.mean(),
-                "train/feature_norm": torch.linalg.vector_norm(features.float(), dim=1).mean(),
-                **{f"train/segment_{k}": share for k, share in enumerate(shares)},
-                "effective_margin": effective_margin(head.margin, head.lambda_),
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "images_per_second": self._images / (time.perf_counter() - self._since),
-            }
-        )
+        figures = {
+            "train/cross_entropy": F.cross_entropy(logits.float(), target),
+            "train/angle": angles.mean(),
+            "train/feature_norm": torch.linalg.vector_norm(features.float(), dim=1).mean(),
+            **{f"train/segment_{k}": share for k, share in enumerate(shares)},
+            "effective_margin": effective_margin(head.margin, head.lambda_),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": self._images / (time.perf_counter() - self._since),
+        }
+        for (
+            logger
+        ) in trainer.loggers:  # not by way of pl_module.log, whose bookkeeping would take longer than the figures
+            logger.log_metrics(figures, step=trainer.global_step - 1)  # where Lightning puts train/loss
         self._restart_clock()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -141,21 +148,31 @@ class MarginMonitor(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Takes a batch."""
-        self._update(trainer, pl_module, batch)
+        self._update(pl_module, batch)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Takes a batch."""
-        self._update(trainer, pl_module, batch)
+        self._update(pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the figures of a validation."""
-        self._log(trainer, pl_module, "val")
+        if not self._tap.attached or trainer.sanity_checking:
+            return
+        figures = self._figures(pl_module, "val")
+        if trainer.state.fn == TrainerFn.FITTING:
+            if self._measuring:  # elsewhere nobody has set lambda
+                figures["val/margin_loss"] = self._margin_loss.compute()
+            trainer.callback_metrics.update(figures)  # for what monitors one
+            _log(trainer, figures)
+        else:
+            pl_module.log_dict(figures, sync_dist=True)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the figures of a test."""
-        self._log(trainer, pl_module, "test")
+        if self._tap.attached:
+            pl_module.log_dict(self._figures(pl_module, "test"), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the clock again, where the validation was amid an epoch of training."""
@@ -165,35 +182,38 @@ class MarginMonitor(Callback):
         self._images, self._since = 0, time.perf_counter()
 
     def _begin(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self._angles = None
-        if self._tap.attached and not trainer.sanity_checking and not _has_pairs(trainer, stage):
-            head = pl_module.head
-            self._angles = ClassAngles(head.num_classes, head.in_features, head.margin).to(pl_module.device)
+        self._measuring = self._tap.attached and not trainer.sanity_checking and not _has_pairs(trainer, stage)
+        if self._measuring:
+            for metric in (self._angles, self._margin_loss):
+                metric.to(pl_module.device).reset()
 
-    def _update(self, trainer: Trainer, pl_module: Any, batch: Any) -> None:
+    def _update(self, pl_module: Any, batch: Any) -> None:
         taken = self._tap.take(batch)
-        if self._angles is None or taken is None:
+        if taken is None or not self._measuring:
             return
         features, logits, target = taken
         self._angles.update(features, pl_module.head.weight.detach(), target)
-        if trainer.state.fn == TrainerFn.FITTING:  # elsewhere nobody has set lambda
-            loss = F.cross_entropy(pl_module.head.apply_margin(logits, features, target), target)
-            pl_module.log("val/margin_loss", loss, batch_size=len(target), sync_dist=True)
+        margin_logits = pl_module.head.apply_margin(logits, features, target)
+        self._margin_loss.update(F.cross_entropy(margin_logits, target), len(target))
 
-    def _log(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if not self._tap.attached or trainer.sanity_checking:
-            return
-        weights = separation(pl_module.head.weight.detach())
-        figures = {f"weight_angle_{name}": angle for name, angle in weights._asdict().items()}
-        if self._angles is not None:
+    def _figures(self, pl_module: Any, stage: str) -> dict[str, Tensor]:
+        separate = separation(pl_module.head.weight.detach())
+        figures = {f"weight_angle_{name}": angle for name, angle in separate._asdict().items()}
+        if self._measuring:
             figures |= self._angles.compute()
-        pl_module.log_dict({f"{stage}/{name}": figure for name, figure in figures.items()}, sync_dist=True)
+        return {f"{stage}/{name}": figure for name, figure in figures.items()}
 
 
 def is_logged_step(trainer: Trainer) -> bool:
     """Whether the Trainer logs the training step that has just been taken."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and trainer.global_step % every == 0
+
+
+def _log(trainer: Trainer, figures: dict[str, Any]) -> None:
+    """Gives figures to the loggers as they are; the bookkeeping of ``pl_module.log`` takes longer than they do."""
+    for logger in trainer.loggers:
+        logger.log_metrics(figures, step=trainer.global_step - 1)  # where Lightning puts train/loss and val/loss
 
 
 def _has_pairs(trainer: Trainer, stage: str) -> bool:
