@@ -104,7 +104,7 @@ def angle_map(angles: Tensor, class_names: Sequence[str], title: str = "") -> Fi
     side = _side(class_names)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     image = _matrix(figure.add_subplot(title=title), angles, class_names, cmap="viridis_r", vmin=0, vmax=120)
-    figure.colorbar(image, label="degrees")
+    figure.colorbar(image, label="degrees", extend="max")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Pair verification, against scikit-learn and a naive reference."""
+"""Angles of classes and pair verification, against scikit-learn and naive references."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lsoftmax_lightning import metrics
 from lsoftmax_lightning.errors import InputError
-from lsoftmax_lightning.metrics import PairVerification
+from lsoftmax_lightning.metrics import ClassAngles, PairVerification
 
 
 def make_pairs(folds: int = 5, count: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -214,3 +214,55 @@ def test_bad_components_are_refused() -> None:
             PairVerification(pairs, pca_components=components)
     with pytest.raises(InputError, match="embeddings of 12 features have no 13 components"):
         figures(pairs, noisy(people, 0.5), pca_components=13)
+
+
+@pytest.mark.parametrize("margin", [1, 4])
+def test_angles_of_classes_do_not_depend_on_the_batches(margin: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, target = torch.randn(5, 3, generator=generator), torch.arange(40) % 4  # no sample of class 4
+    features = torch.randn(40, 3, generator=generator)
+    metric = ClassAngles(5, 3, margin)
+    for rows in torch.arange(40).split(7):
+        metric.update(features[rows], weight, target[rows])
+    found = {name: value.item() for name, value in metric.compute().items()}
+
+    theta = torch.arccos(torch.cosine_similarity(features, weight[target])).numpy()
+    unit = features / features.norm(dim=1, keepdim=True)
+    centres = torch.stack([unit[target == label].mean(0) for label in range(4)])
+    between = {
+        (i, j): float(torch.rad2deg(torch.arccos(torch.cosine_similarity(centres[i], centres[j], dim=0))))
+        for i, j in itertools.permutations(range(4), 2)
+    }
+    nearest = [min(angle for (i, _), angle in between.items() if i == label) for label in range(4)]
+    shares = [np.mean((theta >= k * math.pi / margin) & (theta < (k + 1) * math.pi / margin)) for k in range(margin)]
+    assert found == pytest.approx(
+        {
+            "angle": np.degrees(theta).mean(),
+            "feature_norm": features.norm(dim=1).mean().item(),
+            "centre_angle_mean": np.mean(list(between.values())),
+            "centre_angle_nearest": np.mean(nearest),
+            "centre_angle_min": min(between.values()),
+            **{f"segment_{k}": share for k, share in enumerate(shares)},
+        },
+        rel=1e-4,
+    )
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_what_is_opposite_to_its_class_is_in_the_last_segment() -> None:
+    metric = ClassAngles(2, 2, 3)
+    metric.update(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.eye(2), torch.tensor([0, 0]))
+    figures = metric.compute()
+    assert [figures[f"segment_{k}"].item() for k in range(3)] == [0.5, 0, 0.5]
+    assert math.isnan(figures["centre_angle_mean"])  # of a single class
+
+
+def test_verification_leaves_the_cosines_of_the_scored_pairs() -> None:
+    pairs, people = make_pairs(folds=3)
+    pairs[pairs[:, 3] == 3, 3] = 0
+    embeddings = noisy(people, 0.5)
+    metric = PairVerification(pairs)
+    metric.update(embeddings, torch.arange(len(embeddings)))
+    metric.compute()
+    first, second = embeddings[pairs[pairs[:, 3] > 0, :2]].unbind(1)
+    torch.testing.assert_close(metric.cosines, torch.cosine_similarity(first.double(), second.double()))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -18,11 +18,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..functional import separation, target_angles
 from .frames import ClassFrame, ClassSample, Frame, evenly_spaced, pair_frame
-from .monitor import is_logged_step
-from .tap import HeadTap
+from .listener import HeadListener
 
 
-class Dashboard(Callback):
+class Dashboard(HeadListener):
     """Draws a training on TensorBoard, for any module with an L-Softmax ``head``; without it, does nothing.
 
     After validation: the features (:func:`~lsoftmax_lightning.pictures.plane`), the angles of samples to their class,
@@ -53,37 +52,28 @@ class Dashboard(Callback):
         if not 0 <= max_share <= 1:
             raise InputError(f"max_share must be from 0 to 1, got {max_share}.")
         self.every_n_epochs, self.max_samples, self.max_share, self.save = every_n_epochs, max_samples, max_share, save
-        self._tap: HeadTap | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Listens at the head, if there is somewhere to draw."""
+        """Begins to listen, if there is somewhere to draw."""
         if self.save and not trainer.loggers:
             raise InputError("Dashboard(save=True) writes into the folder of the run, which a logger has to name.")
         writable = self.save or any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
-        self._tap = HeadTap(pl_module, "Dashboard") if writable and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        self.listening = False
+        if writable and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            super().setup(trainer, pl_module, stage)
         self._folder = Path(str(trainer.log_dir), "dashboard")  # to be asked on every process
-        self._sample: ClassSample | None = None
         self._train_angles: list[Tensor] = []
         self._latest: Frame | None = None
         self._kept: Frame | None = None
         self._pending: list[Frame] = []  # on the first process alone
         self._next_step = 0.0
-        self._began, self._spent, self._cost = (
-            time.perf_counter(),
-            0.0,
-            1.0,
-        )  # seconds; the last, of a frame, at a guess
+        self._began = time.perf_counter()
+        self._spent = 0.0  # seconds of the time since then
+        self._cost = 1.0  # of a frame; at first a guess
 
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Leaves the head alone."""
-        if self._tap:
-            self._tap.remove()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int) -> None:
-        """Keeps the angles of the steps that are logged."""
-        if self._tap and is_logged_step(trainer) and (taken := self._tap.take(batch)):
-            features, _, target = taken
-            self._train_angles.append(target_angles(features, pl_module.head.weight.detach(), target))
+    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Keeps the angles of a step."""
+        self._train_angles.append(target_angles(features, pl_module.head.weight, target))
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begins anew."""
@@ -93,21 +83,13 @@ class Dashboard(Callback):
         """Begins anew."""
         self._begin(trainer, trainer.num_test_batches)
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Takes a batch."""
-        self._update(pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Takes a batch."""
-        self._update(pl_module, batch)
+    def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Takes a batch of a validation or a test."""
+        self._sample.update(images, features, logits, target, pl_module.head.weight)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keeps the validation, and draws what there is time for."""
-        if not self._tap or trainer.sanity_checking:
+        if not self.listening or trainer.sanity_checking:
             return
         start = time.perf_counter()
         self._latest = self._frame(trainer, pl_module, "val")
@@ -117,19 +99,19 @@ class Dashboard(Callback):
             return
         if trainer.global_step >= self._next_step:
             self._next_step = trainer.global_step + self._steps_between(trainer)
-            self._keep(trainer)
+            self._queue(trainer)
         while self._pending and self._spent + self._cost <= self.max_share * (time.perf_counter() - self._began):
             self._draw_next(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Draws the test."""
-        if self._tap:
+        if self.listening:
             self._latest = self._frame(trainer, pl_module, "test")
             self._draw_all(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Draws what is left, and the last validation in the projector."""
-        if not self._tap:
+        if not self.listening:
             return
         self._draw_all(trainer)
         if isinstance(self._latest, ClassFrame) and trainer.is_global_zero:
@@ -138,16 +120,12 @@ class Dashboard(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Draws what was kept of a training that failed, but lets one that was interrupted go."""
-        if isinstance(exception, Exception) and self._tap:
+        if isinstance(exception, Exception) and self.listening:
             self._draw_all(trainer)
 
     def _begin(self, trainer: Trainer, num_batches: Sequence[float]) -> None:
         per_batch = math.ceil(self.max_samples / (sum(num_batches) * trainer.world_size))
         self._sample = ClassSample(max(1, per_batch), trainer.datamodule)  # type: ignore[attr-defined]
-
-    def _update(self, pl_module: Any, batch: Any) -> None:
-        if self._tap and self._sample is not None and (taken := self._tap.take(batch)):
-            self._sample.update(batch[0], *taken, pl_module.head.weight.detach())
 
     def _frame(self, trainer: Trainer, pl_module: Any, stage: str) -> Frame:
         """What was seen of this validation or test."""
@@ -179,14 +157,14 @@ class Dashboard(Callback):
             total / 9 if 0 < total < math.inf else 10 * epoch
         )  # with first and last ten, as many as TensorBoard shows
 
-    def _keep(self, trainer: Trainer) -> None:
+    def _queue(self, trainer: Trainer) -> None:
         """Keeps the latest frame to be drawn, once."""
         if trainer.is_global_zero and self._latest is not None and self._latest is not self._kept:
             self._pending.append(self._latest)
             self._kept = self._latest
 
     def _draw_all(self, trainer: Trainer) -> None:
-        self._keep(trainer)
+        self._queue(trainer)
         while self._pending:
             self._draw_next(trainer)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from ..functional import effective_margin, separation, target_angles
 from ..metrics import ClassAngles, segment_counts
 from .annealing import LambdaAnnealing
-from .tap import HeadTap
+from .listener import HeadListener, classes_of
 
 # categories of charts, each of the tags that its regular expressions match
 _Layout = dict[str, dict[str, tuple[str, list[str]]]]
@@ -63,7 +63,7 @@ def _layout(pairs: bool) -> _Layout:
     }
 
 
-class MarginMonitor(Callback):
+class MarginMonitor(HeadListener):
     """Logs what shows whether a margin does its work, for any module with an L-Softmax ``head``.
 
     Every ``log_every_n_steps`` training steps, of that batch: ``train/cross_entropy`` (the plain one, beside the
@@ -81,20 +81,17 @@ class MarginMonitor(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Listens at the head."""
-        self._tap = HeadTap(pl_module, "MarginMonitor")
-        if self._tap.attached:
+        """Begins to listen."""
+        super().setup(trainer, pl_module, stage)
+        self._measuring = False
+        if self.listening:
             head = pl_module.head
             self._angles = ClassAngles(head.num_classes, head.in_features, head.margin)
             self._margin_loss = MeanMetric(nan_strategy="disable")
 
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Leaves the head alone."""
-        self._tap.remove()
-
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lays out TensorBoard."""
-        if not self._tap.attached:
+        if not self.listening:
             return
         pairs = _has_pairs(trainer, "val")
         metrics = dict.fromkeys(["val/acc", "test/acc", "train/angle" if pairs else "val/angle"])
@@ -109,32 +106,27 @@ class MarginMonitor(Callback):
         """Starts the clock."""
         self._restart_clock()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int) -> None:
-        """Logs the figures of a training step."""
-        taken = self._tap.take(batch)
-        if taken is None:
-            return
-        features, logits, target = taken
-        self._images += len(target) * trainer.world_size
-        if not is_logged_step(trainer):
-            return
+    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Takes the figures of a step."""
         head = pl_module.head
-        angles = target_angles(features, head.weight.detach(), target)
+        angles = target_angles(features, head.weight, target)
         shares = segment_counts(angles, head.margin) / len(angles)
-        figures = {
+        self._step = {
             "train/cross_entropy": F.cross_entropy(logits.float(), target),
             "train/angle": angles.mean(),
             "train/feature_norm": torch.linalg.vector_norm(features.float(), dim=1).mean(),
             **{f"train/segment_{k}": share for k, share in enumerate(shares)},
             "effective_margin": effective_margin(head.margin, head.lambda_),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "images_per_second": self._images / (time.perf_counter() - self._since),
         }
-        for (
-            logger
-        ) in trainer.loggers:  # not by way of pl_module.log, whose bookkeeping would take longer than the figures
-            logger.log_metrics(figures, step=trainer.global_step - 1)  # where Lightning puts train/loss
-        self._restart_clock()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int) -> None:
+        """Logs the figures of the step, once it is taken."""
+        if (target := classes_of(batch)) is not None:
+            self._images += len(target) * trainer.world_size
+        if self._step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            _log(trainer, self._step | {"images_per_second": self._images / (time.perf_counter() - self._since)})
+            self._restart_clock()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begins anew."""
@@ -144,21 +136,16 @@ class MarginMonitor(Callback):
         """Begins anew."""
         self._begin(trainer, pl_module, "test")
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Takes a batch."""
-        self._update(pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Takes a batch."""
-        self._update(pl_module, batch)
+    def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Takes a batch of a validation or a test."""
+        if self._measuring:
+            self._angles.update(features, pl_module.head.weight, target)
+            margin_logits = pl_module.head.apply_margin(logits, features, target)
+            self._margin_loss.update(F.cross_entropy(margin_logits, target), len(target))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the figures of a validation."""
-        if not self._tap.attached or trainer.sanity_checking:
+        if not self.listening or trainer.sanity_checking:
             return
         figures = self._figures(pl_module, "val")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -171,7 +158,7 @@ class MarginMonitor(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the figures of a test."""
-        if self._tap.attached:
+        if self.listening:
             pl_module.log_dict(self._figures(pl_module, "test"), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -179,22 +166,13 @@ class MarginMonitor(Callback):
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        self._images, self._since = 0, time.perf_counter()
+        self._images, self._since, self._step = 0, time.perf_counter(), {}
 
     def _begin(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self._measuring = self._tap.attached and not trainer.sanity_checking and not _has_pairs(trainer, stage)
+        self._measuring = self.listening and not trainer.sanity_checking and not _has_pairs(trainer, stage)
         if self._measuring:
             for metric in (self._angles, self._margin_loss):
                 metric.to(pl_module.device).reset()
-
-    def _update(self, pl_module: Any, batch: Any) -> None:
-        taken = self._tap.take(batch)
-        if taken is None or not self._measuring:
-            return
-        features, logits, target = taken
-        self._angles.update(features, pl_module.head.weight.detach(), target)
-        margin_logits = pl_module.head.apply_margin(logits, features, target)
-        self._margin_loss.update(F.cross_entropy(margin_logits, target), len(target))
 
     def _figures(self, pl_module: Any, stage: str) -> dict[str, Tensor]:
         separate = separation(pl_module.head.weight.detach())
@@ -202,12 +180,6 @@ class MarginMonitor(Callback):
         if self._measuring:
             figures |= self._angles.compute()
         return {f"{stage}/{name}": figure for name, figure in figures.items()}
-
-
-def is_logged_step(trainer: Trainer) -> bool:
-    """Whether the Trainer logs the training step that has just been taken."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and trainer.global_step % every == 0
 
 
 def _log(trainer: Trainer, figures: dict[str, Any]) -> None:

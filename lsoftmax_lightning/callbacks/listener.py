@@ -1,0 +1,111 @@
+"""Features and logits, read where they pass through the head, so that nothing is computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+
+class HeadListener(Callback):
+    """Gives a subclass what the head of the module was given, and its plain logits, batch by batch.
+
+    Of training, the batches of those steps that are logged, to :meth:`read_training`; of validation and test all of
+    them, to :meth:`read_evaluation`. Batches are (images, classes, ...); of others, or where the head is not asked,
+    nothing is read. A module without an :class:`~lsoftmax_lightning.LSoftmaxLinear` as its ``head`` gives nothing, with
+    a warning.
+
+    Attributes:
+        listening: Whether there is a head.
+    """
+
+    listening = False
+    _handle: RemovableHandle | None = None
+    _last: tuple[Any, Tensor, Tensor | None] | None = None
+    _batch: Any = None
+
+    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Takes a batch of a step that is to be logged, before the step.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            features: x, [N, D].
+            logits: Plain logits, [N, C].
+            target: Class of each sample, int64 [N].
+        """
+
+    def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Takes a batch of a validation or a test; arguments as of :meth:`read_training`."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Begins to listen."""
+        head: Any = getattr(pl_module, "head", None)
+        self.listening = hasattr(head, "apply_margin")
+        if self.listening:
+            self._handle = head.register_forward_hook(self._hear, with_kwargs=True)
+        else:
+            rank_zero_warn(
+                f"{type(self).__name__} shows nothing: {type(pl_module).__name__} has no LSoftmaxLinear as its `head`."
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Leaves the head alone."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._last = self._batch = self._handle = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Remembers the classes."""
+        self._batch = batch
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        """Reads a training batch, while the weights are those that it met."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (trainer.global_step + 1) % every == 0 and (taken := self._take(self._batch)):
+            with torch.no_grad():
+                self.read_training(trainer, pl_module, *taken)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Reads a validation batch."""
+        if taken := self._take(batch):
+            self.read_evaluation(pl_module, batch[0], *taken)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Reads a test batch."""
+        if taken := self._take(batch):
+            self.read_evaluation(pl_module, batch[0], *taken)
+
+    def _hear(self, head: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        given = [*args, *kwargs.values()]
+        plain = len(given) == 1  # with a target the output carries the margin
+        self._last = head, given[0].detach(), output.detach() if plain else None
+
+    def _take(self, batch: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        last, self._last = self._last, None
+        target = classes_of(batch)
+        if last is None or target is None:
+            return None
+        head, features, logits = last
+        if target.shape != features.shape[:1]:
+            return None
+        if logits is None:
+            logits = F.linear(features, head.weight.detach().to(features.dtype))
+        return features, logits, target.long()
+
+
+def classes_of(batch: Any) -> Tensor | None:
+    """The second part of a batch (images, classes, ...); nothing, of a batch of another kind."""
+    if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[1], Tensor):
+        return batch[1]
+    return None

@@ -1,0 +1,300 @@
+"""The dashboard, read back from its event files and folders."""
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.transforms.functional import pil_to_tensor
+
+from lsoftmax_lightning import VerificationModule
+from lsoftmax_lightning.callbacks import Dashboard
+from lsoftmax_lightning.callbacks.frames import ClassSample
+from lsoftmax_lightning.datamodules import LFWFoldDataModule
+from lsoftmax_lightning.errors import DivergenceError, InputError
+from lsoftmax_lightning.metrics import PairVerification
+
+from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..datamodules.formats import write_lfw
+
+CLASS_PICTURES = {"features", "angles", "class_angles", "confusion", "most_confused"}
+PAIR_PICTURES = {"angles", "roc", "pair_angles", "hardest_pairs"}
+
+
+class HardBlobs(BlobsDataModule):
+    """Some labels are wrong, so that there are mistakes to show."""
+
+    def load(self, train: bool) -> Any:
+        images, targets = super().load(train)
+        targets[::9] = (targets[::9] + 1) % 4
+        return type(super().load(train))(images, targets)
+
+
+def with_logger(dashboard: Dashboard | None = None, **settings: Any) -> tuple[Any, Path]:
+    logger = TensorBoardLogger(".", name="run", default_hp_metric=False)
+    callbacks = [dashboard or Dashboard(), *settings.pop("callbacks", [])]
+    return make_trainer(logger=logger, log_every_n_steps=4, callbacks=callbacks, **settings), Path(logger.log_dir)
+
+
+def read(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0}).Reload()
+
+
+def steps(events: EventAccumulator, tag: str) -> list[int]:
+    return [event.step for event in events.Images(tag)]
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / "dashboard" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_training_leaves_its_pictures() -> None:
+    trainer, folder = with_logger(max_epochs=2)  # epochs of 8 steps
+    trainer.fit(make_model(), HardBlobs())
+    events = read(folder)
+    assert set(events.Tags()["images"]) == {f"val/{name}" for name in CLASS_PICTURES}
+    for name in CLASS_PICTURES:
+        assert steps(events, f"val/{name}") == [8, 16]
+        event = events.Images(f"val/{name}")[0]
+        size = Image.open(io.BytesIO(event.encoded_image_string)).size
+        assert size == (event.width, event.height)
+        assert min(size) >= 250
+    assert set(events.Tags()["histograms"]) == {"angles/train", "angles/val"}
+    histogram = events.Histograms("angles/val")[-1]
+    assert (histogram.step, histogram.histogram_value.num) == (16, 40)
+    assert histogram.histogram_value.max <= 180
+    assert events.Histograms("angles/train")[-1].histogram_value.num == 2 * 20  # of the logged steps since the last
+
+
+def test_the_projector_has_features_names_and_images() -> None:
+    trainer, folder = with_logger(Dashboard(max_samples=10))
+    model, data = make_model(), BlobsDataModule()
+    trainer.fit(model, data)
+    (config,) = folder.glob("projector_config.pbtxt")
+    paths = {kind: Path(folder, path) for kind, path in re.findall(r'(\w+)_path: "(.*?)"', config.read_text())}
+    rows, metadata = (
+        [line.split("\t") for line in paths[kind].read_text().splitlines()] for kind in ("tensor", "metadata")
+    )
+    assert (len(rows), len(rows[0])) == (10, 64)
+    assert metadata[0] == ["class", "number"]
+    images, targets = data.val_data
+    kept = [*range(5), *range(20, 25)]  # of two batches of 20 images
+    assert metadata[1:] == [[data.class_names[number], str(number)] for number in targets[kept].tolist()]
+    with torch.inference_mode():
+        features = model.eval().embed(data.normalize(images[kept]))
+    torch.testing.assert_close(torch.tensor([[float(x) for x in row] for row in rows]), features, rtol=1e-3, atol=1e-3)
+    sprite = Image.open(paths["image"])
+    assert sprite.size == (4 * 8, 4 * 8)  # ten images in a square of four by four
+    first = pil_to_tensor(sprite.convert("L").crop((0, 0, 8, 8)))
+    assert torch.equal(first, images[0])  # pixels as they were before normalisation
+
+
+def test_a_test_has_pictures_of_its_own() -> None:
+    trainer, folder = with_logger()
+    trainer.test(make_model(), HardBlobs(), verbose=False)
+    events = read(folder)
+    assert set(events.Tags()["images"]) == {f"test/{name}" for name in CLASS_PICTURES}
+    trainer, folder = with_logger()
+    trainer.validate(make_model(), HardBlobs(), verbose=False)
+    assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in CLASS_PICTURES}
+
+
+@pytest.mark.parametrize(
+    ("dashboard", "expected"),
+    [
+        (Dashboard(), [8, 24, 40, 56, 72, 88, 96]),
+        (Dashboard(every_n_epochs=1), list(range(8, 97, 8))),
+        (Dashboard(every_n_epochs=5), [8, 48, 88, 96]),
+        (Dashboard(every_n_epochs=99, max_share=1), [8, 96]),
+    ],
+)
+def test_pictures_come_every_few_epochs_and_of_the_last(
+    dashboard: Dashboard, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(Dashboard, "_draw_next", lambda self, trainer: drawn.append(self._pending.pop(0).step))
+    trainer, _ = with_logger(dashboard, max_epochs=12)
+    trainer.fit(make_model(), BlobsDataModule())
+    assert drawn == expected
+
+
+@pytest.mark.parametrize(("max_share", "while_training"), [(0.0, []), (1.0, [8, 16, 24])])
+def test_training_waits_for_no_picture(max_share: float, while_training: list[int]) -> None:
+    seen: list[int] = []
+
+    class Watch(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.logger.experiment.flush()
+            tags = read(folder).Tags()["images"]
+            seen.extend(steps(read(folder), "val/features") if tags else [])
+
+    dashboard = Dashboard(every_n_epochs=1, max_share=max_share)
+    trainer, folder = with_logger(dashboard, max_epochs=3, callbacks=[Watch()])
+    dashboard_setup = dashboard.setup
+
+    def setup(*args: Any, **kwargs: Any) -> None:
+        dashboard_setup(*args, **kwargs)
+        dashboard._began -= 3600 * max_share  # as if training took long
+
+    dashboard.setup = setup  # type: ignore[method-assign]
+    trainer.fit(make_model(), BlobsDataModule())
+    assert seen == while_training
+    assert steps(read(folder), "val/features") == [8, 16, 24]
+
+
+def test_everything_drawn_can_be_saved() -> None:
+    trainer, folder = with_logger(Dashboard(save=True))
+    model, data = make_model(), HardBlobs()
+    trainer.fit(model, data)
+    names = {path.name for path in (folder / "dashboard").iterdir()}
+    assert names == {f"val_{name}_000008.{kind}" for name in CLASS_PICTURES for kind in ("png", "csv")}
+
+    images, target = data.val_data
+    with torch.inference_mode():
+        logits = model.eval()(data.normalize(images))
+        cosines = torch.cosine_similarity(model.embed(data.normalize(images)), model.head.weight[target])
+    wrong = logits.argmax(1) != target
+    counts = [[int(row[name]) for name in data.class_names] for row in table(folder, "val_confusion_000008")]
+    assert counts == confusion_matrix(target, logits.argmax(1)).tolist()
+    angles = [float(row["degrees"]) for row in table(folder, "val_angles_000008") if row["stage"] == "val"]
+    assert angles == pytest.approx(torch.rad2deg(torch.arccos(cosines)).tolist(), rel=1e-4)
+    worst = table(folder, "val_most_confused_000008")
+    assert len(worst) == int(wrong.sum().clamp(max=12)) > 0
+    gap = logits.softmax(1).amax(1) - logits.softmax(1).gather(1, target[:, None])[:, 0]
+    firsts = [  # several may be as confident
+        (data.class_names[target[i]], data.class_names[logits[i].argmax()], pytest.approx(angles[i], rel=1e-4))
+        for i in (gap > gap.max() - 1e-6).nonzero().flatten().tolist()
+    ]
+    assert (worst[0]["true class"], worst[0]["predicted class"], float(worst[0]["degrees"])) in firsts
+    points = table(folder, "val_features_000008")
+    assert [row["class"] for row in points] == [data.class_names[number] for number in target]
+    between = table(folder, "val_class_angles_000008")
+    weight = model.head.weight.detach()
+    expected = torch.rad2deg(torch.arccos(torch.cosine_similarity(weight[0], weight[1], dim=0))).item()
+    assert float(between[0]["ne"]) == float(between[1]["nw"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_tensorboard_nothing_is_drawn_unless_it_is_saved() -> None:
+    for logger, save in ((False, False), (CSVLogger(".", "csv"), False), (CSVLogger(".", "saved"), True)):
+        trainer = make_trainer(logger=logger, callbacks=[Dashboard(save=save)])
+        trainer.fit(make_model(), BlobsDataModule())
+    assert {path.parts[0] for path in Path().rglob("*.png")} == {"saved"}
+    with pytest.raises(InputError, match="which a logger has to name"):
+        make_trainer(callbacks=[Dashboard(save=True)]).fit(make_model(), BlobsDataModule())
+
+
+def test_a_quick_run_draws_nothing() -> None:
+    trainer, _ = with_logger(Dashboard(save=True), fast_dev_run=True)
+    trainer.fit(make_model(), BlobsDataModule())
+    assert not list(Path().rglob("*"))
+
+
+def test_a_training_that_diverges_leaves_its_pictures_and_its_error() -> None:
+    from torch.optim import SGD
+
+    class LateDisaster(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 2:
+                for group in trainer.optimizers[0].param_groups:
+                    group["lr"] = 1e30
+
+    trainer, folder = with_logger(Dashboard(every_n_epochs=1, max_share=0), max_epochs=9, callbacks=[LateDisaster()])
+    with pytest.raises(DivergenceError):
+        trainer.fit(make_model(optimizer=lambda params: SGD(params, lr=0.1)), BlobsDataModule())
+    assert steps(read(folder), "val/features") == [8, 16]
+
+
+def test_an_interrupted_training_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dashboard, drawn = Dashboard(), []
+    monkeypatch.setattr(Dashboard, "_draw_next", lambda *args: drawn.append(1))
+    dashboard.on_exception(None, None, KeyboardInterrupt())  # type: ignore[arg-type]
+    assert not drawn
+
+
+def test_of_many_classes_a_hundred_are_shown() -> None:
+    sample = ClassSample(400, None)
+    generator = torch.Generator().manual_seed(0)
+    target, features = torch.arange(300) % 150, torch.randn(300, 8, generator=generator)
+    weight = torch.randn(150, 8, generator=generator)
+    sample.update(torch.rand(300, 3, 4, 4), features, features @ weight.T, target, weight)
+    shown = torch.linspace(0, 149, 100).round().long()
+    names = [f"class {number}" for number in range(150)]
+    frame = sample.frame(
+        **{"stage": "val", "step": 5, "margin": 2, "lambda_": 1.0, "nearest": 50.0, "train_angles": torch.empty(0)},
+        **{"weight": weight[shown], "shown": shown, "class_names": names},
+    )
+    drawn = {picture.name: picture for picture in frame.draw()}
+    header = drawn["confusion"].header
+    assert (header[1], header[-1], len(header)) == ("class 0", "class 149", 101)
+    inside = torch.isin(target, shown) & torch.isin((features @ weight.T).argmax(1), shown)
+    assert sum(sum(row[1:]) for row in drawn["confusion"].rows) == inside.sum()
+    assert "100 of 150 classes" in drawn["class_angles"].figure.axes[0].get_title()
+    assert len(list(drawn["features"].rows)) == 200
+
+
+@pytest.mark.parametrize("shape", [(3, 60, 90), (1, 8, 8), (4, 8, 8), ()])
+def test_images_of_any_kind_are_shown(shape: tuple[int, ...]) -> None:
+    sample, weight = ClassSample(2, None), torch.eye(3)
+    for _ in range(2):
+        images = torch.randn(5, *shape) if shape else {"not": "images"}
+        sample.update(
+            images, torch.eye(3)[[0, 1, 2, 0, 1]], torch.eye(3)[[1, 1, 2, 0, 1]], torch.tensor([0, 1, 2, 0, 1]), weight
+        )
+    frame = sample.frame(
+        **{"stage": "val", "step": 5, "margin": 1, "lambda_": 0.0, "nearest": 90.0, "train_angles": torch.empty(0)},
+        **{"weight": weight, "shown": torch.arange(3), "class_names": ("a", "b", "c")},
+    )
+    height, width = {(): (1, 1), (3, 60, 90): (32, 48)}.get(shape, (8, 8))
+    assert frame.thumbnails.shape == (4, 1 if shape in ((), (4, 8, 8)) else shape[0], height, width)
+    assert int((frame.worst[0] > 0).sum()) == 2  # the two mistakes of two batches
+    assert len(list(frame.draw())) == 5
+
+
+def test_pairs_of_images_have_their_own_pictures(tmp_path: Path) -> None:
+    write_lfw(tmp_path, folds=4, count=4)
+    data = LFWFoldDataModule(str(tmp_path), 4, 3, image_size=8, batch_size=4, num_workers=0)
+    model = VerificationModule(data.num_classes, "digits", image_shape=data.image_shape, margin=2)
+    trainer, folder = with_logger(Dashboard(save=True))
+    trainer.fit(model, data)
+    assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in PAIR_PICTURES}
+
+    trainer, folder = with_logger(Dashboard(save=True))
+    trainer.test(model, data, verbose=False)
+    assert set(read(folder).Tags()["images"]) == {f"test/{name}" for name in PAIR_PICTURES}
+    metric = PairVerification(data.test_pairs)
+    with torch.inference_mode():
+        images = data.normalize(data.test_data.images[torch.arange(len(data.test_files.paths))])
+        metric.update(model.eval().embed(images), torch.arange(len(images)))
+    metric.compute()
+    assert metric.cosines is not None
+    (path,) = (folder / "dashboard").glob("test_roc_*.csv")
+    rows = table(folder, path.stem)
+    same = data.test_pairs[data.test_pairs[:, 3] > 0, 2]
+    assert [row["same"] == "True" for row in rows] == same.bool().tolist()
+    assert [float(row["cosine"]) for row in rows] == pytest.approx(metric.cosines.tolist(), abs=1e-5)
+    hardest = table(folder, path.stem.replace("roc", "hardest_pairs"))
+    assert [row["same"] for row in hardest] == ["True"] * 4 + ["False"] * 4
+    assert float(hardest[0]["cosine"]) == pytest.approx(metric.cosines[same == 1].min().item(), abs=1e-5)
+    assert float(hardest[4]["cosine"]) == pytest.approx(metric.cosines[same == 0].max().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"every_n_epochs": 0}, "every_n_epochs must be at least 1, got 0"),
+        ({"max_samples": 0}, "max_samples must be at least 1, got 0"),
+        ({"max_share": 3}, "max_share must be from 0 to 1, got 3"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Dashboard(**settings)

@@ -1,0 +1,188 @@
+"""The scalars of a training with a margin, on whatever logger, and their place on TensorBoard."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+from torch import Tensor, nn
+
+from lsoftmax_lightning import ClassificationModule, VerificationModule
+from lsoftmax_lightning.callbacks import LambdaAnnealing, MarginMonitor
+from lsoftmax_lightning.datamodules import LFWFoldDataModule
+from lsoftmax_lightning.functional import effective_margin, margin_logits
+from lsoftmax_lightning.schedules import Constant, PowerLaw
+
+from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..datamodules.formats import write_lfw
+
+FIGURES = {"angle", "feature_norm", "segment_0", "segment_1"}
+SEPARATION = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what in ("mean", "nearest", "min")}
+
+
+def fit(model: Any, data: Any = None, callbacks: Any = (), **settings: Any) -> tuple[Any, EventAccumulator]:
+    logger = TensorBoardLogger(".", name="run", default_hp_metric=False)
+    trainer = make_trainer(logger=logger, log_every_n_steps=4, callbacks=[MarginMonitor(), *callbacks], **settings)
+    trainer.fit(model, data or BlobsDataModule())
+    return trainer, EventAccumulator(logger.log_dir, size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def steps(events: EventAccumulator, tag: str) -> list[int]:
+    return [event.step for event in events.Scalars(tag)]
+
+
+def test_it_logs_what_a_margin_does() -> None:
+    trainer, events = fit(make_model(margin=2), max_epochs=2)  # epochs of 8 steps
+    tags = set(events.Tags()["scalars"])
+    assert {f"val/{name}" for name in FIGURES | SEPARATION | {"margin_loss", "loss", "acc"}} <= tags
+    assert {f"train/{name}" for name in FIGURES | {"cross_entropy", "loss", "acc"}} <= tags
+    assert {"lambda", "effective_margin", "lr", "images_per_second"} <= tags
+    for tag in ("train/loss", "train/angle", "effective_margin", "lr", "images_per_second"):
+        assert steps(events, tag) == [3, 7, 11, 15], tag
+    for tag in ("val/loss", "val/angle", "val/margin_loss"):
+        assert steps(events, tag) == [7, 15], tag  # and none of the sanity check
+    assert all(event.value > 0 for event in events.Scalars("images_per_second"))
+    assert not {"val/angle", "val/margin_loss"} - set(trainer.callback_metrics)
+
+
+def test_the_figures_are_those_of_the_images() -> None:
+    model, data = make_model(margin=3, lambda_schedule=Constant(2.0)), BlobsDataModule()
+    _, events = fit(model, data)
+    found = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    images, target = data.val_data
+    with torch.inference_mode():
+        features, weight = model.eval().embed(data.normalize(images)), model.head.weight
+        theta = torch.arccos(torch.cosine_similarity(features, weight[target]))
+        loss = F.cross_entropy(margin_logits(features @ weight.T, features, weight, target, 3, 2.0), target)
+    assert found["val/angle"] == pytest.approx(torch.rad2deg(theta).mean().item(), rel=1e-4)
+    assert found["val/feature_norm"] == pytest.approx(features.norm(dim=1).mean().item(), rel=1e-4)
+    assert found["val/margin_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert found["val/margin_loss"] > found["val/loss"]
+    assert found["effective_margin"] == pytest.approx(effective_margin(3, 2.0))
+    assert found["lr"] == pytest.approx(0.1)
+
+
+def test_a_test_tells_the_angles_too() -> None:
+    trainer = make_trainer(callbacks=[MarginMonitor()])
+    model, data = make_model(margin=2).eval(), BlobsDataModule()
+    (results,) = trainer.test(model, data, verbose=False)
+    assert set(results) == {f"test/{name}" for name in FIGURES | SEPARATION | {"loss", "acc"}}
+    images, target = data.test_data
+    with torch.inference_mode():
+        cosines = torch.cosine_similarity(model.embed(data.normalize(images)), model.head.weight[target])
+    assert results["test/angle"] == pytest.approx(torch.rad2deg(torch.arccos(cosines)).mean().item(), rel=1e-4)
+    (validated,) = trainer.validate(model, data, verbose=False)
+    assert "val/angle" in validated
+    assert "val/margin_loss" not in validated  # nobody has set lambda
+
+
+def test_a_figure_can_be_monitored() -> None:
+    stopping = EarlyStopping("val/angle", patience=1, min_delta=1e9, mode="min")
+    trainer, _ = fit(make_model(), callbacks=[stopping], max_epochs=9)
+    assert trainer.current_epoch == 2
+
+
+def test_tensorboard_is_laid_out() -> None:
+    _, events = fit(make_model())
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == [
+        *("Learning", "Annealing", "Compactness", "Separability", "Speed"),
+    ]
+    patterns = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
+    tags = events.Tags()["scalars"]
+    for pattern in patterns:
+        assert any(tag.startswith(pattern.removesuffix("$")) for tag in tags), pattern
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_run_has_a_row_among_the_hyperparameters(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    callbacks = [LambdaAnnealing(PowerLaw(base=9.0))] if own else []
+    _, events = fit(make_model(margin=2, label_smoothing=0.1), callbacks=callbacks)
+    content = {
+        tag: plugin_data_pb2.HParamsPluginData.FromString(events.summary_metadata[tag].plugin_data.content)
+        for tag in ("_hparams_/experiment", "_hparams_/session_start_info")
+    }
+    row = content["_hparams_/session_start_info"].session_start_info.hparams
+    assert row["margin"].number_value == 2
+    assert row["backbone"].string_value == "digits"
+    assert row["lambda"].string_value == ("PowerLaw" if own else "RunFraction")
+    assert row["lambda/base"].number_value == (9 if own else 1000)
+    assert row["lambda/lambda_min"].number_value == (0 if own else 5)
+    assert row["seed"].string_value == "7"
+    assert row["lr"].number_value == 0.1
+    assert row["label_smoothing"].number_value == 0.1
+    metrics = [metric.name.tag for metric in content["_hparams_/experiment"].experiment.metric_infos]
+    assert metrics == ["val/acc", "test/acc", "val/angle"]
+    assert "hp_metric" not in events.Tags()["scalars"]
+    assert steps(events, "val/acc") == [7]  # no value before there was one
+
+
+def test_pairs_of_images_have_no_class(tmp_path: Path) -> None:
+    write_lfw(tmp_path, folds=4, count=4)
+    data = LFWFoldDataModule(str(tmp_path), 4, 3, image_size=8, batch_size=4, num_workers=0)
+    model = VerificationModule(data.num_classes, "digits", image_shape=data.image_shape, margin=2)
+    _, events = fit(model, data)
+    tags = set(events.Tags()["scalars"])
+    assert {"train/angle", "train/cross_entropy", "val/auc", "val/weight_angle_min"} <= tags
+    assert not {"val/angle", "val/centre_angle_mean", "val/margin_loss"} & tags
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert "Verification" in [category.title for category in layout.category]
+
+
+def test_other_loggers_get_the_scalars() -> None:
+    logger = CSVLogger(".", name="csv")
+    trainer = make_trainer(callbacks=[MarginMonitor()], logger=logger, log_every_n_steps=4)
+    trainer.fit(make_model(), BlobsDataModule())
+    make_trainer(callbacks=[MarginMonitor()]).fit(make_model(), BlobsDataModule())
+    assert "val/angle" in (Path(logger.log_dir) / "metrics.csv").read_text()
+
+
+def test_a_module_without_our_head_is_left_alone() -> None:
+    class Other(ClassificationModule):
+        def configure_model_parts(self, backbone: str | nn.Module) -> None:
+            super().configure_model_parts(backbone)
+            self.classifier = self.head
+            del self.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(self.embed(x))
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_callbacks(self) -> list[Any]:
+            return []
+
+    with pytest.warns(UserWarning, match="MarginMonitor shows nothing: Other has no LSoftmaxLinear as its `head`"):
+        _, events = fit(Other(4, "digits", image_shape=(1, 8, 8)))
+    assert not {"val/angle", "train/angle"} & set(events.Tags()["scalars"])
+
+
+def test_a_subclass_may_ask_the_head_for_margin_logits_alone() -> None:
+    class Bare(ClassificationModule):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            x, target = batch
+            return self.criterion(self.head(self.embed(x), target=target), target)
+
+    torch.manual_seed(0)
+    bare = Bare(4, "digits", margin=2, image_shape=(1, 8, 8))
+    _, events = fit(bare)
+    _, expected = fit(make_model())
+    for tag in ("train/cross_entropy", "train/angle", "val/margin_loss"):
+        values = [[event.value for event in run.Scalars(tag)] for run in (events, expected)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4), tag
+
+
+def test_the_head_is_left_as_it_was() -> None:
+    model = make_model()
+    fit(model)
+    assert not model.head._forward_hooks

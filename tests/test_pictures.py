@@ -1,0 +1,116 @@
+"""The pictures, from plain tensors, by what matplotlib was given to draw."""
+
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
+
+from lsoftmax_lightning import pictures
+
+NAMES = ("cat", "dog", "fish")
+
+
+def texts(figure: Figure) -> list[str]:
+    FigureCanvasAgg(figure).draw()  # it can be drawn
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_two_features_are_drawn_as_they_are() -> None:
+    features, weight = torch.tensor([[3.0, 4.0], [0.0, -5.0]]), torch.tensor([[2.0, 0.0], [0.0, 9.0], [1.0, 1.0]])
+    points, rays = pictures.plane(features, weight)
+    assert torch.equal(points, features)
+    torch.testing.assert_close(rays, 5 * torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5**0.5, 0.5**0.5]]))
+
+
+def test_more_features_are_projected_so_that_classes_keep_their_places() -> None:
+    weight = torch.diag(torch.tensor([1.0, 5.0, 0.1, 2.0]))
+    points, rays = pictures.plane(torch.cat([3 * torch.eye(4), torch.ones(1, 4)]), weight)
+    circle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    torch.testing.assert_close(rays, circle, atol=1e-6, rtol=0)
+    torch.testing.assert_close(points[:4], circle, atol=1e-6, rtol=0)
+    torch.testing.assert_close(points[4], torch.zeros(2), atol=1e-6, rtol=0)  # like all classes alike
+
+
+@pytest.mark.parametrize("count", [3, 10, 100])
+def test_every_class_is_told_apart_and_named(count: int) -> None:
+    target = torch.arange(5 * count) % count
+    names = [f"class {number}" for number in range(count)]
+    figure = pictures.feature_scatter(torch.rand(5 * count, 2), torch.rand(count, 2), target, names, "title")
+    (axes,) = figure.axes
+    points = [line for line in axes.lines if line.get_linestyle() == "None"]
+    assert [line.get_label() for line in points] == names
+    assert len({(line.get_color(), line.get_marker()) for line in points}) == count
+    assert all(len(line.get_xdata()) == 5 for line in points)
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert texts(figure) == (names if count <= 25 else [])
+    assert axes.get_xlim() == (-1.6, 1.6)
+
+
+def test_angles_are_shares_against_boundaries() -> None:
+    angles = {"train": torch.tensor([1.0, 1.5, 91.0, 180.0]), "val": torch.tensor([45.0]), "none": torch.empty(0)}
+    figure = pictures.angle_histogram(angles, {"softmax": 40.0})
+    (axes,) = figure.axes
+    heights = [patch.get_data().values for patch in axes.patches[1::2]]
+    assert [height.sum() for height in heights] == pytest.approx([100, 100])
+    assert heights[0][[0, 45, 89]].tolist() == [50, 25, 25]
+    assert list(axes.lines[0].get_xdata()) == [40.0, 40.0]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *("train (mean 68.4°)", "val (mean 45.0°)", "softmax: 40.0°"),
+    ]
+
+
+def test_the_confusion_matrix_has_counts_and_shares_of_rows() -> None:
+    counts = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
+    figure = pictures.confusion(counts, NAMES)
+    FigureCanvasAgg(figure).draw()
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [
+        *(["8", "2", "1", "3"], ["80", "20", "25", "75"])
+    ]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(NAMES)
+    assert (figure.axes[0].get_ylabel(), figure.axes[0].get_xlabel()) == ("true class", "predicted class")
+
+
+@pytest.mark.parametrize("count", [3, 100])
+def test_the_map_of_angles(count: int) -> None:
+    names = [f"class {number}" for number in range(count)]
+    figure = pictures.angle_map(torch.full((count, count), 90.0).fill_diagonal_(0), names)
+    written = texts(figure)
+    assert written == (["90"] * 6 if count == 3 else [])  # a hundred columns leave no room for numbers
+    labels = figure.axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == names
+    pitch = figure.axes[0].get_window_extent().width / count / figure.dpi * 72  # points
+    assert labels[0].get_fontsize() <= pitch
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_carry_their_captions(channels: int) -> None:
+    figure = pictures.image_strip(torch.full((7, channels, 4, 5), 200, dtype=torch.uint8), [str(n) for n in range(7)])
+    FigureCanvasAgg(figure).draw()
+    assert [axes.get_title() for axes in figure.axes] == [*map(str, range(7)), *[""] * 5]
+    assert [len(axes.images) for axes in figure.axes] == [1] * 7 + [0] * 5
+
+
+def test_the_roc_curve_is_that_of_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    same = torch.arange(300) % 2 == 0
+    cosines = (0.4 * torch.randn(300, generator=generator) + 0.3 * same).clamp(-1, 1)
+    figure = pictures.roc(cosines, same)
+    FigureCanvasAgg(figure).draw()
+    x, y = (torch.as_tensor(data) for data in figure.axes[0].lines[0].get_data())
+    false, true, _ = roc_curve(same, cosines, drop_intermediate=False)
+    torch.testing.assert_close(y, torch.tensor(true), check_dtype=False)
+    torch.testing.assert_close(x, torch.tensor(false).clamp_min(0.5 / 150), check_dtype=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_training_is_drawn_all_the_same(value: float) -> None:
+    features, weight, target = torch.full((6, 3), value), torch.full((3, 3), value), torch.arange(6) % 3
+    texts(pictures.feature_scatter(*pictures.plane(features, weight), target, NAMES))
+    texts(pictures.feature_scatter(*pictures.plane(features[:, :2], weight[:, :2]), target, NAMES))
+    texts(pictures.angle_histogram({"train": features[:, 0]}, {"softmax": value}))
+    texts(pictures.angle_map(weight, NAMES))
