@@ -10,9 +10,10 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from lsoftmax_lightning import ClassificationModule, datamodules
+from lsoftmax_lightning.functional import separation
+from lsoftmax_lightning.metrics import ClassAngles
 
 
 def embed_test_set(path: str, data: datamodules.ImageDataModule) -> tuple[ClassificationModule, Tensor, Tensor]:
@@ -23,32 +24,18 @@ def embed_test_set(path: str, data: datamodules.ImageDataModule) -> tuple[Classi
     return model, torch.cat(features), data.test_data.targets
 
 
-def degrees(cosine: Tensor) -> Tensor:
-    """Angles of cosines, which rounding may have put outside [-1, 1]."""
-    return cosine.clamp(-1, 1).arccos().rad2deg()
-
-
-def smallest_angle(directions: Tensor) -> Tensor:
-    """The smallest angle between any two rows, in degrees."""
-    unit = normalize(directions)
-    return degrees((unit @ unit.T).fill_diagonal_(-1)).min()
-
-
 def main(datamodule: str, *checkpoints: str) -> None:
     """Prints the table."""
     data = getattr(datamodules, datamodule)()
     rows = defaultdict(list)
     for path in checkpoints:
         model, features, targets = embed_test_set(path, data)
-        centres = torch.stack([normalize(features[targets == k]).mean(0) for k in range(data.num_classes)])
-        rows[model.head.margin].append(
-            [
-                100 * (model.head(features).argmax(1) == targets).float().mean(),
-                degrees(torch.cosine_similarity(features, model.head.weight[targets])).mean(),
-                smallest_angle(model.head.weight),
-                smallest_angle(centres),
-            ]
-        )
+        metric = ClassAngles(data.num_classes, features.shape[1], model.head.margin)
+        metric.update(features, model.head.weight, targets)
+        figures = metric.compute()
+        accuracy = (model.head(features).argmax(1) == targets).float().mean()
+        weights = separation(model.head.weight).min
+        rows[model.head.margin].append([100 * accuracy, figures["angle"], weights, figures["centre_angle_min"]])
     print("m, runs: accuracy %, sample to its class, nearest classes, nearest centres (degrees); mean ± sd")
     for margin, values in sorted(rows.items()):
         table = torch.tensor(values)

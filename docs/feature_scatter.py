@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 
 import matplotlib.pyplot as plt
-import torch
-from angles import degrees, embed_test_set
-from torch.nn.functional import normalize
+from angles import embed_test_set
 
 from lsoftmax_lightning.datamodules import MNISTDataModule
+from lsoftmax_lightning.functional import target_angles
+from lsoftmax_lightning.pictures import feature_scatter, plane
 
 
 def main(output: str, root: str, *checkpoints: str) -> None:
@@ -22,14 +22,9 @@ def main(output: str, root: str, *checkpoints: str) -> None:
     for axis, path in zip(axes[0], checkpoints, strict=True):
         model, features, targets = embed_test_set(path, data)
         accuracy = (model.head(features).argmax(1) == targets).float().mean()
-        angle = degrees(torch.cosine_similarity(features, model.head.weight[targets])).mean()
-        axis.scatter(*features.T, c=targets, s=2, cmap="tab10", linewidths=0)
-        rays = normalize(model.head.weight) * features.norm(dim=1).quantile(0.99)
-        for name, (x, y) in zip(data.class_names, rays.tolist(), strict=True):
-            axis.plot([0, x], [0, y], color="black", linewidth=0.6)
-            axis.annotate(name, (1.08 * x, 1.08 * y), ha="center", va="center")
-        axis.set_title(f"m = {model.head.margin}: test accuracy {accuracy:.2%}, mean angle to class {angle:.1f}°")
-        axis.set_aspect("equal")
+        angle = target_angles(features, model.head.weight, targets).mean()
+        title = f"m = {model.head.margin}: test accuracy {accuracy:.2%}, mean angle to class {angle:.1f}°"
+        feature_scatter(*plane(features, model.head.weight), targets, data.class_names, title, axis)
     figure.tight_layout()
     figure.savefig(output, dpi=80)
 

@@ -46,7 +46,12 @@ def plane(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def feature_scatter(
-    points: Tensor, rays: Tensor, target: Tensor, class_names: Sequence[str], title: str = ""
+    points: Tensor,
+    rays: Tensor,
+    target: Tensor,
+    class_names: Sequence[str],
+    title: str = "",
+    axes: Axes | None = None,
 ) -> Figure:
     """The poster's figure: features as points, the directions of the class weights as rays.
 
@@ -56,11 +61,13 @@ def feature_scatter(
         target: Class of each sample, [N].
         class_names: C names; up to 100 can be told apart.
         title: Above the axes.
+        axes: Where to draw, without a legend; by default a figure of its own.
     """
     columns = math.ceil(len(class_names) / 25)
-    figure = Figure(figsize=(6.4 + 1.2 * columns, 6), layout="constrained")
+    own_figure = axes is None
+    axes = axes or Figure(figsize=(6.4 + 1.2 * columns, 6), layout="constrained").add_subplot()
     limit = max(1.6, 1.05 * float(points.abs().nan_to_num().max()))  # the same at every step where plane() projects
-    axes = figure.add_subplot(title=title, aspect="equal", anchor="W", xlim=(-limit, limit), ylim=(-limit, limit))
+    axes.set(title=title, aspect="equal", anchor="W", xlim=(-limit, limit), ylim=(-limit, limit))
     axes.grid(alpha=0.3)
     few = len(class_names) <= 25
     for number, name in enumerate(class_names):
@@ -71,8 +78,13 @@ def feature_scatter(
             axes.text(1.07 * x, 1.07 * y, name, ha="center", va="center", fontsize=8)
         own = points[target == number].numpy()
         axes.plot(own[:, 0], own[:, 1], marker, color=color, markersize=3, markeredgewidth=0, label=name)
-    size = 9 if few else 7
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, fontsize=size, markerscale=2, frameon=False)
+    if own_figure:
+        size = 9 if few else 7
+        axes.legend(
+            loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, fontsize=size, markerscale=2, frameon=False
+        )
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     return figure
 
 
@@ -108,16 +120,26 @@ def angle_map(angles: Tensor, class_names: Sequence[str], title: str = "") -> Fi
     return figure
 
 
-def confusion(counts: Tensor, class_names: Sequence[str], title: str = "") -> Figure:
-    """A confusion matrix [C, C] of true (rows) and predicted classes: counts, and the share of each row in percent."""
+def confusion(values: Tensor, class_names: Sequence[str], unit: str = "images", title: str = "") -> Figure:
+    """A confusion matrix.
+
+    Args:
+        values: By true (rows) and predicted class, [C, C]: counts, or see :func:`percent_of_rows`.
+        class_names: C names.
+        unit: Of the values.
+        title: Above the axes.
+    """
     side = _side(class_names)
-    figure = Figure(figsize=(2 * side + 1, side + 0.2), layout="constrained")
-    figure.suptitle(title)
-    shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
-    for axes, values, name in zip(figure.subplots(1, 2), (counts, shares), ("images", "% of the class"), strict=True):
-        _matrix(axes, values, class_names, cmap="Blues", vmin=0, vmax=float(values.max()))
-        axes.set(title=name, xlabel="predicted class", ylabel="true class")
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="predicted class", ylabel="true class")
+    image = _matrix(axes, values, class_names, cmap="Blues", vmin=0, vmax=float(values.max()))
+    figure.colorbar(image, label=unit)
     return figure
+
+
+def percent_of_rows(counts: Tensor) -> Tensor:
+    """Shares of each row of counts [C, C] in percent; 0 in a row without any."""
+    return 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 def image_strip(images: Tensor, captions: Sequence[str], title: str = "", columns: int = 6) -> Figure:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import lsoftmax_lightning
@@ -21,6 +22,7 @@ QUIET = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
+    "--dashboard.every_n_epochs=0",
 ]
 SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--model.margin=2"]
 
@@ -88,7 +90,7 @@ def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 9
     results = json.loads((run / "results.json").read_text())
-    assert set(results) == {"test/acc", "test/loss"}
+    assert {"test/acc", "test/loss", "test/angle", "test/weight_angle_min"} <= set(results)
 
     best = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
     assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] < 9
@@ -191,6 +193,17 @@ def test_without_a_logger_nothing_of_the_users_is_overwritten() -> None:
     assert not Path("results.json").exists()
 
 
+def test_the_dashboard_is_there_and_has_settings() -> None:
+    drawing = ("--dashboard.every_n_epochs=1", "--dashboard.save=true", "--dashboard.max_samples=50")
+    cli = main(["fit", "--config", "digits", *SHORT, *drawing, "--trainer.log_every_n_steps=1"])
+    assert cli is not None
+    run = Path("runs/digits/version_0")
+    events = EventAccumulator(str(run)).Reload().Tags()
+    assert {"val/features", "val/confusion", "test/features", "test/confusion"} <= set(events["images"])
+    assert {"train/angle", "val/angle", "test/angle", "lr", "effective_margin"} <= set(events["scalars"])
+    assert len((run / "dashboard" / "test_features_000003.csv").read_text().splitlines()) == 1 + 54  # 9 of 6 batches
+
+
 def test_checkpoints_can_be_switched_off() -> None:
     main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.enable_checkpointing=false"])
     assert Path("runs/digits/version_0/results.json").is_file()
@@ -284,6 +297,14 @@ def test_random_weights_are_not_scored_in_silence() -> None:
         (["fit", "--config", "digits.yaml", "--trainer.devices", "abc"], ["devices"]),
         (["fit", "--config", "digits.yaml", "--trainer.devices", "0"], ["0"]),
         (["fit", "--config", "digits.yaml", "--model.label_smoothing", "2"], ["label_smoothing"]),
+        (
+            ["fit", "--config", "digits.yaml", "--dashboard.every_n_epochs", "-1"],
+            ["every_n_epochs", "or more, got -1"],
+        ),
+        (
+            ["fit", "--config", "digits.yaml", "--dashboard.save=true", "--trainer.logger=false"],
+            ["a logger has to name"],
+        ),
         (["fit", "--config", "digits.yaml", "--ckpt_path", "gone.ckpt"], ["takes a file", "gone.ckpt"]),
         (["fit", "--config", "digits.yaml", "--ckpt_path", "last"], ["takes a file", "last.ckpt"]),
         (["fit"], ["required", "model"]),
@@ -292,7 +313,7 @@ def test_random_weights_are_not_scored_in_silence() -> None:
     ],
 )
 def test_mistakes_get_one_clear_error(args: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    printed = fails(capsys, *args, *(QUIET if args[:1] == ["fit"] else []))
+    printed = fails(capsys, *args, *(QUIET[:-1] if args[:1] == ["fit"] else []))
     for part in said:
         assert part in printed
 

@@ -64,15 +64,14 @@ def test_angles_are_shares_against_boundaries() -> None:
     ]
 
 
-def test_the_confusion_matrix_has_counts_and_shares_of_rows() -> None:
+@pytest.mark.parametrize("shares", [False, True])
+def test_the_confusion_matrix_has_counts_or_shares_of_rows(shares: bool) -> None:
     counts = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
-    figure = pictures.confusion(counts, NAMES)
-    FigureCanvasAgg(figure).draw()
-    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [
-        *(["8", "2", "1", "3"], ["80", "20", "25", "75"])
-    ]
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(NAMES)
-    assert (figure.axes[0].get_ylabel(), figure.axes[0].get_xlabel()) == ("true class", "predicted class")
+    figure = pictures.confusion(pictures.percent_of_rows(counts) if shares else counts, NAMES)
+    assert texts(figure) == (["80", "20", "25", "75"] if shares else ["8", "2", "1", "3"])
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(NAMES)
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
 
 
 @pytest.mark.parametrize("count", [3, 100])

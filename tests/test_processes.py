@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from .datamodules.formats import write_lfw
 
@@ -46,7 +47,7 @@ def run(
 def test_two_processes_are_as_one() -> None:
     weights, results = [], []
     for devices in (1, 2):
-        done = run(devices)
+        done = run(devices, "--dashboard.save=true")
         assert done.returncode == 0, done.stderr
         folder = Path("runs/digits", f"on{devices}")
         weights.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
@@ -58,6 +59,19 @@ def test_two_processes_are_as_one() -> None:
     assert results[0]["test/acc"] == pytest.approx(results[1]["test/acc"], abs=1e-6)
     assert results[0]["test/loss"] == pytest.approx(results[1]["test/loss"], rel=1e-3)
     assert results[0]["test/acc"] > 0.8
+    assert results[0]["test/angle"] == pytest.approx(results[1]["test/angle"], rel=1e-3)
+    assert results[0]["test/centre_angle_min"] == pytest.approx(results[1]["test/centre_angle_min"], rel=1e-3)
+
+    # every image is in the pictures, once, and only one process draws
+    runs = [Path("runs/digits", name) for name in ("on1", "on2")]
+    names = [{path.name for path in (run / "dashboard").iterdir()} for run in runs]
+    assert names[0] == names[1]
+    for table in ("val_confusion_000060.csv", "test_confusion_000060.csv"):
+        assert len({(run / "dashboard" / table).read_text() for run in runs}) == 1
+    for run_folder in runs:
+        events = EventAccumulator(str(run_folder), size_guidance={"images": 0}).Reload()
+        assert [event.step for event in events.Images("val/features")] == [20, 60]
+        assert [event.step for event in events.Scalars("val/angle")] == [19, 39, 59]
 
 
 def test_two_processes_augment_and_verify_as_one(tmp_path: Path) -> None:

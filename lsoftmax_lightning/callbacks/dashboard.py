@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..functional import separation, target_angles
+from .baseline import ANGLE_BINS, softmax_angles
 from .frames import ClassFrame, ClassSample, Frame, evenly_spaced, pair_frame
 from .listener import HeadListener
 
@@ -33,7 +34,7 @@ class Dashboard(HeadListener):
 
     Args:
         every_n_epochs: Epochs between the pictures of a validation, from the first on; the last is always drawn. By
-            default a tenth of the run.
+            default there are ten in a run, as many as TensorBoard shows; 0 is for no pictures at all.
         max_samples: Features in the scatter and in the projector; all other pictures are of all images.
         max_share: The most that drawing may take of the time of training.
         save: Whether to leave every picture as a PNG file, and the numbers in it as CSV, in the folder ``dashboard`` of
@@ -46,9 +47,10 @@ class Dashboard(HeadListener):
     def __init__(
         self, every_n_epochs: int | None = None, max_samples: int = 2000, max_share: float = 0.03, save: bool = False
     ) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}.")
+        if every_n_epochs is not None and every_n_epochs < 0:
+            raise InputError(f"every_n_epochs must be 0 (no pictures) or more, got {every_n_epochs}.")
+        if max_samples < 1:
+            raise InputError(f"max_samples must be at least 1, got {max_samples}.")
         if not 0 <= max_share <= 1:
             raise InputError(f"max_share must be from 0 to 1, got {max_share}.")
         self.every_n_epochs, self.max_samples, self.max_share, self.save = every_n_epochs, max_samples, max_share, save
@@ -59,7 +61,7 @@ class Dashboard(HeadListener):
             raise InputError("Dashboard(save=True) writes into the folder of the run, which a logger has to name.")
         writable = self.save or any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         self.listening = False
-        if writable and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if writable and self.every_n_epochs != 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().setup(trainer, pl_module, stage)
         self._folder = Path(str(trainer.log_dir), "dashboard")  # to be asked on every process
         self._train_angles: list[Tensor] = []
@@ -153,9 +155,7 @@ class Dashboard(HeadListener):
         if self.every_n_epochs:
             return self.every_n_epochs * epoch
         total = trainer.estimated_stepping_batches
-        return (
-            total / 9 if 0 < total < math.inf else 10 * epoch
-        )  # with first and last ten, as many as TensorBoard shows
+        return total / 9 if 0 < total < math.inf else 10 * epoch
 
     def _queue(self, trainer: Trainer) -> None:
         """Keeps the latest frame to be drawn, once."""
@@ -175,7 +175,9 @@ class Dashboard(HeadListener):
         for name, angles in frame.angle_samples().items():
             if len(angles := angles[angles.isfinite()]):
                 for writer in _writers(trainer):
-                    writer.add_histogram(f"angles/{name}", angles, frame.step)
+                    writer.add_histogram(f"angles/{name}", angles, frame.step, bins=ANGLE_BINS)
+        if frame.margin > 1:
+            frame.baseline = softmax_angles(self._folder.parent, list(frame.angle_samples())[-1])
         for name, figure, header, rows in frame.draw():
             if self.save:
                 self._folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +34,8 @@ class Picture(NamedTuple):
 class Frame:
     """A moment of training, to be drawn: the head as it was and what a validation or test (``stage``) has seen.
 
-    ``nearest`` is the mean angle from a class weight to the nearest one. Of a stage that has seen nothing there are the
-    angles of training alone.
+    ``nearest`` is the mean angle from a class weight to the nearest one; ``baseline`` has angles of another run, to
+    compare with. Of a stage that has seen nothing there are the angles of training alone.
     """
 
     stage: str
@@ -44,6 +44,7 @@ class Frame:
     lambda_: float
     nearest: float
     train_angles: Tensor
+    baseline: Mapping[str, Tensor] = field(default_factory=dict)
 
     def angle_samples(self) -> dict[str, Tensor]:
         """Angles of samples to their class, in degrees, by stage."""
@@ -51,7 +52,7 @@ class Frame:
 
     def draw(self) -> Iterator[Picture]:
         """All pictures, one by one."""
-        angles = self.angle_samples()
+        angles = self.angle_samples() | dict(self.baseline)
         boundaries = {"boundary of softmax": self.nearest / 2}
         if self.margin > 1:
             boundaries[f"what m = {self.margin} asks for"] = self.nearest / (self.margin + 1)
@@ -108,8 +109,12 @@ class ClassFrame(Frame):
         target, prediction = place[self.target], place[self.prediction]
         cell = (target * len(names) + prediction)[(target >= 0) & (prediction >= 0)]
         counts = torch.bincount(cell, minlength=len(names) ** 2).view(len(names), -1)
-        figure = pictures.confusion(counts, names, self._title(f"confusion{of}"))
-        yield Picture("confusion", figure, ("true class", *names), _rows(names, counts))
+        for picture, values, kind in (
+            ("confusion", counts, "images"),
+            ("confusion_percent", pictures.percent_of_rows(counts), "% of the true class"),
+        ):
+            figure = pictures.confusion(values, names, kind, self._title(f"confusion{of}"))
+            yield Picture(picture, figure, ("true class", *names), _rows(names, values))
 
         mistakes = self.worst[0] > 0
         if mistakes.any():

@@ -194,17 +194,18 @@ def _has_pairs(trainer: Trainer, stage: str) -> bool:
 
 
 def _settings(trainer: Trainer, pl_module: Any) -> dict[str, bool | float | str]:
-    """What tells one run from another: plain hyperparameters, lambda's schedule, optimiser and seed."""
+    """What tells one run from another; named so that the first five, which TensorBoard shows at once, matter most."""
+    annealing = next((c for c in trainer.callbacks if isinstance(c, LambdaAnnealing) and c.schedule), pl_module)  # type: ignore[attr-defined]
+    schedule = getattr(annealing, "schedule", None) or getattr(pl_module, "lambda_schedule", None)
     plain = {name: value for name, value in pl_module.hparams.items() if isinstance(value, bool | int | float | str)}
-    schedule = next((c.schedule for c in trainer.callbacks if isinstance(c, LambdaAnnealing) and c.schedule), None)  # type: ignore[attr-defined]
-    schedule = schedule or getattr(pl_module, "lambda_schedule", None)
-    optimizer = trainer.optimizers[0].defaults
+    optimizer = {
+        name: value for name, value in trainer.optimizers[0].defaults.items() if name in ("lr", "weight_decay")
+    }
     return {
-        "backbone": type(getattr(pl_module, "backbone", None)).__name__,
+        "backbone": plain.pop("backbone", type(getattr(pl_module, "backbone", None)).__name__),
+        "lambda": repr(schedule),
+        "lambda_min": getattr(schedule, "lambda_min", 0.0),
         "margin": pl_module.head.margin,
-        **plain,
-        "lambda": type(schedule).__name__,
-        **{f"lambda/{name}": value for name, value in getattr(schedule, "__dict__", {}).items()},
-        **{name: optimizer[name] for name in ("lr", "weight_decay") if name in optimizer},
         "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
+        **{f"settings/{name}": value for name, value in (plain | optimizer).items() if not name.startswith("_")},
     }

@@ -25,7 +25,7 @@ from lsoftmax_lightning.metrics import PairVerification
 from ..conftest import BlobsDataModule, make_model, make_trainer
 from ..datamodules.formats import write_lfw
 
-CLASS_PICTURES = {"features", "angles", "class_angles", "confusion", "most_confused"}
+CLASS_PICTURES = {"features", "angles", "class_angles", "confusion", "confusion_percent", "most_confused"}
 PAIR_PICTURES = {"angles", "roc", "pair_angles", "hardest_pairs"}
 
 
@@ -183,9 +183,28 @@ def test_everything_drawn_can_be_saved() -> None:
     assert float(between[0]["ne"]) == float(between[1]["nw"]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_softmax_run_beside_it_is_overlaid() -> None:
+    for margin in (1, 2):
+        trainer, folder = with_logger(Dashboard(save=True))
+        model, data = make_model(margin=margin), HardBlobs()
+        trainer.fit(model, data)
+        angles: dict[str, list[float]] = {}
+        for row in table(folder, "val_angles_000008"):
+            angles.setdefault(row["stage"], []).append(float(row["degrees"]))
+        if margin == 1:
+            softmax = angles["val"]
+    assert set(angles) == {"train", "val", "val of softmax (version_0)"}
+    assert angles["val of softmax (version_0)"] == [2 * (angle // 2) + 1 for angle in sorted(softmax)]
+
+
 def test_without_tensorboard_nothing_is_drawn_unless_it_is_saved() -> None:
-    for logger, save in ((False, False), (CSVLogger(".", "csv"), False), (CSVLogger(".", "saved"), True)):
-        trainer = make_trainer(logger=logger, callbacks=[Dashboard(save=save)])
+    for logger, dashboard in (
+        (False, Dashboard()),
+        (CSVLogger(".", "csv"), Dashboard()),
+        (CSVLogger(".", "none"), Dashboard(every_n_epochs=0, save=True)),
+        (CSVLogger(".", "saved"), Dashboard(save=True)),
+    ):
+        trainer = make_trainer(logger=logger, callbacks=[dashboard])
         trainer.fit(make_model(), BlobsDataModule())
     assert {path.parts[0] for path in Path().rglob("*.png")} == {"saved"}
     with pytest.raises(InputError, match="which a logger has to name"):
@@ -256,7 +275,7 @@ def test_images_of_any_kind_are_shown(shape: tuple[int, ...]) -> None:
     height, width = {(): (1, 1), (3, 60, 90): (32, 48)}.get(shape, (8, 8))
     assert frame.thumbnails.shape == (4, 1 if shape in ((), (4, 8, 8)) else shape[0], height, width)
     assert int((frame.worst[0] > 0).sum()) == 2  # the two mistakes of two batches
-    assert len(list(frame.draw())) == 5
+    assert len(list(frame.draw())) == 6
 
 
 def test_pairs_of_images_have_their_own_pictures(tmp_path: Path) -> None:
@@ -290,7 +309,7 @@ def test_pairs_of_images_have_their_own_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"every_n_epochs": 0}, "every_n_epochs must be at least 1, got 0"),
+        ({"every_n_epochs": -1}, "every_n_epochs must be 0 .* or more, got -1"),
         ({"max_samples": 0}, "max_samples must be at least 1, got 0"),
         ({"max_share": 3}, "max_share must be from 0 to 1, got 3"),
     ],

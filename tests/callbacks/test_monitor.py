@@ -17,7 +17,7 @@ from lsoftmax_lightning import ClassificationModule, VerificationModule
 from lsoftmax_lightning.callbacks import LambdaAnnealing, MarginMonitor
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.functional import effective_margin, margin_logits
-from lsoftmax_lightning.schedules import Constant, PowerLaw
+from lsoftmax_lightning.schedules import Constant, PowerLaw, RunFraction
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
 from ..datamodules.formats import write_lfw
@@ -113,12 +113,13 @@ def test_the_run_has_a_row_among_the_hyperparameters(own: bool, monkeypatch: pyt
     row = content["_hparams_/session_start_info"].session_start_info.hparams
     assert row["margin"].number_value == 2
     assert row["backbone"].string_value == "digits"
-    assert row["lambda"].string_value == ("PowerLaw" if own else "RunFraction")
-    assert row["lambda/base"].number_value == (9 if own else 1000)
-    assert row["lambda/lambda_min"].number_value == (0 if own else 5)
+    schedule = PowerLaw(base=9.0) if own else RunFraction()
+    assert row["lambda"].string_value == repr(schedule)
+    assert row["lambda_min"].number_value == (0 if own else 5)
     assert row["seed"].string_value == "7"
-    assert row["lr"].number_value == 0.1
-    assert row["label_smoothing"].number_value == 0.1
+    assert row["settings/lr"].number_value == 0.1
+    assert row["settings/label_smoothing"].number_value == 0.1
+    assert sorted(row)[:5] == ["backbone", "lambda", "lambda_min", "margin", "seed"]  # what TensorBoard shows at once
     metrics = [metric.name.tag for metric in content["_hparams_/experiment"].experiment.metric_infos]
     assert metrics == ["val/acc", "test/acc", "val/angle"]
     assert "hp_metric" not in events.Tags()["scalars"]
