@@ -97,16 +97,18 @@ def angle_histogram(angles: Mapping[str, Tensor], boundaries: Mapping[str, float
         title: Above the axes.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="degrees", ylabel="share of the samples, %, in 2 degrees")
+    axes = figure.add_subplot(title=title, xlabel="degrees", ylabel="% of the samples, by degree")
+    shown = max([30.0, *(1.1 * angle for angle in boundaries.values() if math.isfinite(angle))])
     for color, (name, values) in zip(COLORS, angles.items(), strict=False):
         if len(values):
-            shares = torch.histc(values.float(), bins=90, min=0, max=180) * (100 / len(values))
+            shares = torch.histc(values.float(), bins=180, min=0, max=180) * (100 / len(values))
             label = f"{name} (mean {values.float().mean():.1f}°)"
-            axes.stairs(shares.numpy(), torch.arange(0, 181, 2).numpy(), fill=True, color=color, alpha=0.35)
-            axes.stairs(shares.numpy(), torch.arange(0, 181, 2).numpy(), color=color, label=label)
+            axes.stairs(shares.numpy(), range(181), fill=True, color=color, alpha=0.35)
+            axes.stairs(shares.numpy(), range(181), color=color, label=label)
+            shown = max(shown, *shares.nonzero().flatten().tolist(), 0)
     for style, (name, angle) in zip(("--", ":", "-."), boundaries.items(), strict=False):
         axes.axvline(angle, color="black", linestyle=style, linewidth=1, label=f"{name}: {angle:.1f}°")
-    axes.set(xlim=(0, 180), xticks=range(0, 181, 30))
+    axes.set(xlim=(0, min(180, 30 * math.ceil(shown / 30))))  # in steps, so that a film seldom jumps
     axes.legend(frameon=False)
     return figure
 

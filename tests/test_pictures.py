@@ -55,7 +55,8 @@ def test_angles_are_shares_against_boundaries() -> None:
     (axes,) = figure.axes
     heights = [patch.get_data().values for patch in axes.patches[1::2]]
     assert [height.sum() for height in heights] == pytest.approx([100, 100])
-    assert heights[0][[0, 45, 89]].tolist() == [50, 25, 25]
+    assert heights[0][[1, 91, 179]].tolist() == [50, 25, 25]
+    assert axes.get_xlim() == (0, 180)
     assert list(axes.lines[0].get_xdata()) == [40.0, 40.0]
     legend = axes.get_legend()
     assert legend is not None

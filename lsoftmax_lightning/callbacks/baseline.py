@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-ANGLE_BINS = range(0, 182, 2)
+ANGLE_BINS = range(181)
 """Edges of the bins of the angles' histograms, in degrees."""
 
 

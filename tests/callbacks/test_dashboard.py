@@ -194,7 +194,7 @@ def test_the_softmax_run_beside_it_is_overlaid() -> None:
         if margin == 1:
             softmax = angles["val"]
     assert set(angles) == {"train", "val", "val of softmax (version_0)"}
-    assert angles["val of softmax (version_0)"] == [2 * (angle // 2) + 1 for angle in sorted(softmax)]
+    assert angles["val of softmax (version_0)"] == [angle // 1 + 0.5 for angle in sorted(softmax)]
 
 
 def test_without_tensorboard_nothing_is_drawn_unless_it_is_saved() -> None:
