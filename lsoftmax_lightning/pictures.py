@@ -154,7 +154,8 @@ def image_strip(images: Tensor, captions: Sequence[str], title: str = "", column
         columns: Images in a row.
     """
     rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(1.8 * columns, 2.4 * rows + 0.4), layout="constrained")
+    height = 1.8 * images.shape[2] / images.shape[3] + 0.5  # inches of an image and its caption
+    figure = Figure(figsize=(1.8 * columns, height * rows + 0.4), layout="constrained")
     figure.suptitle(title)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
@@ -174,7 +175,7 @@ def roc(cosines: Tensor, same: Tensor, title: str = "") -> Figure:
     """
     false, true, _ = binary_roc((cosines + 1) / 2, same.long())
     least = 0.5 / max(1, int((same == 0).sum()))  # where "none" is drawn
-    figure = Figure(figsize=(6, 5), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot(
         title=title, xlabel="different pairs accepted", ylabel="same pairs accepted", xscale="log"
     )
