@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib import color_sequences
 from matplotlib.axes import Axes
@@ -98,17 +99,17 @@ def angle_histogram(angles: Mapping[str, Tensor], boundaries: Mapping[str, float
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="degrees", ylabel="% of the samples, by degree")
-    shown = max([30.0, *(1.1 * angle for angle in boundaries.values() if math.isfinite(angle))])
     for color, (name, values) in zip(COLORS, angles.items(), strict=False):
         if len(values):
             shares = torch.histc(values.float(), bins=180, min=0, max=180) * (100 / len(values))
             label = f"{name} (mean {values.float().mean():.1f}°)"
             axes.stairs(shares.numpy(), range(181), fill=True, color=color, alpha=0.35)
             axes.stairs(shares.numpy(), range(181), color=color, label=label)
-            shown = max(shown, *shares.nonzero().flatten().tolist(), 0)
     for style, (name, angle) in zip(("--", ":", "-."), boundaries.items(), strict=False):
         axes.axvline(angle, color="black", linestyle=style, linewidth=1, label=f"{name}: {angle:.1f}°")
-    axes.set(xlim=(0, min(180, 30 * math.ceil(shown / 30))))  # in steps, so that a film seldom jumps
+    # square roots: angles of a few degrees can be told apart, and none is cut off
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axes.set(xlim=(0, 180), xticks=(0, 1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 150, 180))
     axes.legend(frameon=False)
     return figure
 

@@ -132,9 +132,10 @@ class Dashboard(HeadListener):
     def _frame(self, trainer: Trainer, pl_module: Any, stage: str) -> Frame:
         """What was seen of this validation or test."""
         head, data = pl_module.head, trainer.datamodule  # type: ignore[attr-defined]
+        lambda_ = head.lambda_ if trainer.state.fn == TrainerFn.FITTING else None
         names = getattr(data, "class_names", None) or tuple(map(str, range(head.num_classes)))
         settings = {
-            **{"stage": stage, "step": trainer.global_step, "margin": head.margin, "lambda_": head.lambda_},
+            **{"stage": stage, "step": trainer.global_step, "margin": head.margin, "lambda_": lambda_},
             "nearest": float(separation(head.weight.detach()).nearest),
             "train_angles": torch.cat(self._train_angles).cpu() if self._train_angles else torch.empty(0),
         }

@@ -34,14 +34,14 @@ class Picture(NamedTuple):
 class Frame:
     """A moment of training, to be drawn: the head as it was and what a validation or test (``stage``) has seen.
 
-    ``nearest`` is the mean angle from a class weight to the nearest one; ``baseline`` has angles of another run, to
+    ``lambda_`` is known in training alone; ``nearest`` is the mean angle from a class weight to the nearest one; ``baseline`` has angles of another run, to
     compare with. Of a stage that has seen nothing there are the angles of training alone.
     """
 
     stage: str
     step: int
     margin: int
-    lambda_: float
+    lambda_: float | None
     nearest: float
     train_angles: Tensor
     baseline: Mapping[str, Tensor] = field(default_factory=dict)
@@ -61,8 +61,8 @@ class Frame:
         yield Picture("angles", figure, ("stage", "degrees"), rows)
 
     def _title(self, what: str) -> str:
-        title = f"{what}, step {self.step}, m = {self.margin}"
-        if self.margin == 1 or self.stage == "test":  # a test knows no lambda
+        title = what + f", step {self.step}" * (self.step > 0) + f", m = {self.margin}"
+        if self.margin == 1 or self.lambda_ is None:
             return title
         return f"{title} at lambda {self.lambda_:.3g} (effective {effective_margin(self.margin, self.lambda_):.2f})"
 

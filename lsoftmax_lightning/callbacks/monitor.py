@@ -88,6 +88,10 @@ class MarginMonitor(HeadListener):
             head = pl_module.head
             self._angles = ClassAngles(head.num_classes, head.in_features, head.margin)
             self._margin_loss = MeanMetric(nan_strategy="disable")
+            for logger in _tensorboards(trainer):
+                logger._default_hp_metric = (
+                    False  # which would be -1 for good, beside the metrics that on_fit_start names
+                )
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lays out TensorBoard."""
@@ -95,8 +99,8 @@ class MarginMonitor(HeadListener):
             return
         pairs = _has_pairs(trainer, "val")
         metrics = dict.fromkeys(["val/acc", "test/acc", "train/angle" if pairs else "val/angle"])
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+        for logger in _tensorboards(trainer):
+            if trainer.is_global_zero:
                 logger.experiment.add_custom_scalars(_layout(pairs))
                 # the tab finds the values by these names; Lightning's way would log some now, before there are any
                 for summary in hparams(_settings(trainer, pl_module), metrics):  # type: ignore[no-untyped-call]
@@ -188,6 +192,10 @@ def _log(trainer: Trainer, figures: dict[str, Any]) -> None:
         logger.log_metrics(figures, step=trainer.global_step - 1)  # where Lightning puts train/loss and val/loss
 
 
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
 def _has_pairs(trainer: Trainer, stage: str) -> bool:
     """Whether the images of a stage are of pairs, not of the classes of the head."""
     return hasattr(trainer.datamodule, f"{stage}_pairs")  # type: ignore[attr-defined]
@@ -205,7 +213,7 @@ def _settings(trainer: Trainer, pl_module: Any) -> dict[str, bool | float | str]
         "backbone": plain.pop("backbone", type(getattr(pl_module, "backbone", None)).__name__),
         "lambda": repr(schedule),
         "lambda_min": getattr(schedule, "lambda_min", 0.0),
-        "margin": pl_module.head.margin,
+        "margin": plain.pop("margin", pl_module.head.margin),
         "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
         **{f"settings/{name}": value for name, value in (plain | optimizer).items() if not name.startswith("_")},
     }

@@ -256,7 +256,8 @@ def test_of_many_classes_a_hundred_are_shown() -> None:
     assert (header[1], header[-1], len(header)) == ("class 0", "class 149", 101)
     inside = torch.isin(target, shown) & torch.isin((features @ weight.T).argmax(1), shown)
     assert sum(sum(row[1:]) for row in drawn["confusion"].rows) == inside.sum()
-    assert "100 of 150 classes" in drawn["class_angles"].figure.axes[0].get_title()
+    title = "angles between the weights of 100 of 150 classes, step 5, m = 2 at lambda 1 (effective 1.58)"
+    assert drawn["class_angles"].figure.axes[0].get_title() == title
     assert len(list(drawn["features"].rows)) == 200
 
 

@@ -27,7 +27,7 @@ SEPARATION = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what i
 
 
 def fit(model: Any, data: Any = None, callbacks: Any = (), **settings: Any) -> tuple[Any, EventAccumulator]:
-    logger = TensorBoardLogger(".", name="run", default_hp_metric=False)
+    logger = TensorBoardLogger(".", name="run")
     trainer = make_trainer(logger=logger, log_every_n_steps=4, callbacks=[MarginMonitor(), *callbacks], **settings)
     trainer.fit(model, data or BlobsDataModule())
     return trainer, EventAccumulator(logger.log_dir, size_guidance={"scalars": 0, "tensors": 0}).Reload()
