@@ -99,7 +99,7 @@ def main(rounds: int = 3) -> None:
     )
     for name, *case in (
         ("digits, 30 epochs", DigitsDataModule(), "digits", {}, 30),
-        ("4 convolutions on 32x32, 10 epochs", Photographs(128), "cifar10", SMALL, 10),
+        ("4 convolutions on 32x32, 5 epochs", Photographs(128), "cifar10", SMALL, 5),
     ):
         times = [run(*case) for _ in range(rounds)]
         shares = [hooks / training for training, hooks, _ in times]

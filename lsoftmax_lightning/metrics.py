@@ -24,7 +24,7 @@ class ClassAngles(Metric):
     ``centre_angle_mean``, ``_nearest`` and ``_min``, the :func:`~lsoftmax_lightning.functional.separation` of the mean
     directions of the classes; ``feature_norm``, the mean length of a feature; and ``segment_0`` to
     ``segment_{m-1}``, the share of samples in each segment k of psi (section 3.2), the last of them furthest from their
-    class. All are exact for batches and processes of any size, and NaN where there was no sample.
+    class. All are exact for batches and processes of any size; of no sample there are no figures.
 
     Args:
         num_classes: C.
@@ -69,6 +69,8 @@ class ClassAngles(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The figures, by name."""
         count = self.segments.sum()
+        if not count:
+            return {}
         centres = separation(self.directions[self.directions.any(dim=1)])  # of the classes that were seen
         return {
             "angle": self.angle / count,
@@ -134,6 +136,7 @@ class PairVerification(Metric):
         if len(set(fold.tolist())) < 2:
             raise InputError("pairs of one fold leave none to fit the threshold on; give some fold 0, or make more.")
         self.pairs = pairs.cpu()
+        self.cosines = None
         self.pca_components = pca_components
         if pca_components is not None:
             least = min(len(self._seen(fold == number)) for number in set(fold[fold > 0].tolist()))

@@ -76,9 +76,9 @@ def feature_scatter(
         x, y = rays[number].tolist()
         axes.plot([0, x], [0, y], color=color, linewidth=0.8, alpha=1 if few else 0.3)
         if few:
-            axes.text(1.07 * x, 1.07 * y, name, ha="center", va="center", fontsize=8)
+            axes.text(1.07 * x, 1.07 * y, _literal(name), ha="center", va="center", fontsize=8)
         own = points[target == number].numpy()
-        axes.plot(own[:, 0], own[:, 1], marker, color=color, markersize=3, markeredgewidth=0, label=name)
+        axes.plot(own[:, 0], own[:, 1], marker, color=color, markersize=3, markeredgewidth=0, label=_literal(name))
     if own_figure:
         size = 9 if few else 7
         axes.legend(
@@ -140,9 +140,15 @@ def confusion(values: Tensor, class_names: Sequence[str], unit: str = "images", 
     return figure
 
 
-def percent_of_rows(counts: Tensor) -> Tensor:
-    """Shares of each row of counts [C, C] in percent; 0 in a row without any."""
-    return 100 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+def percent_of_rows(counts: Tensor, totals: Tensor | None = None) -> Tensor:
+    """Shares of each row of counts [C, C] in percent; 0 in a row without any.
+
+    Args:
+        counts: Images by true (rows) and predicted class, [C, C].
+        totals: Images of each true class, [C], where some were predicted as classes that have no column.
+    """
+    totals = counts.sum(dim=1) if totals is None else totals
+    return 100 * counts / totals.clamp_min(1).unsqueeze(1)
 
 
 def image_strip(images: Tensor, captions: Sequence[str], title: str = "", columns: int = 6) -> Figure:
@@ -162,7 +168,7 @@ def image_strip(images: Tensor, captions: Sequence[str], title: str = "", column
         axes.set_axis_off()
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(caption, fontsize=8, y=0, va="top", pad=-3)
+        axes.set_title(_literal(caption), fontsize=8, y=0, va="top", pad=-3)
     return figure
 
 
@@ -189,6 +195,11 @@ def roc(cosines: Tensor, same: Tensor, title: str = "") -> Figure:
     return figure
 
 
+def _literal(text: str) -> str:
+    """A name as it is; between two dollars matplotlib would read mathematics."""
+    return text.replace("$", r"\$")
+
+
 def _side(class_names: Sequence[str]) -> float:
     """Inches that a matrix takes so that names can be read."""
     return max(6.0, 0.13 * len(class_names))
@@ -197,6 +208,7 @@ def _side(class_names: Sequence[str]) -> float:
 def _matrix(axes: Axes, values: Tensor, class_names: Sequence[str], **colors: Any) -> AxesImage:
     """Draws a square matrix with names beside it and, where there is room, what is not 0 written in it."""
     image = axes.imshow(values.numpy(), **colors)
+    class_names = [_literal(name) for name in class_names]
     count = len(class_names)
     size = 9 if count <= 25 else 7
     axes.set_xticks(range(count), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0, fontsize=size)

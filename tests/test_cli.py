@@ -201,7 +201,7 @@ def test_the_dashboard_is_there_and_has_settings() -> None:
     events = EventAccumulator(str(run)).Reload().Tags()
     assert {"val/features", "val/confusion", "test/features", "test/confusion"} <= set(events["images"])
     assert {"train/angle", "val/angle", "test/angle", "lr", "effective_margin"} <= set(events["scalars"])
-    assert len((run / "dashboard" / "test_features_000003.csv").read_text().splitlines()) == 1 + 54  # 9 of 6 batches
+    assert len((run / "dashboard" / "test_features.csv").read_text().splitlines()) == 1 + 54  # 9 of 6 batches
 
 
 def test_checkpoints_can_be_switched_off() -> None:

@@ -66,7 +66,7 @@ def test_two_processes_are_as_one() -> None:
     runs = [Path("runs/digits", name) for name in ("on1", "on2")]
     names = [{path.name for path in (run / "dashboard").iterdir()} for run in runs]
     assert names[0] == names[1]
-    for table in ("val_confusion_000060.csv", "test_confusion_000060.csv"):
+    for table in ("val_confusion_000060.csv", "test_confusion.csv"):
         assert len({(run / "dashboard" / table).read_text() for run in runs}) == 1
     for run_folder in runs:
         events = EventAccumulator(str(run_folder), size_guidance={"images": 0}).Reload()

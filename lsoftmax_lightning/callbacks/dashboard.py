@@ -13,6 +13,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..errors import InputError
@@ -30,11 +31,13 @@ class Dashboard(HeadListener):
     images, the ROC curve, the angles of the pairs and the hardest pairs. After training also the embedding projector.
     After a test the same of its images.
 
-    Training waits for no picture: those that would take more than ``max_share`` of its time are drawn when it is over.
+    The angles of training are of the batches that are logged, in the first process. Several validation dataloaders are
+    taken for one. Training waits for no picture: those that would take more than ``max_share`` of its time are drawn
+    when it is over.
 
     Args:
         every_n_epochs: Epochs between the pictures of a validation, from the first on; the last is always drawn. By
-            default there are ten in a run, as many as TensorBoard shows; 0 is for no pictures at all.
+            default there are up to ten in a run, as many as TensorBoard shows; 0 is for no pictures at all.
         max_samples: Features in the scatter and in the projector; all other pictures are of all images.
         max_share: The most that drawing may take of the time of training.
         save: Whether to leave every picture as a PNG file, and the numbers in it as CSV, in the folder ``dashboard`` of
@@ -45,7 +48,7 @@ class Dashboard(HeadListener):
     """
 
     def __init__(
-        self, every_n_epochs: int | None = None, max_samples: int = 2000, max_share: float = 0.03, save: bool = False
+        self, every_n_epochs: int | None = None, max_samples: int = 2000, max_share: float = 0.02, save: bool = False
     ) -> None:
         if every_n_epochs is not None and every_n_epochs < 0:
             raise InputError(f"every_n_epochs must be 0 (no pictures) or more, got {every_n_epochs}.")
@@ -57,18 +60,20 @@ class Dashboard(HeadListener):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Begins to listen, if there is somewhere to draw."""
-        if self.save and not trainer.loggers:
+        log_dir = trainer.log_dir  # to be asked on every process
+        if self.save and (log_dir is None or not trainer.loggers) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError("Dashboard(save=True) writes into the folder of the run, which a logger has to name.")
         writable = self.save or any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         self.listening = False
         if writable and self.every_n_epochs != 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().setup(trainer, pl_module, stage)
-        self._folder = Path(str(trainer.log_dir), "dashboard")  # to be asked on every process
+        self._folder = Path(str(log_dir), "dashboard")
+        self._sample: ClassSample | None = None
         self._train_angles: list[Tensor] = []
         self._latest: Frame | None = None
         self._kept: Frame | None = None
         self._pending: list[Frame] = []  # on the first process alone
-        self._next_step = 0.0
+        self._next_epoch = 0
         self._began = time.perf_counter()
         self._spent = 0.0  # seconds of the time since then
         self._cost = 1.0  # of a frame; at first a guess
@@ -87,7 +92,8 @@ class Dashboard(HeadListener):
 
     def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch of a validation or a test."""
-        self._sample.update(images, features, logits, target, pl_module.head.weight)
+        if self._sample is not None:
+            self._sample.update(images, features, logits, target, pl_module.head.weight)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keeps the validation, and draws what there is time for."""
@@ -99,8 +105,8 @@ class Dashboard(HeadListener):
         if trainer.state.fn != TrainerFn.FITTING:
             self._draw_all(trainer)
             return
-        if trainer.global_step >= self._next_step:
-            self._next_step = trainer.global_step + self._steps_between(trainer)
+        if trainer.current_epoch >= self._next_epoch:
+            self._next_epoch = trainer.current_epoch + self._epochs_between(trainer)
             self._queue(trainer)
         while self._pending and self._spent + self._cost <= self.max_share * (time.perf_counter() - self._began):
             self._draw_next(trainer)
@@ -122,8 +128,12 @@ class Dashboard(HeadListener):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Draws what was kept of a training that failed, but lets one that was interrupted go."""
+        super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, Exception) and self.listening:
-            self._draw_all(trainer)
+            try:
+                self._draw_all(trainer)
+            except Exception as error:  # what was raised first is what matters
+                rank_zero_warn(f"The pictures that were left could not be drawn: {error}")
 
     def _begin(self, trainer: Trainer, num_batches: Sequence[float]) -> None:
         per_batch = math.ceil(self.max_samples / (sum(num_batches) * trainer.world_size))
@@ -140,23 +150,24 @@ class Dashboard(HeadListener):
             "train_angles": torch.cat(self._train_angles).cpu() if self._train_angles else torch.empty(0),
         }
         self._train_angles = []
-        if self._sample:
+        sample, self._sample = self._sample, None  # which would keep memory of the device
+        if sample:
             shown = evenly_spaced(head.num_classes)
             weight = head.weight.detach()[shown.to(head.weight.device)].float().cpu()
-            return self._sample.frame(weight=weight, shown=shown, class_names=names, **settings)
+            return sample.frame(weight=weight, shown=shown, class_names=names, **settings)
         verification = getattr(pl_module, "verification", None)
         if verification is not None and verification.cosines is not None:
             images = getattr(getattr(data, f"{stage}_data", None), "images", None)
             return pair_frame(verification.pairs, verification.cosines, images, **settings)
         return Frame(**settings)
 
-    def _steps_between(self, trainer: Trainer) -> float:
-        """Optimiser steps from one kept validation to the next."""
-        epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+    def _epochs_between(self, trainer: Trainer) -> int:
+        """Epochs from one kept validation to the next."""
         if self.every_n_epochs:
-            return self.every_n_epochs * epoch
+            return self.every_n_epochs
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         total = trainer.estimated_stepping_batches
-        return total / 9 if 0 < total < math.inf else 10 * epoch
+        return max(1, math.ceil(total / steps / 9)) if 0 < total < math.inf else 10
 
     def _queue(self, trainer: Trainer) -> None:
         """Keeps the latest frame to be drawn, once."""
@@ -182,7 +193,8 @@ class Dashboard(HeadListener):
         for name, figure, header, rows in frame.draw():
             if self.save:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                path = self._folder / f"{frame.stage}_{name}_{frame.step:06d}"
+                step = "" if frame.lambda_ is None else f"_{frame.step:06d}"
+                path = self._folder / f"{frame.stage}_{name}{step}"
                 figure.savefig(path.with_suffix(".png"), dpi=200)
                 with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
                     csv.writer(file).writerows([header, *rows])

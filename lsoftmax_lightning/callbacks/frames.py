@@ -34,8 +34,9 @@ class Picture(NamedTuple):
 class Frame:
     """A moment of training, to be drawn: the head as it was and what a validation or test (``stage``) has seen.
 
-    ``lambda_`` is known in training alone; ``nearest`` is the mean angle from a class weight to the nearest one; ``baseline`` has angles of another run, to
-    compare with. Of a stage that has seen nothing there are the angles of training alone.
+    ``lambda_`` is known in training alone; ``nearest`` is the mean angle from a class weight to the nearest one;
+    ``baseline`` has angles of another run, to compare with. Of a stage that has seen nothing there are the angles of
+    training alone.
     """
 
     stage: str
@@ -61,10 +62,12 @@ class Frame:
         yield Picture("angles", figure, ("stage", "degrees"), rows)
 
     def _title(self, what: str) -> str:
-        title = what + f", step {self.step}" * (self.step > 0) + f", m = {self.margin}"
-        if self.margin == 1 or self.lambda_ is None:
+        title = f"{what}, m = {self.margin}"
+        if self.lambda_ is None:  # not in training: of weights from who knows which step
             return title
-        return f"{title} at lambda {self.lambda_:.3g} (effective {effective_margin(self.margin, self.lambda_):.2f})"
+        if self.margin > 1:
+            title += f" at lambda {self.lambda_:.3g} (effective {effective_margin(self.margin, self.lambda_):.2f})"
+        return f"{title}, step {self.step}"
 
 
 @dataclass(kw_only=True)
@@ -109,9 +112,10 @@ class ClassFrame(Frame):
         target, prediction = place[self.target], place[self.prediction]
         cell = (target * len(names) + prediction)[(target >= 0) & (prediction >= 0)]
         counts = torch.bincount(cell, minlength=len(names) ** 2).view(len(names), -1)
+        totals = torch.bincount(target[target >= 0], minlength=len(names))
         for picture, values, kind in (
             ("confusion", counts, "images"),
-            ("confusion_percent", pictures.percent_of_rows(counts), "% of the true class"),
+            ("confusion_percent", pictures.percent_of_rows(counts, totals), "% of the true class"),
         ):
             figure = pictures.confusion(values, names, kind, self._title(f"confusion{of}"))
             yield Picture(picture, figure, ("true class", *names), _rows(names, values))
@@ -208,7 +212,7 @@ class ClassSample:
         angles = target_angles(features, weight, target)
         self._all.append((target, prediction, angles))
         some = slice(self._per_batch)
-        self._some.append((features[some].float(), target[some], _thumbnails(self._bytes(images[some]))))
+        self._some.append((features[some].float().clone(), target[some], _thumbnails(self._bytes(images[some]))))
         gap = share - shares.gather(1, target.unsqueeze(1)).squeeze(1)  # above 0 for a mistake
         gap, rows = gap.topk(min(_HARD, len(gap)))
         worst = gap, target[rows], prediction[rows], angles[rows], self._bytes(images[rows])
@@ -226,14 +230,14 @@ class ClassSample:
 
     def _bytes(self, images: Tensor) -> Tensor:
         images = images.float()
-        if images.shape[1] not in (1, 3):
-            images = images[:, :1]
         mean, std = self._norm
         if mean is not None and std is not None:
-            images = images * images.new_tensor(std)[:, None, None] + images.new_tensor(mean)[:, None, None]
+            images = images * images.new_tensor(std).view(-1, 1, 1) + images.new_tensor(mean).view(-1, 1, 1)
         else:
             low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
             images = (images - low) / (high - low).clamp_min(1e-12)
+        if images.shape[1] not in (1, 3):
+            images = images[:, :1]
         return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 

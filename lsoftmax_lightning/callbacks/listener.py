@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ class HeadListener(Callback):
 
     Of training, the batches of those steps that are logged, to :meth:`read_training`; of validation and test all of
     them, to :meth:`read_evaluation`. Batches are (images, classes, ...); of others, or where the head is not asked,
-    nothing is read. A module without an :class:`~lsoftmax_lightning.LSoftmaxLinear` as its ``head`` gives nothing, with
-    a warning.
+    nothing is read. Steps are counted as those of a single optimiser. A module without an
+    :class:`~lsoftmax_lightning.LSoftmaxLinear` as its ``head`` gives nothing, with a warning.
 
     Attributes:
         listening: Whether there is a head.
@@ -46,6 +45,7 @@ class HeadListener(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Begins to listen."""
+        self._stop()  # a run that failed was not torn down
         head: Any = getattr(pl_module, "head", None)
         self.listening = hasattr(head, "apply_margin")
         if self.listening:
@@ -57,13 +57,15 @@ class HeadListener(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Leaves the head alone."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._last = self._batch = self._handle = None
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Leaves the head alone."""
+        self._stop()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Remembers the classes."""
-        self._batch = batch
+        self._batch, self._last = batch, None
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         """Reads a training batch, while the weights are those that it met."""
@@ -71,6 +73,14 @@ class HeadListener(Callback):
         if every and (trainer.global_step + 1) % every == 0 and (taken := self._take(self._batch)):
             with torch.no_grad():
                 self.read_training(trainer, pl_module, *taken)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Forgets the batch before."""
+        self._last = None
+
+    on_test_batch_start = on_validation_batch_start
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -86,10 +96,15 @@ class HeadListener(Callback):
         if taken := self._take(batch):
             self.read_evaluation(pl_module, batch[0], *taken)
 
-    def _hear(self, head: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-        given = [*args, *kwargs.values()]
-        plain = len(given) == 1  # with a target the output carries the margin
-        self._last = head, given[0].detach(), output.detach() if plain else None
+    def _hear(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        names = dict(zip(("x", "target"), args, strict=False)) | kwargs
+        plain = names.get("target") is None  # with a target the output carries the margin
+        self._last = head, names["x"].detach(), output.detach() if plain else None
+
+    def _stop(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._last = self._batch = self._handle = None
 
     def _take(self, batch: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         last, self._last = self._last, None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning import Trainer
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -69,7 +70,7 @@ class MarginMonitor(HeadListener):
     Every ``log_every_n_steps`` training steps, of that batch: ``train/cross_entropy`` (the plain one, beside the
     margin's ``train/loss``), ``train/angle``, ``train/feature_norm``, ``train/segment_k``, ``effective_margin``
     (:func:`~lsoftmax_lightning.functional.effective_margin`), ``lr`` (of the first parameter group) and
-    ``images_per_second`` (of all devices, validation left out).
+    ``images_per_second`` (of all devices, validation left out). But for the last they are of the first process's share.
 
     In validation ``val/weight_angle_mean``, ``_nearest`` and ``_min``, the
     :func:`~lsoftmax_lightning.functional.separation` of the class weights, and where the images are of
@@ -106,8 +107,12 @@ class MarginMonitor(HeadListener):
                 for summary in hparams(_settings(trainer, pl_module), metrics):  # type: ignore[no-untyped-call]
                     logger.experiment._get_file_writer().add_summary(summary)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the clock."""
+        self._restart_clock()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Starts the clock again."""
         self._restart_clock()
 
     def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
@@ -115,6 +120,7 @@ class MarginMonitor(HeadListener):
         head = pl_module.head
         angles = target_angles(features, head.weight, target)
         shares = segment_counts(angles, head.margin) / len(angles)
+        self._step_number = trainer.global_step
         self._step = {
             "train/cross_entropy": F.cross_entropy(logits.float(), target),
             "train/angle": angles.mean(),
@@ -128,8 +134,9 @@ class MarginMonitor(HeadListener):
         """Logs the figures of the step, once it is taken."""
         if (target := classes_of(batch)) is not None:
             self._images += len(target) * trainer.world_size
-        if self._step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            _log(trainer, self._step | {"images_per_second": self._images / (time.perf_counter() - self._since)})
+        if self._step and trainer.global_step > self._step_number:  # it was taken
+            figures = convert_tensors_to_scalars(self._step)  # waits for the device
+            _log(trainer, figures | {"images_per_second": self._images / (time.perf_counter() - self._since)})
             self._restart_clock()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -153,10 +160,10 @@ class MarginMonitor(HeadListener):
             return
         figures = self._figures(pl_module, "val")
         if trainer.state.fn == TrainerFn.FITTING:
-            if self._measuring:  # elsewhere nobody has set lambda
+            if "val/angle" in figures:  # elsewhere nobody has set lambda
                 figures["val/margin_loss"] = self._margin_loss.compute()
             trainer.callback_metrics.update(figures)  # for what monitors one
-            _log(trainer, figures)
+            _log(trainer, convert_tensors_to_scalars(figures))
         else:
             pl_module.log_dict(figures, sync_dist=True)
 
@@ -176,7 +183,9 @@ class MarginMonitor(HeadListener):
         self._measuring = self.listening and not trainer.sanity_checking and not _has_pairs(trainer, stage)
         if self._measuring:
             for metric in (self._angles, self._margin_loss):
-                metric.to(pl_module.device).reset()
+                metric.reset()
+                if metric.device != pl_module.device:
+                    metric.to(pl_module.device)
 
     def _figures(self, pl_module: Any, stage: str) -> dict[str, Tensor]:
         separate = separation(pl_module.head.weight.detach())
@@ -212,7 +221,7 @@ def _settings(trainer: Trainer, pl_module: Any) -> dict[str, bool | float | str]
     return {
         "backbone": plain.pop("backbone", type(getattr(pl_module, "backbone", None)).__name__),
         "lambda": repr(schedule),
-        "lambda_min": getattr(schedule, "lambda_min", 0.0),
+        "lambda_min": getattr(schedule, "lambda_min", "none"),
         "margin": plain.pop("margin", pl_module.head.margin),
         "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
         **{f"settings/{name}": value for name, value in (plain | optimizer).items() if not name.startswith("_")},

@@ -232,21 +232,42 @@ def test_a_training_that_diverges_leaves_its_pictures_and_its_error() -> None:
     assert steps(read(folder), "val/features") == [8, 16]
 
 
-def test_an_interrupted_training_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    dashboard, drawn = Dashboard(), []
-    monkeypatch.setattr(Dashboard, "_draw_next", lambda *args: drawn.append(1))
-    dashboard.on_exception(None, None, KeyboardInterrupt())  # type: ignore[arg-type]
-    assert not drawn
+class Raise(Callback):
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise self.error
+
+
+def test_an_interrupted_training_ends_at_once() -> None:
+    trainer, folder = with_logger(Dashboard(max_share=0), max_epochs=9, callbacks=[Raise(KeyboardInterrupt())])
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        trainer.fit(make_model(), BlobsDataModule())
+    assert not read(folder).Tags()["images"]
+
+
+def test_the_first_error_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Dashboard, "_draw_next", full)
+    trainer, _ = with_logger(Dashboard(max_share=0), max_epochs=9, callbacks=[Raise(ValueError("the first"))])
+    model = make_model()
+    with pytest.warns(UserWarning, match="no space left"), pytest.raises(ValueError, match="the first"):
+        trainer.fit(model, BlobsDataModule())
+    assert not model.head._forward_hooks
 
 
 def test_of_many_classes_a_hundred_are_shown() -> None:
     sample = ClassSample(400, None)
+    names = [f"class {number}" for number in range(150)]
     generator = torch.Generator().manual_seed(0)
     target, features = torch.arange(300) % 150, torch.randn(300, 8, generator=generator)
     weight = torch.randn(150, 8, generator=generator)
     sample.update(torch.rand(300, 3, 4, 4), features, features @ weight.T, target, weight)
     shown = torch.linspace(0, 149, 100).round().long()
-    names = [f"class {number}" for number in range(150)]
     frame = sample.frame(
         **{"stage": "val", "step": 5, "margin": 2, "lambda_": 1.0, "nearest": 50.0, "train_angles": torch.empty(0)},
         **{"weight": weight[shown], "shown": shown, "class_names": names},
@@ -256,14 +277,34 @@ def test_of_many_classes_a_hundred_are_shown() -> None:
     assert (header[1], header[-1], len(header)) == ("class 0", "class 149", 101)
     inside = torch.isin(target, shown) & torch.isin((features @ weight.T).argmax(1), shown)
     assert sum(sum(row[1:]) for row in drawn["confusion"].rows) == inside.sum()
-    title = "angles between the weights of 100 of 150 classes, step 5, m = 2 at lambda 1 (effective 1.58)"
+    own = (features @ weight.T).argmax(1) == target
+    for row in drawn["confusion_percent"].rows:
+        of_class = own[target == names.index(row[0])].float()
+        assert dict(zip(header, row, strict=True))[row[0]] == pytest.approx(100 * of_class.mean().item())
+    title = "angles between the weights of 100 of 150 classes, m = 2 at lambda 1 (effective 1.58), step 5"
     assert drawn["class_angles"].figure.axes[0].get_title() == title
     assert len(list(drawn["features"].rows)) == 200
 
 
-@pytest.mark.parametrize("shape", [(3, 60, 90), (1, 8, 8), (4, 8, 8), ()])
-def test_images_of_any_kind_are_shown(shape: tuple[int, ...]) -> None:
-    sample, weight = ClassSample(2, None), torch.eye(3)
+class Norm:
+    def __init__(self, mean: Any, std: Any) -> None:
+        self.mean, self.std = mean, std
+
+
+@pytest.mark.parametrize(
+    ("shape", "norm"),
+    [
+        ((3, 60, 90), None),
+        ((3, 60, 90), Norm((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))),
+        ((1, 8, 8), None),
+        ((1, 8, 8), Norm(0.13, 0.3)),
+        ((4, 8, 8), None),
+        ((4, 8, 8), Norm([0.5] * 4, [0.2] * 4)),
+        ((), None),
+    ],
+)
+def test_images_of_any_kind_are_shown(shape: tuple[int, ...], norm: Any) -> None:
+    sample, weight = ClassSample(2, norm), torch.eye(3)
     for _ in range(2):
         images = torch.randn(5, *shape) if shape else {"not": "images"}
         sample.update(
@@ -277,13 +318,15 @@ def test_images_of_any_kind_are_shown(shape: tuple[int, ...]) -> None:
     assert frame.thumbnails.shape == (4, 1 if shape in ((), (4, 8, 8)) else shape[0], height, width)
     assert int((frame.worst[0] > 0).sum()) == 2  # the two mistakes of two batches
     assert len(list(frame.draw())) == 6
+    assert frame.embedding()["label_img"].shape[1] == 3
 
 
 def test_pairs_of_images_have_their_own_pictures(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4, count=4)
     data = LFWFoldDataModule(str(tmp_path), 4, 3, image_size=8, batch_size=4, num_workers=0)
     model = VerificationModule(data.num_classes, "digits", image_shape=data.image_shape, margin=2)
-    trainer, folder = with_logger(Dashboard(save=True))
+    trainer, folder = with_logger(Dashboard(save=True), max_epochs=2)
+    trainer.log_every_n_steps = 50  # the last training batch is as large as one of validation, and not read
     trainer.fit(model, data)
     assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in PAIR_PICTURES}
 
@@ -296,12 +339,11 @@ def test_pairs_of_images_have_their_own_pictures(tmp_path: Path) -> None:
         metric.update(model.eval().embed(images), torch.arange(len(images)))
     metric.compute()
     assert metric.cosines is not None
-    (path,) = (folder / "dashboard").glob("test_roc_*.csv")
-    rows = table(folder, path.stem)
+    rows = table(folder, "test_roc")
     same = data.test_pairs[data.test_pairs[:, 3] > 0, 2]
     assert [row["same"] == "True" for row in rows] == same.bool().tolist()
     assert [float(row["cosine"]) for row in rows] == pytest.approx(metric.cosines.tolist(), abs=1e-5)
-    hardest = table(folder, path.stem.replace("roc", "hardest_pairs"))
+    hardest = table(folder, "test_hardest_pairs")
     assert [row["same"] for row in hardest] == ["True"] * 4 + ["False"] * 4
     assert float(hardest[0]["cosine"]) == pytest.approx(metric.cosines[same == 1].min().item(), abs=1e-5)
     assert float(hardest[4]["cosine"]) == pytest.approx(metric.cosines[same == 0].max().item(), abs=1e-5)

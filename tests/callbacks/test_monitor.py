@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -181,6 +181,41 @@ def test_a_subclass_may_ask_the_head_for_margin_logits_alone() -> None:
     for tag in ("train/cross_entropy", "train/angle", "val/margin_loss"):
         values = [[event.value for event in run.Scalars(tag)] for run in (events, expected)]
         assert values[0] == pytest.approx(values[1], rel=1e-4), tag
+
+
+def test_accumulated_steps_are_logged_once_taken() -> None:
+    trainer, events = fit(make_model(), accumulate_grad_batches=2, max_epochs=2)
+    assert trainer.global_step == 8
+    assert steps(events, "train/angle") == steps(events, "train/loss") == [3, 7]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_goes_on_from_the_middle_of_an_epoch() -> None:
+    saving = ModelCheckpoint(dirpath=".", filename="middle", every_n_train_steps=5, save_top_k=1)
+    make_trainer(callbacks=[MarginMonitor(), saving], enable_checkpointing=True).fit(make_model(), BlobsDataModule())
+    logger = TensorBoardLogger(".", name="resumed")
+    trainer = make_trainer(callbacks=[MarginMonitor()], logger=logger, log_every_n_steps=1, max_epochs=2)
+    trainer.fit(make_model(), BlobsDataModule(), ckpt_path="middle.ckpt")
+    assert steps(EventAccumulator(logger.log_dir).Reload(), "train/angle")[0] == 5
+
+
+def test_of_batches_without_classes_there_are_no_figures() -> None:
+    class Dicts(BlobsDataModule):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            images, target = super().on_after_batch_transfer(batch, dataloader_idx)
+            return {"images": images, "target": target}
+
+    class FromDicts(ClassificationModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch["images"], batch["target"]), batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step((batch["images"], batch["target"]), batch_idx)
+
+    with pytest.warns(UserWarning, match="``compute`` method of metric ClassAngles was called before"):
+        trainer, events = fit(FromDicts(4, "digits", image_shape=(1, 8, 8)), Dicts())
+    assert not {"val/angle", "train/angle", "val/margin_loss"} & {*events.Tags()["scalars"], *trainer.callback_metrics}
 
 
 def test_the_head_is_left_as_it_was() -> None:
