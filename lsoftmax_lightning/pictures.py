@@ -67,7 +67,8 @@ def feature_scatter(
     columns = math.ceil(len(class_names) / 25)
     own_figure = axes is None
     axes = axes or Figure(figsize=(6.4 + 1.2 * columns, 6), layout="constrained").add_subplot()
-    limit = max(1.6, 1.05 * float(points.abs().nan_to_num().max()))  # the same at every step where plane() projects
+    reach = torch.cat([1.05 * points, 1.15 * rays]).abs().nan_to_num().max()  # of points and of the names of rays
+    limit = max(1.6, float(reach))  # where plane() projects seldom more, so that a film does not jump
     axes.set(title=title, aspect="equal", anchor="W", xlim=(-limit, limit), ylim=(-limit, limit))
     axes.grid(alpha=0.3)
     few = len(class_names) <= 25
