@@ -30,9 +30,6 @@ def softmax_angles(run: Path, stage: str) -> dict[str, Tensor]:
         if f"angles/{stage}" in events.Tags()["histograms"]:
             histogram = events.Histograms(f"angles/{stage}")[-1].histogram_value
             middles = torch.tensor(histogram.bucket_limit) - ANGLE_BINS.step / 2
-            return {
-                f"{stage} of softmax ({hparams.parent.name})": middles.repeat_interleave(
-                    torch.tensor(histogram.bucket).long()
-                )
-            }
+            angles = middles.repeat_interleave(torch.tensor(histogram.bucket).long())
+            return {f"{stage} of softmax ({hparams.parent.name})": angles}
     return {}

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -20,7 +19,7 @@ from ..errors import InputError
 from ..functional import separation, target_angles
 from .baseline import ANGLE_BINS, softmax_angles
 from .frames import ClassFrame, ClassSample, Frame, evenly_spaced, pair_frame
-from .listener import HeadListener
+from .listener import HeadListener, tensorboards
 
 
 class Dashboard(HeadListener):
@@ -63,7 +62,7 @@ class Dashboard(HeadListener):
         log_dir = trainer.log_dir  # to be asked on every process
         if self.save and (log_dir is None or not trainer.loggers) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError("Dashboard(save=True) writes into the folder of the run, which a logger has to name.")
-        writable = self.save or any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        writable = self.save or tensorboards(trainer)
         self.listening = False
         if writable and self.every_n_epochs != 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().setup(trainer, pl_module, stage)
@@ -73,6 +72,7 @@ class Dashboard(HeadListener):
         self._latest: Frame | None = None
         self._kept: Frame | None = None
         self._pending: list[Frame] = []  # on the first process alone
+        self._baselines: dict[str, dict[str, Tensor]] = {}
         self._next_epoch = 0
         self._began = time.perf_counter()
         self._spent = 0.0  # seconds of the time since then
@@ -123,8 +123,8 @@ class Dashboard(HeadListener):
             return
         self._draw_all(trainer)
         if isinstance(self._latest, ClassFrame) and trainer.is_global_zero:
-            for writer in _writers(trainer):
-                writer.add_embedding(**self._latest.embedding(), global_step=self._latest.step, tag="val")
+            for logger in tensorboards(trainer):
+                logger.experiment.add_embedding(**self._latest.embedding(), global_step=self._latest.step, tag="val")
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Draws what was kept of a training that failed, but lets one that was interrupted go."""
@@ -184,12 +184,16 @@ class Dashboard(HeadListener):
         """Draws the frame that has waited longest."""
         start = time.perf_counter()
         frame = self._pending.pop(0)
+        writers = [logger.experiment for logger in tensorboards(trainer)]
         for name, angles in frame.angle_samples().items():
             if len(angles := angles[angles.isfinite()]):
-                for writer in _writers(trainer):
+                for writer in writers:
                     writer.add_histogram(f"angles/{name}", angles, frame.step, bins=ANGLE_BINS)
         if frame.margin > 1:
-            frame.baseline = softmax_angles(self._folder.parent, list(frame.angle_samples())[-1])
+            stage = list(frame.angle_samples())[-1]
+            if stage not in self._baselines:
+                self._baselines[stage] = softmax_angles(self._folder.parent, stage)
+            frame.baseline = self._baselines[stage]
         for name, figure, header, rows in frame.draw():
             if self.save:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -198,12 +202,7 @@ class Dashboard(HeadListener):
                 figure.savefig(path.with_suffix(".png"), dpi=200)
                 with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
                     csv.writer(file).writerows([header, *rows])
-            for writer in _writers(trainer):
+            for writer in writers:
                 writer.add_figure(f"{frame.stage}/{name}", figure, frame.step)
         self._cost = time.perf_counter() - start
         self._spent += self._cost
-
-
-def _writers(trainer: Trainer) -> list[Any]:
-    """TensorBoard's writers."""
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

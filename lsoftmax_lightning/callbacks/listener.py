@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -117,6 +118,11 @@ class HeadListener(Callback):
         if logits is None:
             logits = F.linear(features, head.weight.detach().to(features.dtype))
         return features, logits, target.long()
+
+
+def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The loggers that write for TensorBoard."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def classes_of(batch: Any) -> Tensor | None:

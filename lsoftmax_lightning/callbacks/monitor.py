@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from lightning import Trainer
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
@@ -19,14 +18,11 @@ from torchmetrics import MeanMetric
 from ..functional import effective_margin, separation, target_angles
 from ..metrics import ClassAngles, segment_counts
 from .annealing import LambdaAnnealing
-from .listener import HeadListener, classes_of
-
-# categories of charts, each of the tags that its regular expressions match
-_Layout = dict[str, dict[str, tuple[str, list[str]]]]
+from .listener import HeadListener, classes_of, tensorboards
 
 
-def _layout(pairs: bool) -> _Layout:
-    """Of the tab of custom scalars."""
+def _layout(pairs: bool) -> dict[str, dict[str, tuple[str, list[str]]]]:
+    """Of the tab of custom scalars: categories of charts, each of the tags that its regular expressions match."""
     charts = {
         "Learning": {
             "loss with the margin": ["train/loss$", "val/margin_loss$"],
@@ -89,10 +85,8 @@ class MarginMonitor(HeadListener):
             head = pl_module.head
             self._angles = ClassAngles(head.num_classes, head.in_features, head.margin)
             self._margin_loss = MeanMetric(nan_strategy="disable")
-            for logger in _tensorboards(trainer):
-                logger._default_hp_metric = (
-                    False  # which would be -1 for good, beside the metrics that on_fit_start names
-                )
+            for logger in tensorboards(trainer):
+                logger._default_hp_metric = False  # it would be -1 for good, beside what on_fit_start names
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lays out TensorBoard."""
@@ -100,7 +94,7 @@ class MarginMonitor(HeadListener):
             return
         pairs = _has_pairs(trainer, "val")
         metrics = dict.fromkeys(["val/acc", "test/acc", "train/angle" if pairs else "val/angle"])
-        for logger in _tensorboards(trainer):
+        for logger in tensorboards(trainer):
             if trainer.is_global_zero:
                 logger.experiment.add_custom_scalars(_layout(pairs))
                 # the tab finds the values by these names; Lightning's way would log some now, before there are any
@@ -199,10 +193,6 @@ def _log(trainer: Trainer, figures: dict[str, Any]) -> None:
     """Gives figures to the loggers as they are; the bookkeeping of ``pl_module.log`` takes longer than they do."""
     for logger in trainer.loggers:
         logger.log_metrics(figures, step=trainer.global_step - 1)  # where Lightning puts train/loss and val/loss
-
-
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _has_pairs(trainer: Trainer, stage: str) -> bool:
