@@ -90,7 +90,9 @@ def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 9
     results = json.loads((run / "results.json").read_text())
-    assert {"test/acc", "test/loss", "test/angle", "test/weight_angle_min"} <= set(results)
+    angles = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what in ("mean", "nearest", "min")}
+    figures = {"acc", "loss", "angle", "feature_norm", "segment_0", "segment_1"} | angles
+    assert set(results) == {f"test/{name}" for name in figures}
 
     best = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
     assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] < 9

@@ -86,16 +86,11 @@ class HeadListener(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Reads a validation batch."""
+        """Reads a batch."""
         if taken := self._take(batch):
             self.read_evaluation(pl_module, batch[0], *taken)
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Reads a test batch."""
-        if taken := self._take(batch):
-            self.read_evaluation(pl_module, batch[0], *taken)
+    on_test_batch_end = on_validation_batch_end
 
     def _hear(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         names = dict(zip(("x", "target"), args, strict=False)) | kwargs
