@@ -1,221 +1,19 @@
-"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` from YAML, and ``configs`` to find the YAML."""
+"""The command line: Lightning's commands, ``compare`` for margins and seeds, and ``configs`` to find the YAML."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import shutil
 import sys
-import warnings
-from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import torch
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+import yaml
 
-# the names that a YAML may use without their path
-from . import datamodules, modules, schedules  # noqa: F401
-from .callbacks import Dashboard, MarginMonitor
-from .errors import InputError, LSoftmaxError
+from .compare import compare, report
+from .errors import InputError
+from .lightning_cli import CONFIGS, LSoftmaxCLI, find_config, mistakes_in_a_line
 
-_PACKAGE = Path(__file__).parent
-# In the wheel the configs lie inside the package; in a checkout, beside it.
-CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
-
-
-def find_config(name: str) -> Path:
-    """A config by path, or a shipped one by its bare name.
-
-    Args:
-        name: A path, seen from the working directory; or the name of a shipped config, ``.yaml`` or not.
-
-    Raises:
-        InputError: If there is neither.
-    """
-    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    shipped = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
-    raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones: {shipped}.")
-
-
-class _ConfigFile(ActionConfigFile):
-    """``--config`` that knows the shipped configs."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, str(find_config(values)), option_string)  # type: ignore[no-untyped-call]
-
-
-class _Parser(LightningArgumentParser):
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("action") is ActionConfigFile:
-            kwargs["action"] = _ConfigFile
-        return super().add_argument(*args, **kwargs)
-
-
-class _SaveConfig(SaveConfigCallback):
-    """Keeps the config of a training run; testing it later does not write it again."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.loggers:  # without a logger there is no folder of this run
-            super().setup(trainer, pl_module, stage)
-
-
-class LSoftmaxCLI(LightningCLI):
-    """Lightning's CLI with our parser: bare config names, data linked to model, a test after fit.
-
-    Any LightningModule and LightningDataModule that can be imported takes part, by its ``class_path``.
-    """
-
-    def __init__(self, args: list[str] | None = None) -> None:
-        super().__init__(
-            model_class=LightningModule,
-            datamodule_class=LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=_SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "logger": {
-                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                    "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
-                },
-                # on its own: `save_last` of the one that monitors would leave out what is not among the best
-                "callbacks": [ModelCheckpoint(filename="last", enable_version_counter=False), MarginMonitor()],
-            },
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_class=_Parser,
-            parser_kwargs={
-                "prog": "lsoftmax_lightning",
-                "usage": "lsoftmax_lightning",
-                "version": version("lsoftmax-lightning"),
-                "description": "Large-Margin Softmax (Liu et al., ICML 2016). `configs` lists the shipped configs; "
-                "start with: fit --config digits.yaml",
-                **{
-                    command: {"usage": f"lsoftmax_lightning {command} --config NAME [--KEY VALUE ...]"}
-                    for command in self.subcommands()
-                },
-            },
-            args=args,
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links what the data knows to the model; keeps the best and the last checkpoint; draws the dashboard."""
-        for fact in ("num_classes", "image_shape"):
-            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Dashboard, "dashboard")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/acc",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best",
-            }
-        )
-
-    def _parse_ckpt_path(self) -> None:
-        """Leaves the config as it is: Lightning would put a checkpoint's settings over those the user gave."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As Lightning's; a setting that the Trainer does not take is a user's mistake."""
-        if self._get(self.config_init, "trainer").enable_checkpointing is False:
-            self._parser(self.subcommand).callback_keys.remove("checkpoint")
-            del self.trainer_defaults["callbacks"][0]
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"the Trainer does not take these settings: {error}") from error
-
-    def after_instantiate_classes(self) -> None:
-        """Refuses a checkpoint that is not there or of another network, before any work."""
-        path = self.config[self.subcommand].ckpt_path
-        if not path or ":" in path:  # a URL, or a name in Lightning's registry
-            return
-        if not Path(path).is_file():
-            raise InputError(
-                f"--ckpt_path takes a file such as runs/digits/version_0/checkpoints/last.ckpt, got {path!r}."
-            )
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        except (RuntimeError, KeyError, TypeError, UnpicklingError, EOFError) as error:
-            raise InputError(f"{path} is not a checkpoint of Lightning that can be loaded safely: {error}") from error
-        shapes, own = ({name: tuple(w.shape) for name, w in of.items()} for of in (saved, self.model.state_dict()))
-        for name in [*shapes, *own]:
-            if shapes.get(name) != own.get(name):
-                raise InputError(
-                    f"{path} is of another network than the config: {name} is {shapes.get(name, 'missing')} there and "
-                    f"{own.get(name, 'missing')} here. The config of its run is beside its checkpoints folder."
-                )
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses; unlike Lightning's, without a warning where Python code calls :func:`main` with arguments."""
-        self.config = parser.parse_args(args)
-
-    def after_fit(self) -> None:
-        """Tests the best checkpoint."""
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if not Path(best).is_file():
-            rank_zero_info("No validation left a best checkpoint; testing the model as it is.")
-            best = None
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best)
-        self.after_test()
-
-    def after_test(self) -> None:
-        """Leaves the figures in the run's folder as ``results.json``."""
-        if self.trainer.fast_dev_run or not self.trainer.loggers:  # type: ignore[attr-defined]
-            return
-        path = self._run_folder() / "results.json"
-        if self.trainer.is_global_zero:
-            results = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-            path.write_text(json.dumps(results, indent=2) + "\n")
-            rank_zero_info(f"Everything of this run is in {path.parent}")
-
-    def predict(self, **kwargs: Any) -> None:
-        """Writes class and probability of every image to ``predictions.csv`` in the run's folder."""
-        if self.trainer.world_size > 1:
-            raise InputError("predict writes one file in order; run it with --trainer.devices 1.")
-        batches: Any = self.trainer.predict(**kwargs | {"return_predictions": True})
-        if "prediction" not in batches[0]:
-            raise InputError(
-                f"predict writes classes, and {type(self.model).__name__} gives {', '.join(batches[0])}; have that in "
-                "Python from trainer.predict(model, datamodule)."
-            )
-        if not self.trainer.loggers:
-            rank_zero_info("Without a logger there is no folder of this run: the predictions were not written.")
-            return
-        names = self.datamodule.class_names
-        path = self._run_folder() / "predictions.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["index", "prediction", "probability"])
-            rows = (
-                row for batch in batches for row in zip(*(column.tolist() for column in batch.values()), strict=True)
-            )
-            writer.writerows((index, names[label], f"{share:.6f}") for index, (label, share) in enumerate(rows))
-        rank_zero_info(f"The predictions are in {path}")
-
-    def _run_folder(self) -> Path:
-        folder = Path(str(self.trainer.log_dir))  # to be asked on every process
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def before_validate(self) -> None:
-        """Warns where random weights would be scored."""
-        # true, and no matter: nothing is saved here
-        warnings.filterwarnings("ignore", "The dirpath has changed")
-        if not self.config[self.subcommand].ckpt_path:
-            rank_zero_warn("No --ckpt_path was given: this is the output of RANDOM weights.")
-
-    before_test = before_predict = before_validate
+__all__ = ["CONFIGS", "main"]
 
 
 def configs(args: list[str]) -> None:
@@ -242,6 +40,65 @@ def configs(args: list[str]) -> None:
     print(f"Copied to {Path(source.name).absolute()}")
 
 
+def compare_margins(args: list[str]) -> None:
+    """Trains a config at several margins and seeds, and compares.
+
+    Args:
+        args: As ``lsoftmax_lightning compare --help`` has them.
+
+    Raises:
+        InputError: If they do not make a comparison.
+        RunError: If a training failed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lsoftmax_lightning compare",
+        usage="%(prog)s --config NAME [--margins M ...] [--seeds S ...] [--jobs N] [--KEY VALUE ...]\n"
+        "       %(prog)s --report FOLDER",
+        description="Trains a config at several margins and seeds. All is left in one folder: results.csv (a row for "
+        "each run), table.md, figures, and the runs for TensorBoard. The same command again goes on where it was "
+        "interrupted; with more margins, seeds or values it trains only what is new.",
+        epilog="Any other setting is one of `fit`, the same for all runs, as in --trainer.max_steps 600.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="append", metavar="NAME", help="a path, or the name of a shipped config")
+    parser.add_argument("--margins", nargs="+", type=int, default=[1, 2, 3, 4], metavar="M", help="default: 1 2 3 4")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="cross with these values of one more setting; may be given again",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at once, on devices or cores of their own"
+    )
+    parser.add_argument("--folder", type=Path, help="where all is left (default: runs/compare-NAME)")
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="make table and figures of FOLDER again; no training"
+    )
+    given, settings = parser.parse_known_args(args)
+    if given.report:
+        if given.config or settings:
+            raise InputError("--report takes a folder and no other argument: it trains nothing.")
+        report(given.report)
+        return
+    if not given.config:
+        raise InputError("compare needs a config, as in: compare --config digits.yaml --margins 1 4 --seeds 0 1 2")
+    sweep = {}
+    for text in given.sweep:
+        key, _, values = text.partition("=")
+        try:
+            sweep[key] = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError as error:
+            raise InputError(f"--sweep takes KEY=V1,V2, got {text!r}: {error}") from error
+    try:
+        compare(given.config, given.margins, given.seeds, settings, sweep, given.jobs, given.folder)
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
     """Runs the command line.
 
@@ -249,34 +106,15 @@ def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
         args: The arguments, by default those of the process.
 
     Returns:
-        The CLI object, with ``trainer``, ``model`` and ``datamodule``; nothing for ``configs``.
+        The CLI object, with ``trainer``, ``model`` and ``datamodule``; nothing for ``compare`` and ``configs``.
 
     Raises:
         SystemExit: With a message and no traceback, for whatever the user can mend.
     """
     args = sys.argv[1:] if args is None else args
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning of itself; no user can mend it
-            if args[:1] != ["configs"]:
-                return LSoftmaxCLI(args)
-            configs(args[1:])
-            return None
-    except Exception as error:
-        mistake = _mistake(error)
-        if mistake is None:
-            raise
-        print(f"error: {mistake}", file=sys.stderr)
-        raise SystemExit(1) from error
-
-
-def _mistake(error: Exception) -> BaseException | None:
-    """What the user can mend, found in what jsonargparse wraps around the error of a constructor."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, LSoftmaxError | MisconfigurationException):
-            return cause
-        if str(cause).startswith("Expected a <class 'NoneType'>"):
-            return error  # its older versions chain this in the place of ours, which is in the text alone
-        cause = cause.__cause__
+    own_commands = {"compare": compare_margins, "configs": configs}
+    with mistakes_in_a_line():
+        if not args or args[0] not in own_commands:
+            return LSoftmaxCLI(args)
+        own_commands[args[0]](args[1:])
     return None

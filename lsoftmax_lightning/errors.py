@@ -15,3 +15,7 @@ class DataError(LSoftmaxError, RuntimeError):
 
 class DivergenceError(LSoftmaxError, RuntimeError):
     """The training loss became NaN or infinite."""
+
+
+class RunError(LSoftmaxError, RuntimeError):
+    """Trainings of a comparison failed."""

@@ -85,21 +85,22 @@ def feature_scatter(
         axes.legend(
             loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, fontsize=size, markerscale=2, frameon=False
         )
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
+    return _figure_of(axes)
 
 
-def angle_histogram(angles: Mapping[str, Tensor], boundaries: Mapping[str, float], title: str = "") -> Figure:
+def angle_histogram(
+    angles: Mapping[str, Tensor], boundaries: Mapping[str, float], title: str = "", axes: Axes | None = None
+) -> Figure:
     """Distributions of an angle, overlaid, against the boundaries that matter.
 
     Args:
         angles: By name, angles in degrees, [N] each; those without any are left out.
         boundaries: By name, an angle in degrees, drawn as a vertical line.
         title: Above the axes.
+        axes: Where to draw; by default a figure of its own.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="degrees", ylabel="% of the samples, by degree")
+    axes = axes or Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
+    axes.set(title=title, xlabel="degrees", ylabel="% of the samples, by degree")
     for color, (name, values) in zip(COLORS, angles.items(), strict=False):
         if len(values):
             shares = torch.histc(values.float(), bins=180, min=0, max=180) * (100 / len(values))
@@ -112,7 +113,7 @@ def angle_histogram(angles: Mapping[str, Tensor], boundaries: Mapping[str, float
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set(xlim=(0, 180), xticks=(0, 1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 150, 180))
     axes.legend(frameon=False)
-    return figure
+    return _figure_of(axes)
 
 
 def angle_map(angles: Tensor, class_names: Sequence[str], title: str = "") -> Figure:
@@ -124,7 +125,13 @@ def angle_map(angles: Tensor, class_names: Sequence[str], title: str = "") -> Fi
     return figure
 
 
-def confusion(values: Tensor, class_names: Sequence[str], unit: str = "images", title: str = "") -> Figure:
+def confusion(
+    values: Tensor,
+    class_names: Sequence[str],
+    unit: str = "images",
+    title: str = "",
+    axes: Axes | None = None,
+) -> Figure:
     """A confusion matrix.
 
     Args:
@@ -132,12 +139,14 @@ def confusion(values: Tensor, class_names: Sequence[str], unit: str = "images", 
         class_names: C names.
         unit: Of the values.
         title: Above the axes.
+        axes: Where to draw; by default a figure of its own.
     """
     side = _side(class_names)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="predicted class", ylabel="true class")
+    axes = axes or Figure(figsize=(side + 1, side), layout="constrained").add_subplot()
+    axes.set(title=title, xlabel="predicted class", ylabel="true class")
     image = _matrix(axes, values, class_names, cmap="Blues", vmin=0, vmax=float(values.max()))
-    figure.colorbar(image, label=unit)
+    figure = _figure_of(axes)
+    figure.colorbar(image, ax=axes, label=unit)
     return figure
 
 
@@ -173,26 +182,32 @@ def image_strip(images: Tensor, captions: Sequence[str], title: str = "", column
     return figure
 
 
-def roc(cosines: Tensor, same: Tensor, title: str = "") -> Figure:
+def roc(pairs: Mapping[str, tuple[Tensor, Tensor]], title: str = "") -> Figure:
     """How many same pairs are accepted at how many false accepts, on a logarithmic axis.
 
     Args:
-        cosines: Of the embeddings of each pair, [P].
-        same: Whether it shows the same identity, [P].
+        pairs: By name, the cosines of the embeddings of each pair, [P], and whether it shows the same identity, [P].
         title: Above the axes.
     """
-    false, true, _ = binary_roc((cosines + 1) / 2, same.long())
-    least = 0.5 / max(1, int((same == 0).sum()))  # where "none" is drawn
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot(
         title=title, xlabel="different pairs accepted", ylabel="same pairs accepted", xscale="log"
     )
-    axes.plot(false.clamp_min(least).numpy(), true.numpy(), color=COLORS[0], drawstyle="steps-post")
+    least = min(0.5 / max(1, int((same == 0).sum())) for _, same in pairs.values())  # where "none" is drawn
+    for color, (name, (cosines, same)) in zip(COLORS, pairs.items(), strict=False):
+        false, true, _ = binary_roc((cosines + 1) / 2, same.long())
+        axes.plot(false.clamp_min(least).numpy(), true.numpy(), color=color, drawstyle="steps-post", label=name)
     chance = torch.logspace(math.log10(least), 0, 100)
     axes.plot(chance.numpy(), chance.numpy(), color="black", linestyle=":", linewidth=1, label="chance")
     axes.set(xlim=(least, 1), ylim=(0, 1.01))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _figure_of(axes: Axes) -> Figure:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     return figure
 
 

@@ -99,7 +99,7 @@ def test_the_roc_curve_is_that_of_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     same = torch.arange(300) % 2 == 0
     cosines = (0.4 * torch.randn(300, generator=generator) + 0.3 * same).clamp(-1, 1)
-    figure = pictures.roc(cosines, same)
+    figure = pictures.roc({"pairs": (cosines, same)})
     FigureCanvasAgg(figure).draw()
     x, y = (torch.as_tensor(data) for data in figure.axes[0].lines[0].get_data())
     false, true, _ = roc_curve(same, cosines, drop_intermediate=False)

@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..errors import InputError
-from ..functional import separation, target_angles
+from ..functional import target_angles
 from .baseline import ANGLE_BINS, softmax_angles
-from .frames import ClassFrame, ClassSample, Frame, evenly_spaced, pair_frame
+from .frames import ClassFrame, ClassSample, Frame, samples_per_batch, take_frame
 from .listener import HeadListener, tensorboards
 
 
@@ -136,30 +135,13 @@ class Dashboard(HeadListener):
                 rank_zero_warn(f"The pictures that were left could not be drawn: {error}")
 
     def _begin(self, trainer: Trainer, num_batches: Sequence[float]) -> None:
-        per_batch = math.ceil(self.max_samples / (sum(num_batches) * trainer.world_size))
-        self._sample = ClassSample(max(1, per_batch), trainer.datamodule)  # type: ignore[attr-defined]
+        self._sample = ClassSample(samples_per_batch(self.max_samples, trainer, num_batches), trainer.datamodule)  # type: ignore[attr-defined]
 
     def _frame(self, trainer: Trainer, pl_module: Any, stage: str) -> Frame:
         """What was seen of this validation or test."""
-        head, data = pl_module.head, trainer.datamodule  # type: ignore[attr-defined]
-        lambda_ = head.lambda_ if trainer.state.fn == TrainerFn.FITTING else None
-        names = getattr(data, "class_names", None) or tuple(map(str, range(head.num_classes)))
-        settings = {
-            **{"stage": stage, "step": trainer.global_step, "margin": head.margin, "lambda_": lambda_},
-            "nearest": float(separation(head.weight.detach()).nearest),
-            "train_angles": torch.cat(self._train_angles).cpu() if self._train_angles else torch.empty(0),
-        }
-        self._train_angles = []
-        sample, self._sample = self._sample, None  # which would keep memory of the device
-        if sample:
-            shown = evenly_spaced(head.num_classes)
-            weight = head.weight.detach()[shown.to(head.weight.device)].float().cpu()
-            return sample.frame(weight=weight, shown=shown, class_names=names, **settings)
-        verification = getattr(pl_module, "verification", None)
-        if verification is not None and verification.cosines is not None:
-            images = getattr(getattr(data, f"{stage}_data", None), "images", None)
-            return pair_frame(verification.pairs, verification.cosines, images, **settings)
-        return Frame(**settings)
+        frame = take_frame(trainer, pl_module, stage, self._sample, self._train_angles)
+        self._sample, self._train_angles = None, []  # which would keep memory of the device
+        return frame
 
     def _epochs_between(self, trainer: Trainer) -> int:
         """Epochs from one kept validation to the next."""

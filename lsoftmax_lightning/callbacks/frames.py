@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lightning import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from .. import pictures
-from ..functional import degrees, effective_margin, target_angles
+from ..functional import degrees, effective_margin, separation, target_angles
 
 _SHOWN = 100  # classes that can be told apart in a picture
 _HARD = 12  # images in a strip
@@ -92,14 +95,9 @@ class ClassFrame(Frame):
     def draw(self) -> Iterator[Picture]:
         """All pictures, one by one."""
         yield from super().draw()
-        names = [self.class_names[number] for number in self.shown]
+        names, points, rays, target = self.scatter()
         of = f" of {len(names)} of {len(self.class_names)} classes" * (len(names) < len(self.class_names))
 
-        place = torch.full((len(self.class_names),), -1)  # of a class among those shown
-        place[self.shown] = torch.arange(len(names))
-
-        target = place[self.features_target]
-        points, rays = pictures.plane(self.features, self.weight)
         figure = pictures.feature_scatter(points, rays, target, names, self._title(f"features{of}"))
         rows = [(*point, names[c]) for point, c in zip(points.tolist(), target.tolist(), strict=True) if c >= 0]
         yield Picture("features", figure, ("x", "y", "class"), rows)
@@ -109,10 +107,7 @@ class ClassFrame(Frame):
         figure = pictures.angle_map(between, names, self._title(f"angles between the weights{of}"))
         yield Picture("class_angles", figure, ("class", *names), _rows(names, between))
 
-        target, prediction = place[self.target], place[self.prediction]
-        cell = (target * len(names) + prediction)[(target >= 0) & (prediction >= 0)]
-        counts = torch.bincount(cell, minlength=len(names) ** 2).view(len(names), -1)
-        totals = torch.bincount(target[target >= 0], minlength=len(names))
+        counts, totals = self.counts()
         for picture, values, kind in (
             ("confusion", counts, "images"),
             ("confusion_percent", pictures.percent_of_rows(counts, totals), "% of the true class"),
@@ -130,6 +125,27 @@ class ClassFrame(Frame):
             captions = ["{}\ntaken for {}\n{:.0f}°".format(*row) for row in rows]
             figure = pictures.image_strip(images, captions, self._title("most confused"))
             yield Picture("most_confused", figure, ("true class", "predicted class", "degrees"), rows)
+
+    def scatter(self) -> tuple[list[str], Tensor, Tensor, Tensor]:
+        """Names of the classes shown, points and rays of :func:`~lsoftmax_lightning.pictures.plane`, classes of points.
+
+        Classes are numbered among those shown, -1 for others.
+        """
+        names = [self.class_names[number] for number in self.shown]
+        return names, *pictures.plane(self.features, self.weight), self._place()[self.features_target]
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Images by true and predicted class, of the classes shown, and all of each true class."""
+        target, prediction = self._place()[self.target], self._place()[self.prediction]
+        cell = (target * len(self.shown) + prediction)[(target >= 0) & (prediction >= 0)]
+        counts = torch.bincount(cell, minlength=len(self.shown) ** 2).view(len(self.shown), -1)
+        return counts, torch.bincount(target[target >= 0], minlength=len(self.shown))
+
+    def _place(self) -> Tensor:
+        """Of each class, its place among those shown, or -1."""
+        place = torch.full((len(self.class_names),), -1)
+        place[self.shown] = torch.arange(len(self.shown))
+        return place
 
     def embedding(self) -> dict[str, Any]:
         """For the projector."""
@@ -156,7 +172,8 @@ class PairFrame(Frame):
         angles = degrees(self.cosines)
         rows = list(zip(self.cosines.tolist(), angles.tolist(), self.same.tolist(), strict=True))
         header = ("cosine", "degrees", "same")
-        figure = pictures.roc(self.cosines, self.same, self._title(f"ROC curve of {len(rows)} pairs"))
+        curve = {"pairs": (self.cosines, self.same)}
+        figure = pictures.roc(curve, self._title(f"ROC curve of {len(rows)} pairs"))
         yield Picture("roc", figure, header, rows)
         both = {"same": angles[self.same], "different": angles[~self.same]}
         figure = pictures.angle_histogram(both, {}, self._title("angle between two images"))
@@ -172,12 +189,12 @@ def _rows(names: Sequence[str], matrix: Tensor) -> Iterable[Sequence[Any]]:
     return ((name, *values) for name, values in zip(names, matrix.tolist(), strict=True))
 
 
-def evenly_spaced(num_classes: int) -> Tensor:
+def _evenly_spaced(num_classes: int) -> Tensor:
     """All classes or, where they are more than a picture can show, a hundred of them."""
     return torch.linspace(0, num_classes - 1, min(num_classes, _SHOWN)).round().long()
 
 
-def pair_frame(pairs: Tensor, cosines: Tensor, store: Any, **settings: Any) -> PairFrame:
+def _pair_frame(pairs: Tensor, cosines: Tensor, store: Any, **settings: Any) -> PairFrame:
     """Finds the pairs that are hardest to tell and their images, if ``store`` gives images by number."""
     scored = pairs[pairs[:, 3] > 0]
     same = scored[:, 2].bool()
@@ -239,6 +256,42 @@ class ClassSample:
         if images.shape[1] not in (1, 3):
             images = images[:, :1]
         return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def samples_per_batch(count: int, trainer: Trainer, num_batches: Sequence[float]) -> int:
+    """How many samples of each batch make ``count`` in all processes together."""
+    return max(1, math.ceil(count / (sum(num_batches) * trainer.world_size)))
+
+
+def take_frame(
+    trainer: Trainer, pl_module: Any, stage: str, sample: ClassSample | None, train_angles: Sequence[Tensor] = ()
+) -> Frame:
+    """What was seen of a validation or test; to be asked on every process.
+
+    Args:
+        trainer: The Trainer, when the stage is over.
+        pl_module: Its module.
+        stage: ``val`` or ``test``.
+        sample: What was collected of its batches.
+        train_angles: Angles of training since the frame before.
+    """
+    head, data = pl_module.head, trainer.datamodule  # type: ignore[attr-defined]
+    lambda_ = head.lambda_ if trainer.state.fn == TrainerFn.FITTING else None
+    names = getattr(data, "class_names", None) or tuple(map(str, range(head.num_classes)))
+    settings = {
+        **{"stage": stage, "step": trainer.global_step, "margin": head.margin, "lambda_": lambda_},
+        "nearest": float(separation(head.weight.detach()).nearest),
+        "train_angles": torch.cat(list(train_angles)).cpu() if train_angles else torch.empty(0),
+    }
+    if sample:
+        shown = _evenly_spaced(head.num_classes)
+        weight = head.weight.detach()[shown.to(head.weight.device)].float().cpu()
+        return sample.frame(weight=weight, shown=shown, class_names=names, **settings)
+    verification = getattr(pl_module, "verification", None)
+    if verification is not None and verification.cosines is not None:
+        images = getattr(getattr(data, f"{stage}_data", None), "images", None)
+        return _pair_frame(verification.pairs, verification.cosines, images, **settings)
+    return Frame(**settings)
 
 
 def _top(gap: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

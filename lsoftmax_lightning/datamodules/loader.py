@@ -119,6 +119,9 @@ class BatchLoader:
     by ``num_workers`` of them. The draws belong to seed, epoch and sample, so neither the number of processes nor that
     of workers changes an augmented image.
 
+    Its state, which the Trainer keeps in a checkpoint, is how much of an epoch it has served: a run that is resumed
+    amid an epoch goes on with the batch that comes next.
+
     Args:
         images: All images, [N, ...].
         targets: Their classes, [N].
@@ -140,6 +143,16 @@ class BatchLoader:
     ) -> None:
         self.images, self.targets, self.sampler = images, targets, sampler
         self.num_draws, self.num_workers = num_draws, num_workers
+        self._served = 0  # batches of this epoch
+        self._resumed: dict[str, int] = {}
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, how many batches of it were served, and their size."""
+        return {"epoch": self.sampler.epoch, "served": self._served, "batch_size": self.sampler.batch_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Has that epoch, should it come, begin behind those batches."""
+        self._resumed = state
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -148,15 +161,24 @@ class BatchLoader:
         return self.images[index], self.targets[index], index
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        self._served = 0
+        if self._resumed.get("epoch") == self.sampler.epoch:
+            self._served, batch_size = self._resumed["served"], self._resumed["batch_size"]
+            if batch_size != self.sampler.batch_size:
+                raise InputError(
+                    f"the run stopped amid an epoch of batches of {batch_size} and cannot go on with "
+                    f"{self.sampler.batch_size}; set batch_size back."
+                )
         shape = (len(self.targets), self.num_draws or 0)
         draws = torch.randint(DRAWS, shape, dtype=torch.int32, generator=self.sampler.generator(" draws"))
         # with a generator of its own the loader takes no draw from the model's
         loader: DataLoader[Any] = DataLoader(
             self,  # type: ignore[arg-type] # indexed by batch, not by sample
             batch_size=None,
-            sampler=self.sampler,
+            sampler=list(self.sampler)[self._served :],
             num_workers=self.num_workers,
             generator=torch.Generator(),
         )
         for images, targets, index in loader:
+            self._served += 1
             yield (images, targets) if self.num_draws is None else (images, targets, draws[index])

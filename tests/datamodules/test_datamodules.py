@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lsoftmax_lightning.datamodules import DigitsDataModule, MNISTDataModule
@@ -298,3 +300,41 @@ def test_the_shuffle_follows_seed_everything(monkeypatch: pytest.MonkeyPatch) ->
         orders.append(next(iter(data.train_dataloader()))[0])
     assert torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 0.5}, {"limit_train_batches": 5}])
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_resumed_at_any_step_sees_the_batches_that_were_left(settings: dict[str, Any], tmp_path: Path) -> None:
+    class Seen(Callback):
+        def __init__(self) -> None:
+            self.batches: list[Any] = []
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.batches.append((trainer.current_epoch, batch_idx, batch[0].double().sum().item()))
+
+    def train(folder: Path, ckpt_path: Path | None = None) -> tuple[list[Any], Tensor]:
+        seen, model = Seen(), make_model()
+        every_step = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = make_trainer(max_epochs=2, callbacks=[seen, every_step], enable_checkpointing=True, **settings)
+        trainer.fit(model, BlobsDataModule(), ckpt_path=ckpt_path)
+        return seen.batches, model.head.weight
+
+    batches, weight = train(tmp_path)
+    for step in range(1, len(batches) + 1):
+        left, resumed = train(tmp_path / f"from_{step}", tmp_path / f"step={step}.ckpt")
+        assert left == batches[step:]
+        assert torch.equal(resumed, weight)
+
+
+def test_an_epoch_is_not_resumed_with_batches_of_another_size(tmp_path: Path) -> None:
+    def train(batch_size: int, ckpt_path: Path | None = None) -> None:
+        amid = ModelCheckpoint(tmp_path, filename="amid", every_n_train_steps=3)
+        trainer = make_trainer(callbacks=[amid], enable_checkpointing=True, max_epochs=2)
+        trainer.fit(make_model(), BlobsDataModule(batch_size), ckpt_path=ckpt_path)
+
+    train(32)  # five batches an epoch
+    with (
+        pytest.warns(UserWarning, match="not empty"),
+        pytest.raises(InputError, match="amid an epoch of batches of 32 and cannot go on with 20"),
+    ):
+        train(20, tmp_path / "amid.ckpt")

@@ -1,0 +1,62 @@
+"""What the pictures of a comparison need of each run's test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from ..callbacks.frames import ClassFrame, ClassSample, PairFrame, samples_per_batch, take_frame
+from ..callbacks.listener import HeadListener
+
+_SHOWN = 2000  # features in a scatter
+
+
+class TestRecord(HeadListener):
+    """Leaves angles, confusion and projected features of a test in a file, small and without images.
+
+    The file is a dict that :func:`torch.load` reads with ``weights_only=True``: of a test on the classes of the head
+    ``class_names``, ``points`` [N', 2], ``rays`` [C, 2], ``points_target`` [N'] (see
+    :func:`~lsoftmax_lightning.pictures.plane`), ``counts`` [C, C] and ``angles`` [N] in degrees; of a test on pairs
+    ``cosines`` [P] and ``same`` [P].
+
+    Args:
+        path: Of the file.
+    """
+
+    __test__ = False  # for pytest, which takes it for one
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Begins to listen, if it is a test."""
+        if stage == "test":
+            super().setup(trainer, pl_module, stage)
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begins anew."""
+        per_batch = samples_per_batch(_SHOWN, trainer, trainer.num_test_batches)
+        self._sample = ClassSample(per_batch, trainer.datamodule)  # type: ignore[attr-defined]
+
+    def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Takes a batch."""
+        self._sample.update(images, features, logits, target, pl_module.head.weight)
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Writes the file."""
+        if not self.listening:
+            return
+        frame = take_frame(trainer, pl_module, "test", self._sample)
+        if not trainer.is_global_zero:
+            return
+        if isinstance(frame, ClassFrame):
+            names, points, rays, points_target = frame.scatter()
+            counts, _ = frame.counts()
+            content = {"class_names": names, "points": points, "rays": rays, "points_target": points_target}
+            torch.save(content | {"counts": counts, "angles": frame.angles}, self.path)
+        elif isinstance(frame, PairFrame):
+            torch.save({"cosines": frame.cosines, "same": frame.same}, self.path)

@@ -1,0 +1,188 @@
+"""Trains the runs of a comparison, some at once, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ..errors import InputError
+from .plan import Run
+from .provenance import provenance
+
+_PATIENCE = 60  # seconds for a run to end when it is asked to
+
+
+@dataclass
+class _Work:
+    """A run that is being trained, in one of the places for runs at once."""
+
+    run: Run
+    place: int
+    threads: int
+    process: subprocess.Popen[bytes]
+    task: TaskID
+    resumed: bool
+    began: float = field(default_factory=time.monotonic)
+    steps: float = 0
+    total: float = math.inf
+
+    def look(self) -> None:
+        """Reads how far it is."""
+        try:
+            done, total = (self.run.folder / "progress").read_text().split()
+            self.steps, self.total = float(done), float(total)
+        except (FileNotFoundError, ValueError):  # not begun, or amid being written
+            return
+
+    def finish(self, command: str) -> None:
+        """Keeps what is known of it, which also says that it is finished."""
+        facts = {
+            "point": self.run.point,
+            "steps": int(self.steps),
+            "seconds": None if self.resumed else round(time.monotonic() - self.began, 1),
+            "threads": self.threads,
+            "command": command,
+            **provenance(),
+        }
+        (self.run.folder / "progress").unlink(missing_ok=True)
+        unfinished = self.run.folder / "run.json.part"
+        unfinished.write_text(json.dumps(facts, indent=2) + "\n")
+        unfinished.replace(self.run.folder / "run.json")
+
+
+def train(runs: Sequence[Run], jobs: int, folder: Path, command: str) -> dict[Run, str]:
+    """Trains the runs that are not finished; an interrupted one goes on from its last checkpoint.
+
+    Args:
+        runs: All runs of the comparison.
+        jobs: How many are trained at once. Where there are several, each has its share of the GPUs and, unless
+            ``OMP_NUM_THREADS`` is set, of the CPU's cores.
+        folder: Of the comparison, which is locked.
+        command: That of the comparison, kept with each run.
+
+    Returns:
+        The runs that failed, each with the last line that it printed.
+
+    Raises:
+        InputError: If another process is at work in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return {run: _last_line(run) for run in _train(runs, jobs, command)}
+    except Timeout as error:
+        raise InputError(f"another comparison is at work in {folder}: wait for it, or choose a --folder.") from error
+
+
+def _train(runs: Sequence[Run], jobs: int, command: str) -> list[Run]:
+    waiting = deque(run for run in runs if not run.finished)
+    done = len(runs) - len(waiting)
+    places = list(range(jobs))
+    working: list[_Work] = []
+    failed: list[Run] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, speed_estimate_period=3600) as progress:
+        if done:
+            progress.print(f"{done} of {len(runs)} runs are finished already.")
+        whole = progress.add_task("all", total=len(runs), completed=done, unit="runs")
+        try:
+            while waiting or working:
+                while waiting and places:
+                    working.append(_start(waiting.popleft(), places.pop(0), jobs, progress))
+                time.sleep(0.2)
+                for work in list(working):
+                    work.look()
+                    progress.update(
+                        work.task, completed=work.steps, total=work.total if math.isfinite(work.total) else None
+                    )
+                    if work.process.poll() is None:
+                        continue
+                    working.remove(work)
+                    places.append(work.place)
+                    progress.remove_task(work.task)
+                    done += 1
+                    if work.process.returncode == 0:
+                        work.finish(command)
+                        progress.print(f"{work.run.folder.name}: {_accuracy(work.run)}")
+                    else:
+                        failed.append(work.run)
+                        progress.print(f"{work.run.folder.name}: failed")
+                progress.update(whole, completed=done + sum(work.steps / work.total for work in working))
+        finally:
+            for work in working:
+                work.process.terminate()
+            for work in working:
+                try:
+                    work.process.wait(_PATIENCE)
+                except subprocess.TimeoutExpired:
+                    work.process.kill()
+    return failed
+
+
+def _start(run: Run, place: int, jobs: int, progress: Progress) -> _Work:
+    resumed = (run.folder / "checkpoints" / "last.ckpt").is_file()
+    if not resumed:
+        shutil.rmtree(run.folder, ignore_errors=True)  # nothing in it to go on from
+        run.write_config()
+    environment = _share(place, jobs)
+    with (run.folder / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lsoftmax_lightning.compare.worker", str(run.folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+    task = progress.add_task(run.folder.name, total=None, unit="steps")
+    threads = int(environment.get("OMP_NUM_THREADS", torch.get_num_threads()))
+    return _Work(run, place, threads, process, task, resumed)
+
+
+def _share(place: int, jobs: int) -> dict[str, str]:
+    """The environment of a run: with the GPUs and cores that are its own where there are several."""
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[place::jobs]) or devices[place % len(devices)]
+    return environment
+
+
+def _accuracy(run: Run) -> str:
+    accuracy = json.loads((run.folder / "results.json").read_text()).get("test/acc")
+    return "finished" if accuracy is None else f"test accuracy {accuracy:.2%}"
+
+
+def _last_line(run: Run) -> str:
+    lines = (run.folder / "log.txt").read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")

@@ -1,0 +1,61 @@
+"""One run of a comparison, in a process of its own: ``python -m lsoftmax_lightning.compare.worker FOLDER``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+
+from ..lightning_cli import LSoftmaxCLI, mistakes_in_a_line
+from .record import TestRecord
+
+
+class Progress(Callback):
+    """Tells the comparison how far the run is, every second, and ends the run when there is nobody left to be told.
+
+    Args:
+        path: Of a file for the optimiser steps done, and those of the whole run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._parent = os.getppid()
+        self._next = 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Tells."""
+        if trainer.is_global_zero and time.monotonic() >= self._next:
+            self._tell(trainer)
+            self._next = time.monotonic() + 1
+            if os.getppid() != self._parent:
+                signal.raise_signal(signal.SIGTERM)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Tells, for the last time."""
+        if trainer.is_global_zero:
+            self._tell(trainer)
+
+    def _tell(self, trainer: Trainer) -> None:
+        self.path.write_text(f"{trainer.global_step} {trainer.estimated_stepping_batches}")
+
+
+def main(folder: str) -> None:
+    """Trains and tests the config of a folder, from the last checkpoint in it if there is one.
+
+    Args:
+        folder: Of the run.
+    """
+    last = Path(folder, "checkpoints", "last.ckpt")
+    resume = [f"--ckpt_path={last}"] if last.is_file() else []
+    own = [Progress(Path(folder, "progress")), TestRecord(Path(folder, "test.pt"))]
+    with mistakes_in_a_line():
+        LSoftmaxCLI(["fit", f"--config={folder}/config.yaml", *resume], callbacks=own)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

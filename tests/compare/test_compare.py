@@ -1,0 +1,181 @@
+"""Comparisons from the first command to the table, each run in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.compare import compare
+from lsoftmax_lightning.errors import InputError, RunError
+
+from ..test_cli import QUIET, fails
+
+SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
+
+
+def test_a_comparison_is_trained_and_another_call_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = {"model.label_smoothing": [0, 0.1]}
+    rows = compare("digits", [1, 2], [0], SHORT, sweep, jobs=2)
+    folder = Path("runs/compare-digits")
+    assert [(row["margin"], row["model.label_smoothing"], row["seed"]) for row in rows] == [
+        *((1, 0, 0), (2, 0, 0)),
+        *((1, 0.1, 0), (2, 0.1, 0)),
+    ]
+    assert all(row["steps"] == 3 and row["seconds"] > 0 and "test/acc" in row for row in rows)
+    assert "val/loss" in rows[0]  # which chose the checkpoint
+    assert "m2-label_smoothing=0.1-s0" in capsys.readouterr().out
+    run = folder / "m2-label_smoothing=0.1-s0"
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "checkpoints", "results.json", "run.json", "test.pt", "log.txt"} <= names
+    figures = {"accuracy", *(f"{name}-label_smoothing={value}" for name in ("angles", "curves") for value in (0, 0.1))}
+    assert figures <= {path.stem for path in folder.glob("*.png")}
+    table = (folder / "table.md").read_text()
+    assert "compare --config digits --margins 1 2 --seeds 0 --sweep model.label_smoothing=0,0.1 --jobs 2 " in table
+
+    # as a fit by hand would have been
+    hand = ["--model.margin=2", "--model.label_smoothing=0.1", "--seed_everything=0"]
+    main(["fit", "--config", "digits", *SHORT, *hand])
+    by_hand = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    assert json.loads((run / "results.json").read_text()) == pytest.approx(by_hand, rel=1e-4)
+    assert "val/angle" in EventAccumulator(str(run)).Reload().Tags()["scalars"]
+
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
+    capsys.readouterr()
+    assert len(compare("digits", [1, 2], [0, 1], SHORT, {"model.label_smoothing": [0]}, jobs=2)) == 6
+    assert "2 of 4 runs are finished already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    made = (folder / "table.md").read_text()
+    (folder / "table.md").unlink()
+    main(["compare", "--report", str(folder)])
+    assert (folder / "table.md").read_text() == made
+
+    with pytest.raises(InputError, match="m1-label_smoothing=0-s0 is of a run with other settings") as caught:
+        compare("digits", [1], [0], [*SHORT, "--data.batch_size=32"], {"model.label_smoothing": [0]})
+    assert "data.init_args.batch_size is 64 there and 32 here" in str(caught.value)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_what_was_interrupted_ends_as_if_it_had_not_been(blow: signal.Signals) -> None:
+    steps = 30 * 10
+    args = [*QUIET, "--trainer.max_epochs=30", "--trainer.limit_train_batches=10"]
+    comparison = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "lsoftmax_lightning",
+            "compare",
+            "--config=digits.yaml",
+            "--margins=2",
+            "--seeds=3",
+            *args,
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = Path("runs/compare-digits/m2-s3")
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoints" / "last.ckpt").is_file():
+        assert time.monotonic() < deadline
+        assert comparison.poll() is None
+        time.sleep(0.05)
+    comparison.send_signal(blow)
+    _, printed = comparison.communicate(timeout=60)
+    assert printed == ("" if blow == signal.SIGKILL else "Interrupted; the same command goes on from here.\n")
+    assert not (run / "run.json").exists()
+    while workers(run):  # which ends on its own
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    reached = float((run / "progress").read_text().split()[0])
+    assert 0 < reached < steps
+
+    (row,) = compare("digits.yaml", [2], [3], args)
+    assert row["steps"] == steps
+    assert row["seconds"] is None  # of the last part alone they would mislead
+    main(["fit", "--config=digits.yaml", "--model.margin=2", "--seed_everything=3", *args])
+    whole = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    assert {name: row[name] for name in whole} == whole
+
+
+def workers(run: Path) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    return [line for line in listed.stdout.splitlines() if "compare.worker" in line and str(run) in line]
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep: dict[str, list[Any]] = {"model.optimizer.lr": [1e30, 0.05]}
+    with pytest.raises(
+        RunError, match=r"1 of 2 runs failed(.|\n)*m1-lr=1e\+30-s0: .*checkpoint: none was saved"
+    ) as caught:
+        compare("digits", [1], [0], SHORT, sweep, jobs=2)
+    assert "log.txt" in str(caught.value)
+    assert len((Path("runs/compare-digits") / "results.csv").read_text().splitlines()) == 2
+    assert "m1-lr=1e+30-s0: failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "compare needs a config"),
+        (["--config=nope.yaml"], "no config 'nope.yaml'"),
+        (["--config=digits.yaml", "--margins", "1", "0"], "integer >= 1"),
+        (["--config=digits.yaml", "--margins", "1.5"], "1.5"),
+        (["--config=digits.yaml", "--margins", "2", "2"], "margins takes one value or more, no two the same"),
+        (["--config=digits.yaml", "--jobs=0"], "jobs must be at least 1"),
+        (["--config=digits.yaml", "--trainer.epochs=3"], "trainer.epochs"),
+        (["--config=digits.yaml", "--trainer.fast_dev_run=true"], "nothing to compare"),
+        (["--config=digits.yaml", "--model.margin", "3"], "--margins, --seeds and --folder say it"),
+        (["--config=digits.yaml", "--seed_everything=3"], "--margins, --seeds and --folder say it"),
+        (["--config=digits.yaml", "--sweep", "model.margin=3,4"], "--margins, --seeds and --folder say it"),
+        (["--config=digits.yaml", "--sweep", "model.optimizer.lr"], "model.optimizer.lr takes one value or more"),
+        (["--config=digits.yaml", "--sweep", "model.optimizer.lr=[1"], "--sweep takes KEY=V1,V2"),
+        (["--config=digits.yaml", "--sweep", "model.nope=1"], "nope"),
+        (["--config=digits.yaml", "--sweep=a.lr=1", "--sweep=b.lr=1"], "a.lr"),
+        (["--report=gone"], "no run in"),
+        (["--report=gone", "--config=digits.yaml"], "no other argument"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in fails(capsys, "compare", *args)
+    assert not Path("runs").exists()
+
+
+def test_missing_data_are_told_before_any_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
+    assert "copy them from elsewhere" in fails(capsys, "compare", "--config=mnist.yaml", "--data.root=gone", *QUIET)
+    assert not Path("runs").exists()
+
+
+def test_two_comparisons_do_not_share_a_folder() -> None:
+    Path("mine").mkdir()
+    with FileLock("mine/.lock"), pytest.raises(InputError, match="another comparison is at work"):
+        compare("digits", [1], [0], SHORT, folder="mine")
+
+
+def test_runs_at_once_have_devices_and_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lsoftmax_lightning.compare.train import _share
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    assert [_share(place, 2)["CUDA_VISIBLE_DEVICES"] for place in range(2)] == ["4,7", "5"]
+    assert [_share(place, 4)["CUDA_VISIBLE_DEVICES"] for place in range(4)] == ["4", "5", "7", "4"]
+    assert _share(0, 4)["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in _share(0, 1)
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "3")
+    assert _share(0, 4)["OMP_NUM_THREADS"] == "3"

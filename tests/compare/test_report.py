@@ -1,0 +1,139 @@
+"""Table, rows and figures, from runs written by hand."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lsoftmax_lightning.compare import report
+from lsoftmax_lightning.compare.results import read
+from lsoftmax_lightning.errors import InputError
+
+
+def write_run(
+    folder: Path,
+    margin: int,
+    seed: int,
+    accuracy: float,
+    swept: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    pairs: bool = False,
+) -> None:
+    run = folder / "-".join(["m", str(margin), *(f"{value}" for value in (swept or {}).values()), str(seed)])
+    run.mkdir(parents=True)
+    point = {"margin": margin, **(swept or {}), "seed": seed}
+    facts = {"steps": 7, "seconds": 1.5, "threads": 1, "command": "the command", "machine": "M", "torch": "2.6"}
+    (run / "run.json").write_text(json.dumps({"point": point, **facts}))
+    (run / "results.json").write_text(json.dumps({"test/acc": accuracy, "test/angle": 10.0 / margin, "val/acc": 0.5}))
+    config = {
+        "checkpoint": {"monitor": "val/acc", "mode": "max"},
+        "data": data
+        or {"class_path": "lsoftmax_lightning.datamodules.DigitsDataModule", "init_args": {"batch_size": 8}},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    if pairs:
+        torch.save({"cosines": torch.linspace(-1, 1, 10), "same": torch.arange(10) > 4}, run / "test.pt")
+    else:
+        record = {
+            **{"class_names": ["a", "b"], "points": torch.rand(6, 2), "rays": torch.eye(2)},
+            **{"points_target": torch.arange(6) % 2, "counts": torch.tensor([[3, 1], [0, 2]])},
+        }
+        torch.save(record | {"angles": torch.rand(6) * 90}, run / "test.pt")
+
+
+def cells(folder: Path) -> list[list[str]]:
+    lines = (folder / "table.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def test_means_and_paired_differences_are_those_of_the_textbook(tmp_path: Path) -> None:
+    softmax, margin = [0.90, 0.92, 0.97], [0.91, 0.94, 1.00]
+    for seed, (one, four) in enumerate(zip(softmax, margin, strict=True)):
+        write_run(tmp_path, 1, seed, one)
+        write_run(tmp_path, 4, seed, four)
+    write_run(tmp_path, 4, 9, 0.10)  # of a seed that m = 1 has not: in the mean, not in the difference
+    rows = report(tmp_path)
+    assert [(row["margin"], row["seed"]) for row in rows] == [(1, 0), (1, 1), (1, 2), (4, 0), (4, 1), (4, 2), (4, 9)]
+    header, _, first, second = cells(tmp_path)
+    assert header[:4] == ["m", "runs", "test accuracy, %", "difference to m = 1 (95 % interval)"]
+    assert first[:4] == ["1", "3", "93.00 ± 3.61", "-"]
+    mean, spread = 100 * statistics.fmean([*margin, 0.1]), 100 * statistics.stdev([*margin, 0.1])
+    # 1, 2 and 3 points: 2 ± 4.3027 / sqrt(3), the two-sided 95 % quantile of Student's t with 2 degrees of freedom
+    assert second[:4] == ["4", "4", f"{mean:.2f} ± {spread:.2f}", "+2.00 (-0.48 to +4.48)"]
+    assert second[header.index("angle of a sample to its class")] == "2.5 ± 0.0"
+    text = (tmp_path / "table.md").read_text()
+    for part in ("maximum of val/acc", "7 steps of 8 images", "on M", "torch 2.6", "the command"):
+        assert part in text
+    assert "paper" not in text.lower()  # these are not its data
+
+    with (tmp_path / "results.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [float(row["test/acc"]) for row in written] == [*softmax, *margin, 0.1]
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves", "features", "confusion", "angles"}
+
+
+def test_each_swept_setting_has_its_rows_its_differences_and_its_figures(tmp_path: Path) -> None:
+    for value, gap in ((10, 0.02), (2, -0.01)):
+        for margin in (1, 2):
+            write_run(tmp_path, margin, 0, 0.5 + gap * (margin - 1), {"data.size": value})
+    report(tmp_path)
+    header, _, *lines = cells(tmp_path)
+    assert header[:3] == ["m", "size", "runs"]
+    assert [line[:2] + line[4:5] for line in lines] == [
+        *(["1", "2", "-"], ["2", "2", "-1.00"]),
+        *(["1", "10", "-"], ["2", "10", "+2.00"]),
+    ]
+    assert {"angles-size=2.png", "angles-size=10.png"} <= {path.name for path in tmp_path.glob("*.png")}
+
+
+@pytest.mark.parametrize(
+    ("data", "accuracies"),
+    [
+        ({"class_path": "lsoftmax_lightning.datamodules.MNISTDataModule"}, ["99.60*", "99.69*"]),
+        ({"class_path": "CIFAR10DataModule", "init_args": {"crop_padding": 0, "flip": False}}, ["90.95", "92.42"]),
+        ({"class_path": "CIFAR10DataModule", "init_args": {"crop_padding": 4, "flip": True}}, ["93.50", "94.08"]),
+    ],
+)
+def test_the_papers_figures_stand_beside_with_their_source(
+    data: dict[str, Any], accuracies: list[str], tmp_path: Path
+) -> None:
+    for margin in (1, 4, 5):
+        write_run(tmp_path, margin, 0, 0.5, data=data)
+    report(tmp_path)
+    header, _, *lines = cells(tmp_path)
+    assert header[-1] == "paper, %"
+    assert [line[-1] for line in lines] == [*accuracies, "-"]
+    text = (tmp_path / "table.md").read_text()
+    assert "Liu et al., ICML 2016" in text
+    assert "check the paper" in text
+
+
+def test_runs_on_pairs_have_figures_of_pairs(tmp_path: Path) -> None:
+    for margin in (1, 2):
+        write_run(tmp_path, margin, 0, 0.5, pairs=True)
+    report(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves", "roc", "pair_angles"}
+
+
+def test_a_run_that_left_no_record_is_in_the_table(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.5)
+    next(tmp_path.glob("*/test.pt")).unlink()
+    assert len(report(tmp_path)) == 1
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves"}
+
+
+def test_unfinished_runs_are_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.5)
+    (tmp_path / "m4-s0").mkdir()
+    (tmp_path / "m4-s0" / "config.yaml").write_text("{}")
+    assert [run.margin for run in read(tmp_path)] == [1]
+
+
+def test_a_folder_of_no_comparison_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no run in .* is finished"):
+        report(tmp_path / "gone")
