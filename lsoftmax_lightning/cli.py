@@ -79,7 +79,7 @@ def compare_margins(args: list[str]) -> None:
     )
     given, settings = parser.parse_known_args(args)
     if given.report:
-        if given.config or settings:
+        if settings or given != parser.parse_args(["--report", str(given.report)]):
             raise InputError("--report takes a folder and no other argument: it trains nothing.")
         report(given.report)
         return

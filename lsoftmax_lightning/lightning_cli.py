@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # the names that a YAML may use without their path
 from . import datamodules, modules, schedules  # noqa: F401
-from .callbacks import Dashboard, MarginMonitor
+from .callbacks import Dashboard, EpochCount, MarginMonitor
 from .errors import InputError, LSoftmaxError
 
 _PACKAGE = Path(__file__).parent
@@ -96,6 +96,7 @@ class LSoftmaxCLI(LightningCLI):
                 "callbacks": [
                     ModelCheckpoint(filename="last", enable_version_counter=False),
                     MarginMonitor(),
+                    EpochCount(),
                     *callbacks,
                 ],
             },

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ def angle_histogram(
     """
     axes = axes or Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
     axes.set(title=title, xlabel="degrees", ylabel="% of the samples, by degree")
-    for color, (name, values) in zip(COLORS, angles.items(), strict=False):
+    for color, (name, values) in zip(cycle(COLORS), angles.items(), strict=False):
         if len(values):
             shares = torch.histc(values.float(), bins=180, min=0, max=180) * (100 / len(values))
             label = f"{name} (mean {values.float().mean():.1f}°)"
@@ -194,7 +195,7 @@ def roc(pairs: Mapping[str, tuple[Tensor, Tensor]], title: str = "") -> Figure:
         title=title, xlabel="different pairs accepted", ylabel="same pairs accepted", xscale="log"
     )
     least = min(0.5 / max(1, int((same == 0).sum())) for _, same in pairs.values())  # where "none" is drawn
-    for color, (name, (cosines, same)) in zip(COLORS, pairs.items(), strict=False):
+    for color, (name, (cosines, same)) in zip(cycle(COLORS), pairs.items(), strict=False):
         false, true, _ = binary_roc((cosines + 1) / 2, same.long())
         axes.plot(false.clamp_min(least).numpy(), true.numpy(), color=color, drawstyle="steps-post", label=name)
     chance = torch.logspace(math.log10(least), 0, 100)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.compare.plan import Run
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 FILES = dict(re.findall(r"```(?:python|yaml)\n# (\w+\.\w+)\n(.*?)```", README, flags=re.DOTALL))
@@ -42,6 +43,17 @@ def test_the_settings_of_the_commands_are_there(command: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--print_config"])
     assert caught.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"^python -m lsoftmax_lightning (compare --config .*)$", README, re.MULTILINE)
+)
+def test_the_comparisons_can_be_planned(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[Run] = []
+    monkeypatch.setattr("lsoftmax_lightning.compare.train", lambda runs, *rest: planned.extend(runs) or {})
+    monkeypatch.setattr("lsoftmax_lightning.datamodules.MNISTDataModule.prepare_data", lambda self: None)
+    main(command.split())
+    assert len(planned) > 4
 
 
 def test_the_configs_and_files_named_are_there() -> None:

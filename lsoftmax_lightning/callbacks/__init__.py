@@ -3,5 +3,6 @@
 from .annealing import LambdaAnnealing
 from .dashboard import Dashboard
 from .monitor import MarginMonitor
+from .resume import EpochCount
 
-__all__ = ["Dashboard", "LambdaAnnealing", "MarginMonitor"]
+__all__ = ["Dashboard", "EpochCount", "LambdaAnnealing", "MarginMonitor"]

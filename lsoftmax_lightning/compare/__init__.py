@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
-from .plan import plan
+from .plan import argument, plan
 from .report import report
 from .train import train
 
@@ -53,7 +52,7 @@ def compare(
     sweep = sweep or {}
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, got {jobs}.")
-    path = Path(folder or Path("runs", f"compare-{Path(configs[-1]).stem}"))
+    path = Path(folder or Path("runs", f"compare-{Path(configs[-1]).stem}")).absolute()
     words = [
         "python",
         "-m",
@@ -63,8 +62,9 @@ def compare(
     ]
     words += ["--margins", *map(str, margins), "--seeds", *map(str, seeds)]
     for key, values in sweep.items():
-        words += ["--sweep", f"{key}={','.join(map(json.dumps, values))}"]
+        words += ["--sweep", f"{key}={','.join(map(argument, values))}"]
     words += ["--jobs", str(jobs)] if jobs > 1 else []
+    words += ["--folder", str(folder)] if folder else []
     runs = plan(configs, margins, seeds, settings, sweep, path)
     failed = train(runs, jobs, path, shlex.join([*words, *settings]))
     rows = report(path) if any(run.finished for run in runs) else []

@@ -13,30 +13,30 @@ _ACCURACIES = {
     "CIFAR100": {1: "67.26", 2: "70.05", 3: "70.13", 4: "70.47"},
     "LFW": {1: "96.53", 2: "97.81", 3: "98.27", 4: "98.71*"},
 }
-_DATA = {
-    "MNISTDataModule": "MNIST",
-    "CIFAR10DataModule": "CIFAR10",
-    "CIFAR100DataModule": "CIFAR100",
-    "LFWDataModule": "LFW",
+_EXPERIMENTS = {  # by data and backbone
+    ("MNISTDataModule", "mnist"): "MNIST",
+    ("CIFAR10DataModule", "cifar10"): "CIFAR10",
+    ("CIFAR100DataModule", "cifar100"): "CIFAR100",
+    ("LFWDataModule", "lfw"): "LFW",
 }
 
 
-def paper_accuracies(data: Mapping[str, Any]) -> tuple[dict[int, str], str]:
-    """What the paper reports for these data.
+def paper_accuracies(config: Mapping[str, Any]) -> tuple[dict[int, str], str] | None:
+    """What the paper reports for these data and this network.
 
     Args:
-        data: The part ``data`` of a config.
+        config: All settings of a run.
 
     Returns:
-        By margin, the accuracy in % with a star where it is confirmed, and a line on their source; nothing and no line
-        for data that are not the paper's.
+        By margin, the accuracy in % with a star where it is confirmed, and a line on their source; nothing for
+        experiments that are not the paper's.
     """
-    name = _DATA.get(data["class_path"].rpartition(".")[2], "")
-    settings = data.get("init_args", {})
-    if name == "CIFAR10" and (settings.get("crop_padding") or settings.get("flip")):
+    data, model = (config[part].get("init_args", {}) for part in ("data", "model"))
+    name = _EXPERIMENTS.get((config["data"]["class_path"].rpartition(".")[2], str(model.get("backbone"))))
+    if name == "CIFAR10" and (data.get("crop_padding") or data.get("flip")):
         name = "CIFAR10+"
-    if name not in _ACCURACIES:
-        return {}, ""
+    if name is None:
+        return None
     return _ACCURACIES[name], (
         f"Paper: Liu et al., ICML 2016, {name} column of its results, from 18,000 steps of 256 images (LFW: trained on "
         "CASIA-WebFace); * as quoted in a second source, the others as recalled: check the paper."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,13 @@ from typing import Any
 import yaml
 
 from ..errors import InputError
+from ..functional import check_margin
 from ..lightning_cli import LSoftmaxCLI
+from .results import file_name
 
-_OURS = ("model.margin", "seed_everything", "trainer.logger", "trainer.default_root_dir")
+# what a comparison says itself
+_PLACES = ("trainer.logger", "trainer.default_root_dir", "checkpoint.dirpath")
+_OURS = ("model.margin", "seed_everything", "ckpt_path", *_PLACES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,30 +48,41 @@ class Run:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
 
     def check(self) -> None:
-        """Sees to it that the folder is of this run, if there is one.
+        """Sees to it that what the folder of the comparison holds is of this comparison.
 
         Raises:
-            InputError: If it holds a run of other settings.
+            InputError: If the run was made with other settings, or runs beside it differ in what is not compared.
         """
-        path = self.folder / "config.yaml"
-        if not path.is_file():
-            return
-        before, now = _flat(yaml.safe_load(path.read_text())), _flat(self.config)
-        for key in {**now, **before}:
-            there, here = before.get(key, "nothing"), now.get(key, "nothing")
-            # where the checkpoint and the folder are is no setting of the training
-            if there != here and key != "ckpt_path" and not key.startswith("trainer.logger."):
-                raise InputError(
-                    f"{self.folder} is of a run with other settings: {key} is {there} there and {here} here. Give this "
-                    "comparison a --folder of its own, or remove that run."
-                )
+        now = _flat(self.config)
+        for path in self.folder.parent.glob("*/config.yaml"):
+            compared = set(_OURS)
+            if path.parent != self.folder:
+                done = path.with_name("run.json")
+                if not done.is_file():
+                    continue
+                compared |= {*self.point, *json.loads(done.read_text())["point"]}
+            elif not self.finished:  # it goes on with the checkpoints that are where they were
+                compared -= set(_PLACES)
+            before = _flat(yaml.safe_load(path.read_text()))
+            for key in {**now, **before}:
+                there, here = before.get(key, "nothing"), now.get(key, "nothing")
+                if there != here and not _of(key, compared):
+                    raise InputError(
+                        f"{path.parent} is of a run with other settings: {key} is {there} there and {here} here. Give "
+                        "this comparison a --folder of its own, or remove that run."
+                    )
+
+
+def _of(key: str, settings: Collection[str]) -> bool:
+    """Whether a setting is one of these, or a part of one."""
+    return any(key == setting or key.startswith(f"{setting}.") for setting in settings)
 
 
 def _flat(settings: Any, path: str = "") -> dict[str, Any]:
-    """Settings by their full names."""
+    """Settings by the names that the command line has for them."""
     if not isinstance(settings, dict) or not settings:
-        return {path: settings}
-    parts = (_flat(value, f"{path}.{key}" if path else str(key)) for key, value in settings.items())
+        return {path.replace(".init_args", "").removeprefix("."): settings}
+    parts = (_flat(value, f"{path}.{key}") for key, value in settings.items())
     return {name: value for part in parts for name, value in part.items()}
 
 
@@ -115,54 +130,60 @@ def plan(
     for name, values in {"margins": margins, "seeds": seeds, **sweep}.items():
         if not values or len({str(value) for value in values}) < len(values):
             raise InputError(f"{name} takes one value or more, no two the same, got {list(values)}.")
-    for name in [word.removeprefix("--").partition("=")[0] for word in settings if word.startswith("--")] + list(sweep):
-        if name.startswith(_OURS):
-            raise InputError(f"{name} cannot be set: in a comparison --margins, --seeds and --folder say it.")
+    for margin in margins:
+        check_margin(margin)
+    if min(seeds) < 0:
+        raise InputError(f"seeds count from 0, got {min(seeds)}.")
+    words = [word.removeprefix("--").partition("=")[0] for word in settings if word.startswith("--")]
+    for name in [*words, *sweep]:
+        if _of(name.replace(".init_args", ""), _OURS):
+            raise InputError(f"{name} cannot be set: a comparison says it by --margins, --seeds and --folder.")
     points: list[dict[str, Any]] = [
         {"margin": margin} | dict(zip(sweep, values, strict=True))
         for margin, *values in itertools.product(margins, *sweep.values())
     ]
     planned: list[Run] = []
+    prepared: list[Any] = []
     for point in points:
-        name = "-".join([f"m{point['margin']}", *(f"{key.split('.')[-1]}={_plain(point[key])}" for key in sweep)])
+        name = file_name("-".join([f"m{point['margin']}", *(f"{key.split('.')[-1]}={point[key]}" for key in sweep)]))
+        # all that says where a run is left, over what a config says of it
+        place = {"save_dir": str(folder), "name": name, "version": "", "sub_dir": None, "prefix": ""}
         logger = {
             "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-            "init_args": {"save_dir": str(folder), "name": name, "version": "", "default_hp_metric": False},
+            "init_args": place | {"default_hp_metric": False},
         }
         args = [f"--config={config}" for config in configs] + list(settings)
-        args += [f"--{key}={json.dumps(point[key])}" for key in sweep]
+        args += [f"--{key}={argument(point[key])}" for key in sweep]
         with _quiet_lightning():
             cli = _Check(["fit", *args, f"--model.margin={point['margin']}", f"--trainer.logger={json.dumps(logger)}"])
             if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise InputError("a fast_dev_run leaves nothing to compare; take --trainer.max_steps instead.")
-            if not planned:  # here, so that no two runs do it at once
+            if cli.settings()["data"] not in prepared:  # here, so that no two runs do it at once
                 cli.datamodule.prepare_data()
+                prepared.append(cli.settings()["data"])
         for seed in seeds:
             config = cli.settings() | {"seed_everything": seed}
             run_name = f"{name}-s{seed}"
             config["trainer"]["logger"]["init_args"]["name"] = run_name
             planned.append(Run(folder / run_name, {**point, "seed": seed}, config))
-    if len({run.folder for run in planned}) < len(planned):
-        raise InputError(f"no two settings to sweep may end in the same name, got {', '.join(sweep)}.")
+    alike = [{key: value for key, value in _flat(run.config).items() if not _of(key, _PLACES)} for run in planned]
+    if min(len({run.folder for run in planned}), len(set(map(repr, alike)))) < len(planned):
+        raise InputError(f"two runs would have the same name: {', '.join(sorted(run.folder.name for run in planned))}.")
     for run in planned:
         run.check()
     return sorted(planned, key=lambda run: seeds.index(run.point["seed"]))
 
 
-def _plain(value: Any) -> str:
-    """A value as a part of a file's name."""
-    return "".join(letter if letter.isalnum() or letter in "._+-" else "_" for letter in str(value))
+def argument(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Without what Lightning says of devices and seeds, once for each setting."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
+    logging.disable(logging.INFO)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)

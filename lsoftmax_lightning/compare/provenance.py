@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("lsoftmax-lightning", "torch", "torchvision", "lightning", "torchmetrics", "scikit-learn")
+PACKAGES = ("lsoftmax-lightning", "torch", "torchvision", "lightning", "torchmetrics", "scikit-learn")
 
 
 def provenance() -> dict[str, str]:
@@ -19,7 +19,7 @@ def provenance() -> dict[str, str]:
     return {
         "machine": ", ".join([cpu, *gpus]),
         "python": platform.python_version(),
-        **{name: version(name) for name in _PACKAGES},
+        **{name: version(name) for name in PACKAGES},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from scipy.stats import t
 from ..errors import InputError
 from .figures import draw
 from .paper import paper_accuracies
-from .results import Done, read
+from .provenance import PACKAGES
+from .results import Done, file_name, read
 
 # figure, its heading, what it is multiplied by, decimals; those that no run has are left out
 _COLUMNS = (
@@ -40,7 +41,7 @@ def report(folder: str | Path) -> list[dict[str, Any]]:
         InputError: If no run in the folder is finished.
     """
     folder = Path(folder)
-    runs = sorted(read(folder), key=lambda run: ([_order(value) for value in run.swept.values()], run.margin, run.seed))
+    runs = sorted(read(folder), key=_order)
     if not runs:
         raise InputError(f"no run in {folder.absolute()} is finished; `compare` leaves them there.")
     rows = [run.row() for run in runs]
@@ -51,60 +52,61 @@ def report(folder: str | Path) -> list[dict[str, Any]]:
     table = _table(runs)
     (folder / "table.md").write_text(table)
     for name, figure in draw(runs):
-        figure.savefig(folder / f"{name}.png", dpi=100)
+        figure.savefig(folder / f"{file_name(name)}.png", dpi=100)
     print(f"{table}\nTable, figures and runs are in {folder}")
     return rows
 
 
-def _order(value: Any) -> tuple[bool, float, str]:
+def _order(run: Done) -> tuple[Any, ...]:
     """Numbers by size, then what else there is."""
-    number = isinstance(value, int | float)
-    return not number, value if number else 0.0, str(value)
+    values = run.swept.values()
+    numbers = [value if isinstance(value, int | float) else math.inf for value in values]
+    return list(run.swept), numbers, list(map(str, values)), run.margin, run.seed
 
 
 def _table(runs: Sequence[Done]) -> str:
-    first = runs[0].config
-    monitor, mode = (first["checkpoint"].get(key) for key in ("monitor", "mode"))
-    paper, source = paper_accuracies(first["data"])
-    chosen = [(monitor, f"{monitor}", 1, 3)] if monitor else []
-    columns = [column for column in (*chosen, *_COLUMNS) if any(column[0] in run.results for run in runs)]
+    monitor, mode = (runs[0].config["checkpoint"].get(key) for key in ("monitor", "mode"))
+    share = str(monitor).endswith("acc")
+    columns = [(monitor, f"{monitor}, %", 100, 2) if share else (monitor, monitor, 1, 3), *_COLUMNS]
+    columns = [column for column in columns if any(column[0] in run.results for run in runs)]
+    keys = list(dict.fromkeys(key for run in runs for key in run.swept))
+    papers = [paper_accuracies(run.config) for run in runs]
 
-    header = ["m", *(key.split(".")[-1] for key in runs[0].swept), "runs", "test accuracy, %"]
-    header += ["difference to m = 1 (95 % interval)", *(title for _, title, *_ in columns)]
+    header = ["m", *keys, "runs", "test accuracy, %", "difference to m = 1 (95 % interval)"]
+    header += [title for _, title, *_ in columns] + ["paper, %"] * any(papers)
     lines = []
-    for margin, swept in dict.fromkeys((run.margin, tuple(run.swept.values())) for run in runs):
-        alike = [run for run in runs if tuple(run.swept.values()) == swept]
+    for setting, margin in dict.fromkeys((run.setting, run.margin) for run in runs):
+        alike = [run for run in runs if run.setting == setting]
         own = [run for run in alike if run.margin == margin]
-        cells = [
-            str(margin),
-            *map(str, swept),
-            str(len(own)),
-            mean_sd([run.results for run in own], "test/acc", 100, 2),
-        ]
-        cells.append(_difference(own, [run for run in alike if run.margin == 1]) if margin != 1 else "-")
-        cells += [mean_sd([run.results for run in own], name, factor, digits) for name, _, factor, digits in columns]
-        lines.append([*cells, *([paper.get(margin, "-")] if paper else [])])
-    header += ["paper, %"] if paper else []
+        paper, _ = papers[runs.index(own[0])] or ({}, "")
+        lines.append(
+            [
+                *(str(margin), *(str(own[0].swept.get(key, "-")) for key in keys), str(len(own))),
+                *(_mean(own, "test/acc", 100, 2), _difference(own, [run for run in alike if run.margin == 1])),
+                *(_mean(own, name, factor, digits) for name, _, factor, digits in columns),
+                *[paper.get(margin, "-")] * any(papers),
+            ]
+        )
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
 
-    facts = {name: " / ".join(dict.fromkeys(str(run.facts[name]) for run in runs)) for name in runs[0].facts}
-    batch = first["data"].get("init_args", {}).get("batch_size")
-    images = f" of {batch} images" if batch else ""
-    packages = ", ".join(f"{name} {facts[name]}" for name in list(facts)[list(facts).index("machine") + 1 :])
-    checkpoint = f"the checkpoint with the {mode}imum of {monitor}" if monitor else "the last checkpoint"
+    chosen = f"the checkpoint with the {mode}imum of {monitor}" if columns[0][0] == monitor else "the last checkpoint"
+    facts = {name: " / ".join(dict.fromkeys(str(run.facts.get(name, "?")) for run in runs)) for name in runs[-1].facts}
+    batch = " / ".join(dict.fromkeys(str(run.config["data"].get("init_args", {}).get("batch_size")) for run in runs))
+    packages = ", ".join(f"{name} {facts[name]}" for name in ("python", *PACKAGES) if name in facts)
     notes = [
-        f"Test figures are of {checkpoint}, mean ± standard deviation over seeds; angles in degrees. Differences are "
-        "paired by seed, in percentage points, their interval is Student's.",
-        f"{facts['steps']} steps{images}, on {facts['machine']} (threads a run: {facts['threads']}); {packages}.",
-        *([source] if source else []),
+        f"Test figures are of {chosen}, mean ± standard deviation over seeds; angles in degrees. Differences are of "
+        "the same seeds, in percentage points, their interval is Student's.",
+        f"{facts['steps']} steps, batch_size {batch}, on {facts['machine']} (threads a run: {facts['threads']}); "
+        f"{packages}.",
+        *dict.fromkeys(paper[1] for paper in papers if paper),
     ]
     commands = "\n".join(dict.fromkeys(run.facts["command"] for run in runs))
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
     return "\n\n".join([table, *notes, f"```sh\n{commands}\n```"]) + "\n"
 
 
-def mean_sd(results: Sequence[Mapping[str, float]], name: str, factor: float, digits: int) -> str:
-    """Mean and standard deviation of a figure in words."""
-    values = [factor * figures[name] for figures in results if name in figures]
+def _mean(runs: Sequence[Done], name: str, factor: float, digits: int) -> str:
+    """Mean and standard deviation of a figure."""
+    values = [factor * run.results[name] for run in runs if name in run.results]
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -113,9 +115,10 @@ def mean_sd(results: Sequence[Mapping[str, float]], name: str, factor: float, di
 
 def _difference(own: Sequence[Done], softmax: Sequence[Done]) -> str:
     """Mean difference in accuracy of runs to those of the same seeds at m = 1, in percentage points."""
-    base = {run.seed: run.results.get("test/acc", math.nan) for run in softmax}
-    gaps = [100 * (run.results.get("test/acc", math.nan) - base[run.seed]) for run in own if run.seed in base]
-    if not gaps:
+    base = {run.seed: run.results["test/acc"] for run in softmax if "test/acc" in run.results}
+    shared = [run for run in own if run.seed in base and "test/acc" in run.results]
+    gaps = [100 * (run.results["test/acc"] - base[run.seed]) for run in shared]
+    if not gaps or own[0].margin == 1:
         return "-"
     mean = statistics.fmean(gaps)
     if len(gaps) == 1:

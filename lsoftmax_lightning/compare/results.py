@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Done:
     @property
     def setting(self) -> str:
         """The swept values in words."""
-        return ", ".join(f"{key.split('.')[-1]} = {value}" for key, value in self.swept.items())
+        return ", ".join(f"{key} = {value}" for key, value in self.swept.items())
 
     def record(self) -> dict[str, Any]:
         """What :class:`~lsoftmax_lightning.compare.record.TestRecord` has left, if anything."""
@@ -64,3 +65,8 @@ def read(folder: Path) -> Iterator[Done]:
             results=json.loads((path.parent / "results.json").read_text()),
             config=yaml.safe_load((path.parent / "config.yaml").read_text()),
         )
+
+
+def file_name(text: str) -> str:
+    """A text that is fit to name a file."""
+    return re.sub(r"[^\w.,+=-]", "_", text)

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -55,6 +57,11 @@ class _Work:
         except (FileNotFoundError, ValueError):  # not begun, or amid being written
             return
 
+    @property
+    def share(self) -> float:
+        """How much of the run is over, 0 to 1."""
+        return self.steps / self.total if self.total else 0
+
     def finish(self, command: str) -> None:
         """Keeps what is known of it, which also says that it is finished."""
         facts = {
@@ -87,16 +94,19 @@ def train(runs: Sequence[Run], jobs: int, folder: Path, command: str) -> dict[Ru
     Raises:
         InputError: If another process is at work in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
             return {run: _last_line(run) for run in _train(runs, jobs, command)}
     except Timeout as error:
         raise InputError(f"another comparison is at work in {folder}: wait for it, or choose a --folder.") from error
+    except FileExistsError as error:
+        raise InputError(f"--folder takes a folder, and {folder} is a file.") from error
 
 
 def _train(runs: Sequence[Run], jobs: int, command: str) -> list[Run]:
     waiting = deque(run for run in runs if not run.finished)
+    jobs = max(1, min(jobs, len(waiting)))
     done = len(runs) - len(waiting)
     places = list(range(jobs))
     working: list[_Work] = []
@@ -108,6 +118,7 @@ def _train(runs: Sequence[Run], jobs: int, command: str) -> list[Run]:
         TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("left"),
     )
     with Progress(*columns, speed_estimate_period=3600) as progress:
         if done:
@@ -129,13 +140,17 @@ def _train(runs: Sequence[Run], jobs: int, command: str) -> list[Run]:
                     places.append(work.place)
                     progress.remove_task(work.task)
                     done += 1
-                    if work.process.returncode == 0:
+                    # a run that was told to end has no results, and no code to say so
+                    if work.process.returncode == 0 and (work.run.folder / "results.json").is_file():
                         work.finish(command)
-                        progress.print(f"{work.run.folder.name}: {_accuracy(work.run)}")
+                        said = _accuracy(work.run)
                     else:
                         failed.append(work.run)
-                        progress.print(f"{work.run.folder.name}: failed")
-                progress.update(whole, completed=done + sum(work.steps / work.total for work in working))
+                        said = "failed"
+                    left = progress.tasks[0].time_remaining
+                    about = f", {timedelta(seconds=round(left))} left" if left else ""
+                    progress.print(f"{work.run.folder.name}: {said} ({done} of {len(runs)} runs{about})")
+                progress.update(whole, completed=done + sum(work.share for work in working))
         finally:
             for work in working:
                 work.process.terminate()
@@ -143,7 +158,7 @@ def _train(runs: Sequence[Run], jobs: int, command: str) -> list[Run]:
                 try:
                     work.process.wait(_PATIENCE)
                 except subprocess.TimeoutExpired:
-                    work.process.kill()
+                    os.killpg(work.process.pid, signal.SIGKILL)  # with those that it started on other devices
     return failed
 
 
@@ -152,14 +167,16 @@ def _start(run: Run, place: int, jobs: int, progress: Progress) -> _Work:
     if not resumed:
         shutil.rmtree(run.folder, ignore_errors=True)  # nothing in it to go on from
         run.write_config()
+    (run.folder / "results.json").unlink(missing_ok=True)
     environment = _share(place, jobs)
     with (run.folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "lsoftmax_lightning.compare.worker", str(run.folder)],
+            [sys.executable, "-m", "lsoftmax_lightning.compare.worker", str(run.folder), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
+            start_new_session=True,
         )
     task = progress.add_task(run.folder.name, total=None, unit="steps")
     threads = int(environment.get("OMP_NUM_THREADS", torch.get_num_threads()))
@@ -169,6 +186,7 @@ def _start(run: Run, place: int, jobs: int, progress: Progress) -> _Work:
 def _share(place: int, jobs: int) -> dict[str, str]:
     """The environment of a run: with the GPUs and cores that are its own where there are several."""
     environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for what the settings import
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
         visible = environment.get("CUDA_VISIBLE_DEVICES")

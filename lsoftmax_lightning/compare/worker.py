@@ -1,9 +1,8 @@
-"""One run of a comparison, in a process of its own: ``python -m lsoftmax_lightning.compare.worker FOLDER``."""
+"""One run of a comparison, in a process of its own: ``python -m lsoftmax_lightning.compare.worker FOLDER PID``."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,20 +19,23 @@ class Progress(Callback):
 
     Args:
         path: Of a file for the optimiser steps done, and those of the whole run.
+        parent: Process of the comparison.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, parent: int) -> None:
         self.path = path
-        self._parent = os.getppid()
+        self._parent = parent
         self._next = 0.0
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Tells."""
         if trainer.is_global_zero and time.monotonic() >= self._next:
             self._tell(trainer)
             self._next = time.monotonic() + 1
             if os.getppid() != self._parent:
-                signal.raise_signal(signal.SIGTERM)
+                raise KeyboardInterrupt
+
+    on_validation_batch_end = on_test_batch_end = on_train_batch_end
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Tells, for the last time."""
@@ -44,18 +46,19 @@ class Progress(Callback):
         self.path.write_text(f"{trainer.global_step} {trainer.estimated_stepping_batches}")
 
 
-def main(folder: str) -> None:
+def main(folder: str, parent: int) -> None:
     """Trains and tests the config of a folder, from the last checkpoint in it if there is one.
 
     Args:
         folder: Of the run.
+        parent: Process of the comparison.
     """
     last = Path(folder, "checkpoints", "last.ckpt")
     resume = [f"--ckpt_path={last}"] if last.is_file() else []
-    own = [Progress(Path(folder, "progress")), TestRecord(Path(folder, "test.pt"))]
+    own = [Progress(Path(folder, "progress"), parent), TestRecord(Path(folder, "test.pt"))]
     with mistakes_in_a_line():
         LSoftmaxCLI(["fit", f"--config={folder}/config.yaml", *resume], callbacks=own)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

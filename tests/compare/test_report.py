@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
 from lsoftmax_lightning.compare import report
+from lsoftmax_lightning.compare.figures import draw
 from lsoftmax_lightning.compare.results import read
 from lsoftmax_lightning.errors import InputError
 
@@ -23,8 +25,9 @@ def write_run(
     swept: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     pairs: bool = False,
+    backbone: str = "digits",
 ) -> None:
-    run = folder / "-".join(["m", str(margin), *(f"{value}" for value in (swept or {}).values()), str(seed)])
+    run = folder / f"{margin} {seed} {swept}"
     run.mkdir(parents=True)
     point = {"margin": margin, **(swept or {}), "seed": seed}
     facts = {"steps": 7, "seconds": 1.5, "threads": 1, "command": "the command", "machine": "M", "torch": "2.6"}
@@ -32,9 +35,12 @@ def write_run(
     (run / "results.json").write_text(json.dumps({"test/acc": accuracy, "test/angle": 10.0 / margin, "val/acc": 0.5}))
     config = {
         "checkpoint": {"monitor": "val/acc", "mode": "max"},
-        "data": data
-        or {"class_path": "lsoftmax_lightning.datamodules.DigitsDataModule", "init_args": {"batch_size": 8}},
+        "data": data or {"class_path": "DigitsDataModule", "init_args": {"batch_size": 8}},
+        "model": {"class_path": "ClassificationModule", "init_args": {"backbone": backbone}},
     }
+    with SummaryWriter(str(run)) as events:
+        for step in (1, 2):
+            events.add_scalar("train/loss", seed + step, step)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     if pairs:
         torch.save({"cosines": torch.linspace(-1, 1, 10), "same": torch.arange(10) > 4}, run / "test.pt")
@@ -67,7 +73,7 @@ def test_means_and_paired_differences_are_those_of_the_textbook(tmp_path: Path) 
     assert second[:4] == ["4", "4", f"{mean:.2f} ± {spread:.2f}", "+2.00 (-0.48 to +4.48)"]
     assert second[header.index("angle of a sample to its class")] == "2.5 ± 0.0"
     text = (tmp_path / "table.md").read_text()
-    for part in ("maximum of val/acc", "7 steps of 8 images", "on M", "torch 2.6", "the command"):
+    for part in ("maximum of val/acc", "7 steps, batch_size 8", "on M", "torch 2.6", "the command"):
         assert part in text
     assert "paper" not in text.lower()  # these are not its data
 
@@ -83,27 +89,27 @@ def test_each_swept_setting_has_its_rows_its_differences_and_its_figures(tmp_pat
             write_run(tmp_path, margin, 0, 0.5 + gap * (margin - 1), {"data.size": value})
     report(tmp_path)
     header, _, *lines = cells(tmp_path)
-    assert header[:3] == ["m", "size", "runs"]
+    assert header[:3] == ["m", "data.size", "runs"]
     assert [line[:2] + line[4:5] for line in lines] == [
         *(["1", "2", "-"], ["2", "2", "-1.00"]),
         *(["1", "10", "-"], ["2", "10", "+2.00"]),
     ]
-    assert {"angles-size=2.png", "angles-size=10.png"} <= {path.name for path in tmp_path.glob("*.png")}
+    assert {"angles-data.size=2.png", "angles-data.size=10.png"} <= {path.name for path in tmp_path.glob("*.png")}
 
 
 @pytest.mark.parametrize(
-    ("data", "accuracies"),
+    ("data", "backbone", "accuracies"),
     [
-        ({"class_path": "lsoftmax_lightning.datamodules.MNISTDataModule"}, ["99.60*", "99.69*"]),
-        ({"class_path": "CIFAR10DataModule", "init_args": {"crop_padding": 0, "flip": False}}, ["90.95", "92.42"]),
-        ({"class_path": "CIFAR10DataModule", "init_args": {"crop_padding": 4, "flip": True}}, ["93.50", "94.08"]),
+        ({"class_path": "lsoftmax_lightning.datamodules.MNISTDataModule"}, "mnist", ["99.60*", "99.69*"]),
+        ({"class_path": "CIFAR10DataModule", "init_args": {"flip": False}}, "cifar10", ["90.95", "92.42"]),
+        ({"class_path": "CIFAR10DataModule", "init_args": {"flip": True}}, "cifar10", ["93.50", "94.08"]),
     ],
 )
 def test_the_papers_figures_stand_beside_with_their_source(
-    data: dict[str, Any], accuracies: list[str], tmp_path: Path
+    data: dict[str, Any], backbone: str, accuracies: list[str], tmp_path: Path
 ) -> None:
     for margin in (1, 4, 5):
-        write_run(tmp_path, margin, 0, 0.5, data=data)
+        write_run(tmp_path, margin, 0, 0.5, data=data, backbone=backbone)
     report(tmp_path)
     header, _, *lines = cells(tmp_path)
     assert header[-1] == "paper, %"
@@ -111,6 +117,44 @@ def test_the_papers_figures_stand_beside_with_their_source(
     text = (tmp_path / "table.md").read_text()
     assert "Liu et al., ICML 2016" in text
     assert "check the paper" in text
+
+
+def test_another_network_on_the_papers_data_is_not_compared_with_it(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.5, data={"class_path": "MNISTDataModule"}, backbone="mnist_2d")
+    report(tmp_path)
+    assert "paper" not in (tmp_path / "table.md").read_text().lower()
+
+
+def test_settings_of_several_calls_are_kept_apart(tmp_path: Path) -> None:
+    for margin, gap in ((1, 0), (2, 0.1)):
+        for swept in ({}, {"data.a": 1}, {"data.b": 1}, {"data.b": [1, "x"]}):
+            write_run(tmp_path, margin, 0, 0.5 + gap * (len(swept) + 1), swept)
+    report(tmp_path)
+    header, _, *lines = cells(tmp_path)
+    assert header[:4] == ["m", "data.a", "data.b", "runs"]
+    assert all(len(line) == len(header) for line in lines)
+    assert [(*line[:4], line[5]) for line in lines] == [
+        *(("1", "-", "-", "1", "-"), ("2", "-", "-", "1", "+10.00")),
+        *(("1", "1", "-", "1", "-"), ("2", "1", "-", "1", "+20.00")),
+        *(("1", "-", "1", "1", "-"), ("2", "-", "1", "1", "+20.00")),
+        *(("1", "-", "[1, 'x']", "1", "-"), ("2", "-", "[1, 'x']", "1", "+20.00")),
+    ]
+
+
+def test_figures_show_what_the_runs_have_left(tmp_path: Path) -> None:
+    for margin in range(1, 13):
+        for seed in (0, 1):
+            write_run(tmp_path, margin, seed, 0.5 + margin / 100 + seed / 10)
+    figures = dict(draw(sorted(read(tmp_path), key=lambda run: (run.margin, run.seed))))
+    dots_and_means = [line.get_ydata() for line in figures["accuracy"].axes[0].get_lines()]
+    assert any(list(means) == pytest.approx([55.0 + margin for margin in range(1, 13)]) for means in dots_and_means)
+    losses = next(axes for axes in figures["curves"].axes if axes.get_title() == "train/loss")
+    assert [list(line.get_ydata()) for line in losses.get_lines()] == [[1.5, 2.5]] * 12  # of more than ten colours
+    confusions = [axes for axes in figures["confusion"].axes if axes.get_title()]
+    assert len(confusions) == 12
+    assert [text.get_text() for text in confusions[0].texts] == ["6", "2", "4"]  # of two seeds
+    _, labels = figures["angles"].axes[0].get_legend_handles_labels()
+    assert len(labels) == 12
 
 
 def test_runs_on_pairs_have_figures_of_pairs(tmp_path: Path) -> None:
