@@ -53,13 +53,9 @@ def compare(
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, got {jobs}.")
     path = Path(folder or Path("runs", f"compare-{Path(configs[-1]).stem}")).absolute()
-    words = [
-        "python",
-        "-m",
-        "lsoftmax_lightning",
-        "compare",
-        *(word for name in configs for word in ("--config", name)),
-    ]
+    words = ["python", "-m", "lsoftmax_lightning", "compare"]
+    for name in configs:
+        words += ["--config", name]
     words += ["--margins", *map(str, margins), "--seeds", *map(str, seeds)]
     for key, values in sweep.items():
         words += ["--sweep", f"{key}={','.join(map(argument, values))}"]

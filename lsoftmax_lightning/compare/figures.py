@@ -80,10 +80,16 @@ def _curves(runs: Mapping[str, Sequence[Done]], title: str) -> Figure:
                     curves[tag][step].append(value)
         for tag, curve in curves.items():
             steps = sorted(curve)
+            if not steps:
+                continue
             panels[tag].plot(steps, [statistics.fmean(curve[step]) for step in steps], color=color, label=label)
             least, most = ([end(curve[step]) for step in steps] for end in (min, max))
             panels[tag].fill_between(steps, least, most, color=color, alpha=0.15, linewidth=0)
-    panels["lambda"].legend(frameon=False)
+    drawn = [axes for axes in panels.values() if axes.lines]
+    for axes in panels.values():
+        axes.set_visible(axes in drawn)
+    for axes in drawn[:1]:
+        axes.legend(frameon=False)
     return figure
 
 

@@ -106,7 +106,6 @@ def train(runs: Sequence[Run], jobs: int, folder: Path, command: str) -> dict[Ru
 
 def _train(runs: Sequence[Run], jobs: int, command: str) -> list[Run]:
     waiting = deque(run for run in runs if not run.finished)
-    jobs = max(1, min(jobs, len(waiting)))
     done = len(runs) - len(waiting)
     places = list(range(jobs))
     working: list[_Work] = []
