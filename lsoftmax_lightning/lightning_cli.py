@@ -107,8 +107,8 @@ class LSoftmaxCLI(LightningCLI):
                 "prog": "lsoftmax_lightning",
                 "usage": "lsoftmax_lightning",
                 "version": version("lsoftmax-lightning"),
-                "description": "Large-Margin Softmax (Liu et al., ICML 2016). `configs` lists the shipped configs; "
-                "start with: fit --config digits.yaml",
+                "description": "Large-Margin Softmax (Liu et al., ICML 2016). `configs` lists the shipped configs, "
+                "`compare` sets margins against each other; start with: fit --config digits.yaml",
                 **{
                     command: {"usage": f"lsoftmax_lightning {command} --config NAME [--KEY VALUE ...]"}
                     for command in self.subcommands()
