@@ -60,7 +60,9 @@ def compare_margins(args: list[str]) -> None:
         epilog="Any other setting is one of `fit`, the same for all runs, as in --trainer.max_steps 600.",
         allow_abbrev=False,
     )
-    parser.add_argument("-c", "--config", action="append", metavar="NAME", help="a path, or the name of a shipped config")
+    parser.add_argument(
+        "-c", "--config", action="append", metavar="NAME", help="a path, or the name of a shipped config"
+    )
     parser.add_argument("--margins", nargs="+", type=int, default=[1, 2, 3, 4], metavar="M", help="default: 1 2 3 4")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
     parser.add_argument(
