@@ -92,7 +92,14 @@ def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
     results = json.loads((run / "results.json").read_text())
     angles = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what in ("mean", "nearest", "min")}
     figures = {"acc", "loss", "angle", "feature_norm", "segment_0", "segment_1"} | angles
+    chosen_by = results.pop("val/loss")
     assert set(results) == {f"test/{name}" for name in figures}
+    scores = [
+        state["best_model_score"].item()
+        for name, state in torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"].items()
+        if "val/loss" in name
+    ]
+    assert scores == pytest.approx([chosen_by])
 
     best = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
     assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] < 9
