@@ -89,7 +89,8 @@ def _table(runs: Sequence[Done]) -> str:
         )
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
 
-    chosen = f"the checkpoint with the {mode}imum of {monitor}" if columns[0][0] == monitor else "the last checkpoint"
+    validated = any(monitor in run.results for run in runs)
+    chosen = f"the checkpoint with the {mode}imum of {monitor}" if validated else "the last checkpoint"
     facts = {name: " / ".join(dict.fromkeys(str(run.facts.get(name, "?")) for run in runs)) for name in runs[-1].facts}
     batch = " / ".join(dict.fromkeys(str(run.config["data"].get("init_args", {}).get("batch_size")) for run in runs))
     packages = ", ".join(f"{name} {facts[name]}" for name in ("python", *PACKAGES) if name in facts)

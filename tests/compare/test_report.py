@@ -171,6 +171,14 @@ def test_a_run_that_left_no_record_is_in_the_table(tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves"}
 
 
+def test_a_run_without_our_figures_has_a_row(tmp_path: Path) -> None:
+    write_run(tmp_path, 2, 0, 0.5)
+    next(tmp_path.glob("*/results.json")).write_text('{"test/mine": 1.0}')
+    assert report(tmp_path)[0]["test/mine"] == 1
+    assert cells(tmp_path)[2] == ["2", "1", "-", "-"]
+    assert "of the last checkpoint" in (tmp_path / "table.md").read_text()
+
+
 def test_unfinished_runs_are_left_out(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5)
     (tmp_path / "m4-s0").mkdir()
