@@ -65,17 +65,16 @@ class LambdaAnnealing(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Stops a diverged run, every ``log_every_n_steps`` optimiser steps."""
+        """Stops a diverged run, every ``log_every_n_steps`` optimiser steps and at the end of an epoch.
+
+        Not in ``on_train_epoch_end``: there Lightning's progress bar makes the first process wait for the others.
+        """
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step % every == 0:
+        if trainer.is_last_batch or (every and trainer.global_step % every == 0):
             self._stop_if_diverged(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Stops a diverged run before a validation can choose it."""
-        self._stop_if_diverged(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Stops a diverged run."""
         self._stop_if_diverged(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

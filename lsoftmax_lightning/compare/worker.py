@@ -29,21 +29,26 @@ class Progress(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Tells."""
-        if trainer.is_global_zero and time.monotonic() >= self._next:
-            self._tell(trainer)
+        if time.monotonic() >= self._next:
             self._next = time.monotonic() + 1
-            if os.getppid() != self._parent:
-                raise KeyboardInterrupt
+            self._tell(trainer)
+            self.on_validation_batch_end(trainer)
 
-    on_validation_batch_end = on_test_batch_end = on_train_batch_end
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Ends the run, if the comparison has ended."""
+        if trainer.is_global_zero and os.getppid() != self._parent:
+            raise KeyboardInterrupt
+
+    on_test_batch_end = on_validation_batch_end
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Tells, for the last time."""
-        if trainer.is_global_zero:
-            self._tell(trainer)
+        self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:
-        self.path.write_text(f"{trainer.global_step} {trainer.estimated_stepping_batches}")
+        total = trainer.estimated_stepping_batches  # to be asked on every process
+        if trainer.is_global_zero:
+            self.path.write_text(f"{trainer.global_step} {total}")
 
 
 def main(folder: str, parent: int) -> None:

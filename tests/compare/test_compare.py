@@ -117,6 +117,16 @@ def workers(run: Path) -> list[int]:
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if f"compare.worker {run}" in line]
 
 
+def test_a_run_may_take_several_devices_under_a_progress_bar() -> None:
+    bar = [word for word in SHORT if "progress_bar" not in word]
+    args = ["--config=digits.yaml", "--margins=2", "--seeds=0", *bar, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "lsoftmax_lightning", "compare", *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(Path("runs/compare-digits/m2-s0/run.json").read_text())
+    assert facts["steps"] == 3
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {"model.optimizer.lr": ["1e30", "5e-2"], "model.lr_scheduler.milestones": [[1, 2]]}
     with pytest.raises(RunError, match="1 of 2 runs failed") as caught:
