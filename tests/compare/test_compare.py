@@ -85,13 +85,13 @@ def test_what_was_interrupted_ends_as_if_it_had_not_been(blow: signal.Signals, a
         text=True,
     )
     run = Path("runs/compare-digits/m2-s3").absolute()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while steps_of(run) < 30:
         assert time.monotonic() < deadline
         assert comparison.poll() is None
         time.sleep(0.05)
     os.kill(comparison.pid if at == "comparison" else workers(run)[0], blow)
-    _, printed = comparison.communicate(timeout=60)
+    _, printed = comparison.communicate(timeout=120)
     assert printed.startswith(said)
     while workers(run):  # they end on their own
         assert time.monotonic() < deadline
