@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import logging
@@ -47,30 +48,41 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
 
-    def check(self) -> None:
+    def check(self, present: Mapping[Path, tuple[Mapping[str, Any], Collection[str]]]) -> None:
         """Sees to it that what the folder of the comparison holds is of this comparison.
+
+        Args:
+            present: What :func:`_present` has found there.
 
         Raises:
             InputError: If the run was made with other settings, or runs beside it differ in what is not compared.
         """
         now = _flat(self.config)
-        for path in self.folder.parent.glob("*/config.yaml"):
+        for folder, (before, point) in present.items():
             compared = set(_OURS)
-            if path.parent != self.folder:
-                done = path.with_name("run.json")
-                if not done.is_file():
+            if folder != self.folder:
+                if not point:
                     continue
-                compared |= {*self.point, *json.loads(done.read_text())["point"]}
+                compared |= {*self.point, *point}
             elif not self.finished:  # it goes on with the checkpoints that are where they were
                 compared -= set(_PLACES)
-            before = _flat(yaml.safe_load(path.read_text()))
             for key in {**now, **before}:
                 there, here = before.get(key, "nothing"), now.get(key, "nothing")
                 if there != here and not _of(key, compared):
                     raise InputError(
-                        f"{path.parent} is of a run with other settings: {key} is {there} there and {here} here. Give "
+                        f"{folder} is of a run with other settings: {key} is {there} there and {here} here. Give "
                         "this comparison a --folder of its own, or remove that run."
                     )
+
+
+def _present(folder: Path) -> dict[Path, tuple[Mapping[str, Any], Collection[str]]]:
+    """Of each run that lies in a folder, its settings and, if it is finished, the names of its point."""
+    found: dict[Path, tuple[Mapping[str, Any], Collection[str]]] = {}
+    for path in folder.glob("*/config.yaml"):
+        done = path.with_name("run.json")
+        point = json.loads(done.read_text())["point"] if done.is_file() else ()
+        found[path.parent] = _flat(yaml.safe_load(path.read_text())), point
+    return found
 
 
 def _of(key: str, settings: Collection[str]) -> bool:
@@ -158,19 +170,21 @@ def plan(
             cli = _Check(["fit", *args, f"--model.margin={point['margin']}", f"--trainer.logger={json.dumps(logger)}"])
             if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise InputError("a fast_dev_run leaves nothing to compare; take --trainer.max_steps instead.")
-            if cli.settings()["data"] not in prepared:  # here, so that no two runs do it at once
+            made = cli.settings()
+            if made["data"] not in prepared:  # here, so that no two runs do it at once
                 cli.datamodule.prepare_data()
-                prepared.append(cli.settings()["data"])
+                prepared.append(made["data"])
         for seed in seeds:
-            config = cli.settings() | {"seed_everything": seed}
+            config = copy.deepcopy(made) | {"seed_everything": seed}
             run_name = f"{name}-s{seed}"
             config["trainer"]["logger"]["init_args"]["name"] = run_name
             planned.append(Run(folder / run_name, {**point, "seed": seed}, config))
     alike = [{key: value for key, value in _flat(run.config).items() if not _of(key, _PLACES)} for run in planned]
     if min(len({run.folder for run in planned}), len(set(map(repr, alike)))) < len(planned):
         raise InputError(f"two runs would have the same name: {', '.join(sorted(run.folder.name for run in planned))}.")
+    present = _present(folder)
     for run in planned:
-        run.check()
+        run.check(present)
     return sorted(planned, key=lambda run: seeds.index(run.point["seed"]))
 
 
