@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -252,6 +253,10 @@ def mistakes_in_a_line() -> Iterator[None]:
             raise
         print(f"error: {mistake}", file=sys.stderr)
         raise SystemExit(1) from error
+    finally:
+        # Lightning does so for NCCL alone; gloo's threads, left to the end of the process, now and then abort it
+        if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
 
 
 def _mistake(error: Exception) -> BaseException | None:
