@@ -10,21 +10,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 import torch.distributed as dist
+import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # the names that a YAML may use without their path
 from . import datamodules, modules, schedules  # noqa: F401
-from .callbacks import Dashboard, EpochCount, MarginMonitor
+from .callbacks import Dashboard, ExactResume, LastCheckpoint, MarginMonitor
+from .checkpoints import read
 from .errors import InputError, LSoftmaxError
 
 _PACKAGE = Path(__file__).parent
@@ -70,6 +71,19 @@ class _SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+def flat(settings: Any, path: str = "") -> dict[str, Any]:
+    """Settings by the names that the command line has for them.
+
+    Args:
+        settings: As YAML has them.
+        path: The name of these among others.
+    """
+    if not isinstance(settings, dict) or not settings:
+        return {path.replace(".init_args", "").removeprefix("."): settings}
+    parts = (flat(value, f"{path}.{key}") for key, value in settings.items())
+    return {name: value for part in parts for name, value in part.items()}
+
+
 class LSoftmaxCLI(LightningCLI):
     """Lightning's CLI with our parser: bare config names, data linked to model, a test after fit.
 
@@ -95,11 +109,12 @@ class LSoftmaxCLI(LightningCLI):
                 },
                 # on its own: `save_last` of the one that monitors would leave out what is not among the best
                 "callbacks": [
-                    ModelCheckpoint(filename="last", enable_version_counter=False),
+                    LastCheckpoint(),
                     MarginMonitor(),
-                    EpochCount(),
+                    ExactResume(),
                     *callbacks,
                 ],
+                "plugins": {"class_path": "lsoftmax_lightning.checkpoints.WholeCheckpointIO"},
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -140,24 +155,67 @@ class LSoftmaxCLI(LightningCLI):
         if self._get(self.config_init, "trainer").enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
             del self.trainer_defaults["callbacks"][0]
+        word = self.config[self.subcommand].ckpt_path
+        if word in ("last", "best"):
+            kwargs |= self._take_up(word)
         try:
             return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:
             raise InputError(f"the Trainer does not take these settings: {error}") from error
 
+    def _take_up(self, word: str) -> dict[str, Any]:
+        """Finds what ``--ckpt_path last`` and ``best`` mean: checkpoints of the last run of ``fit``.
+
+        A ``fit`` of the last one goes on in that run's folder: for the Trainer there is a logger that writes there.
+        """
+        settings, run = self.config[self.subcommand], self.config_init[self.subcommand]
+        places, loggers = (x if isinstance(x, list) else [x] for x in (settings.trainer.logger, run.trainer.logger))
+        at = next((n for n, logger in enumerate(loggers) if isinstance(logger, TensorBoardLogger)), None)
+        if at is None:
+            raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
+        place = places[at].init_args
+        runs, version = Path(place.save_dir, place.name or ""), place.version
+        if version is None:  # tests and predictions leave no config
+            numbers = [path.parent.name.removeprefix("version_") for path in runs.glob("version_*/config.yaml")]
+            version = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        folder = runs / (version if isinstance(version, str) else f"version_{version}")
+        path = folder / "checkpoints" / f"{word}.ckpt"
+        go_on = self.subcommand == "fit" and word == "last"
+        if not path.is_file() and not go_on:
+            raise InputError(f"--ckpt_path {word} is one of the last run of fit, and there is no {path}.")
+        run.ckpt_path = str(path) if path.is_file() else None
+        settings.ckpt_path = None  # in the config that is saved, which says how to repeat the run
+        if not path.is_file():
+            rank_zero_warn(f"There is no {path} to go on from: this is a new run.")
+        elif go_on:
+            self._tell_changes(folder)
+            # said by Lightning, rightly, of a folder named twice
+            warnings.filterwarnings("ignore", "Checkpoint directory")
+            # what was logged beyond the checkpoint is logged again
+            again = {"version": version, "purge_step": read(path)["global_step"] + 1}
+            loggers[at] = type(loggers[at])(**place.as_dict() | again)
+        return {"logger": loggers}
+
+    def _tell_changes(self, folder: Path) -> None:
+        """Says which settings are not those that the run began with."""
+        before = flat(yaml.safe_load((folder / "config.yaml").read_text()))
+        now = flat(yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False)))
+        changed = [
+            f"{name} {before.get(name)} -> {now.get(name)}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name) and name != "ckpt_path"
+        ]
+        rank_zero_info(f"Going on with {folder}" + (f", with other settings: {'; '.join(changed)}" if changed else ""))
+
     def after_instantiate_classes(self) -> None:
         """Refuses a checkpoint that is not there or of another network, before any work."""
-        path = self.config[self.subcommand].ckpt_path
-        if not path or ":" in path:  # a URL, or a name in Lightning's registry
+        path = self.config_init[self.subcommand].ckpt_path
+        if not path or "://" in path or path.startswith("registry"):
             return
-        if not Path(path).is_file():
-            raise InputError(
-                f"--ckpt_path takes a file such as runs/digits/version_0/checkpoints/last.ckpt, got {path!r}."
-            )
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        except (RuntimeError, KeyError, TypeError, UnpicklingError, EOFError) as error:
-            raise InputError(f"{path} is not a checkpoint of Lightning that can be loaded safely: {error}") from error
+        checkpoint = read(path)
+        if "pytorch-lightning_version" not in checkpoint:
+            raise InputError(f"{path} has weights alone: begin with them by --model.warm_start {path}.")
+        saved = checkpoint["state_dict"]
         shapes, own = ({name: tuple(w.shape) for name, w in of.items()} for of in (saved, self.model.state_dict()))
         for name in [*shapes, *own]:
             if shapes.get(name) != own.get(name):
@@ -230,7 +288,7 @@ class LSoftmaxCLI(LightningCLI):
         """Warns where random weights would be scored."""
         # true, and no matter: nothing is saved here
         warnings.filterwarnings("ignore", "The dirpath has changed")
-        if not self.config[self.subcommand].ckpt_path:
+        if not self.config_init[self.subcommand].ckpt_path:
             rank_zero_warn("No --ckpt_path was given: this is the output of RANDOM weights.")
 
     before_test = before_predict = before_validate
@@ -247,6 +305,9 @@ def mistakes_in_a_line() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning of itself; no user can mend it
             yield
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:
         mistake = _mistake(error)
         if mistake is None:

@@ -2,7 +2,8 @@
 
 from .annealing import LambdaAnnealing
 from .dashboard import Dashboard
+from .last import LastCheckpoint
 from .monitor import MarginMonitor
-from .resume import EpochCount
+from .resume import ExactResume
 
-__all__ = ["Dashboard", "EpochCount", "LambdaAnnealing", "MarginMonitor"]
+__all__ = ["Dashboard", "ExactResume", "LambdaAnnealing", "LastCheckpoint", "MarginMonitor"]

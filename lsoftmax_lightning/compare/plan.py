@@ -16,7 +16,7 @@ import yaml
 
 from ..errors import InputError
 from ..functional import check_margin
-from ..lightning_cli import LSoftmaxCLI
+from ..lightning_cli import LSoftmaxCLI, flat
 from .results import file_name
 
 # what a comparison says itself
@@ -57,7 +57,7 @@ class Run:
         Raises:
             InputError: If the run was made with other settings, or runs beside it differ in what is not compared.
         """
-        now = _flat(self.config)
+        now = flat(self.config)
         for folder, (before, point) in present.items():
             compared = set(_OURS)
             if folder != self.folder:
@@ -81,21 +81,13 @@ def _present(folder: Path) -> dict[Path, tuple[Mapping[str, Any], Collection[str
     for path in folder.glob("*/config.yaml"):
         done = path.with_name("run.json")
         point = json.loads(done.read_text())["point"] if done.is_file() else ()
-        found[path.parent] = _flat(yaml.safe_load(path.read_text())), point
+        found[path.parent] = flat(yaml.safe_load(path.read_text())), point
     return found
 
 
 def _of(key: str, settings: Collection[str]) -> bool:
     """Whether a setting is one of these, or a part of one."""
     return any(key == setting or key.startswith(f"{setting}.") for setting in settings)
-
-
-def _flat(settings: Any, path: str = "") -> dict[str, Any]:
-    """Settings by the names that the command line has for them."""
-    if not isinstance(settings, dict) or not settings:
-        return {path.replace(".init_args", "").removeprefix("."): settings}
-    parts = (_flat(value, f"{path}.{key}") for key, value in settings.items())
-    return {name: value for part in parts for name, value in part.items()}
 
 
 class _Check(LSoftmaxCLI):
@@ -179,7 +171,7 @@ def plan(
             run_name = f"{name}-s{seed}"
             config["trainer"]["logger"]["init_args"]["name"] = run_name
             planned.append(Run(folder / run_name, {**point, "seed": seed}, config))
-    alike = [{key: value for key, value in _flat(run.config).items() if not _of(key, _PLACES)} for run in planned]
+    alike = [{key: value for key, value in flat(run.config).items() if not _of(key, _PLACES)} for run in planned]
     if min(len({run.folder for run in planned}), len(set(map(repr, alike)))) < len(planned):
         raise InputError(f"two runs would have the same name: {', '.join(sorted(run.folder.name for run in planned))}.")
     present = _present(folder)

@@ -18,6 +18,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..backbones import create_backbone
 from ..callbacks import LambdaAnnealing
+from ..checkpoints import check_format, stamp
+from ..checkpoints import warm_start as start_from
 from ..errors import InputError
 from ..heads import LSoftmaxLinear
 from ..schedules import LambdaSchedule, RunFraction
@@ -49,9 +51,11 @@ class LSoftmaxModule(LightningModule):
         lr_scheduler: Makes the learning rate scheduler from the optimiser.
         lr_scheduler_interval: Whether the scheduler moves with the optimiser, as in the paper, or by epoch.
         label_smoothing: As in :class:`torch.nn.CrossEntropyLoss`.
+        warm_start: File of the weights to begin with, of a network trained with plain softmax: a checkpoint of
+            Lightning, or the state dict of a bare module. See :func:`~lsoftmax_lightning.checkpoints.warm_start`.
 
     Raises:
-        InputError: If a setting is out of range, or the parts do not fit together.
+        InputError: If a setting is out of range, or the parts or ``warm_start`` do not fit together.
     """
 
     backbone: nn.Module
@@ -69,9 +73,11 @@ class LSoftmaxModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
         label_smoothing: float = 0.0,
+        warm_start: str | None = None,
     ) -> None:
         super().__init__()
-        objects = ["lambda_schedule", "optimizer", "lr_scheduler"]
+        # nor where a run began: its checkpoints go on without that file
+        objects = ["lambda_schedule", "optimizer", "lr_scheduler", "warm_start"]
         self.save_hyperparameters(ignore=objects if isinstance(backbone, str) else [*objects, "backbone"])
         self.lambda_schedule = lambda_schedule
         self._optimizer = optimizer
@@ -79,6 +85,8 @@ class LSoftmaxModule(LightningModule):
         self.configure_model_parts(backbone)
         self.configure_losses()
         self.configure_metrics()
+        if warm_start is not None:
+            start_from(self, warm_start)
 
     def configure_model_parts(self, backbone: str | nn.Module) -> None:
         """Sets ``self.backbone`` and ``self.head``.
@@ -160,6 +168,14 @@ class LSoftmaxModule(LightningModule):
             monitor=getattr(scheduler, "monitor", "val/loss"),
         )
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=config)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes the release and the format."""
+        stamp(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of a later release."""
+        check_format(checkpoint)
 
     def configure_callbacks(self) -> list[Callback]:
         """Annealing of lambda, unless the Trainer has its own."""

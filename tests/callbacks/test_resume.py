@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lsoftmax_lightning.callbacks import EpochCount
+from lsoftmax_lightning.callbacks import ExactResume
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
 
@@ -28,7 +28,7 @@ def test_from_the_end_of_an_epoch_the_next_one_follows(length: dict[str, Any], t
     def train(folder: str, **resume: Any) -> Tensor:
         validated = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1)
         model = make_model()
-        trainer = make_trainer(callbacks=[validated, EpochCount()], enable_checkpointing=True, **length)
+        trainer = make_trainer(callbacks=[validated, ExactResume()], enable_checkpointing=True, **length)
         trainer.fit(model, BlobsDataModule(), **resume)  # 8 steps an epoch
         assert trainer.global_step == 24
         return model.head.weight

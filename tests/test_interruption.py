@@ -1,0 +1,152 @@
+"""Runs that are stopped, by whatever means, and go on to the same weights."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lsoftmax_lightning.cli import main
+
+from .test_cli import QUIET, SHORT, fails
+
+LONG = [
+    *("fit", "--config=digits.yaml", *QUIET, "--trainer.max_epochs=12"),
+    # with everything that has a state or draws
+    *("--model.backbone={class_path: interrupted.Random}", "--data=interrupted.Shifted"),
+    *("--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss"),
+    *("--model.lr_scheduler.patience=1", "--model.lr_scheduler.factor=0.7", "--model.lr_scheduler_interval=epoch"),
+]
+EXIT_CODES = {"SIGTERM": "143", "SIGINT": "130", "end": "0"}
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+
+
+def run(*program: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *program]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+
+
+def last(folder: str | Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(Path(folder, "checkpoints/last.ckpt"), weights_only=True)
+    return checkpoint
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list):
+        for pair in zip(one, other, strict=True):
+            assert_same(*pair)
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize(
+    ("stops", "settings"),
+    [
+        (3 * ["SIGKILL", "batch", "validation", "checkpoint"], []),
+        (5 * ["SIGTERM", "SIGINT"], ["--trainer.val_check_interval=7", "--trainer.check_val_every_n_epoch=null"]),
+        (["SIGTERM", "batch", "SIGINT"], ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"]),
+    ],
+    ids=["killed", "told_to_stop", "accumulating"],
+)
+def test_stopped_at_any_moment_a_run_ends_with_the_same_weights(stops: list[str], settings: list[str]) -> None:
+    whole = run("-m", "lsoftmax_lightning", *LONG, *settings, "--trainer.logger.name=whole")
+    assert whole.returncode == 0, whole.stderr
+    stopped = [*LONG, *settings, "--trainer.logger.name=stopped", "--ckpt_path=last"]
+    done = run(str(Path(__file__).with_name("interrupted.py")), ",".join([*stops, "end"]), "0", *stopped)
+    said = re.findall(rf"^({'|'.join({*stops, 'end'})}) (-?\d+)$", done.stdout, re.MULTILINE)
+    assert said == [(stop, EXIT_CODES.get(stop, "-9")) for stop in [*stops, "end"]], done.stderr
+    assert "Traceback" not in done.stderr
+
+    # stopped before its first checkpoint a run begins anew
+    folders = [Path("runs/whole/version_0"), max(Path("runs/stopped").iterdir())]
+    one, other = map(last, folders)
+    for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(one[part], other[part])
+    results = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    assert results[0] == results[1]
+    # lines without a step back, and the same
+    for tag in ("val/loss", "lambda"):
+        events = [EventAccumulator(str(folder)).Reload().Scalars(tag) for folder in folders]
+        curves = [[(event.step, event.value) for event in curve] for curve in events]
+        assert sorted(set(curves[1])) == sorted(set(curves[0]))
+
+
+def test_two_processes_stop_together_and_go_on() -> None:
+    args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]
+    whole = run("-m", "lsoftmax_lightning", *args, "--trainer.logger.name=whole")
+    assert whole.returncode == 0, whole.stderr
+    stopped = ["-m", "lsoftmax_lightning", *args, "--trainer.logger.name=stopped", "--ckpt_path=last"]
+    with subprocess.Popen(
+        [sys.executable, *stopped], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as first:
+        while not list(Path().glob("runs/stopped/version_0/checkpoints/*.ckpt")) and first.poll() is None:
+            time.sleep(0.05)
+        first.send_signal(signal.SIGTERM)
+        said, _ = first.communicate(timeout=60)
+    assert first.returncode == 143, said
+    assert said.count("Stopped after") == 1
+    assert 0 < last("runs/stopped/version_0")["global_step"] < 240
+    done = run(*stopped)
+    assert done.returncode == 0, done.stderr
+    one, other = last("runs/whole/version_0"), last("runs/stopped/version_0")
+    assert_same(one["state_dict"], other["state_dict"])
+
+
+@pytest.mark.filterwarnings("ignore:There is no runs/digits/version_0")
+def test_last_is_the_last_run_of_fit_and_goes_on_in_its_folder(caplog: pytest.LogCaptureFixture) -> None:
+    fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
+    main(fit)
+    Path("runs/digits/version_1").mkdir()  # of a test
+    cli = main([*fit, "--trainer.max_epochs=2"])
+    assert cli is not None
+    assert cli.trainer.global_step == 6
+    assert "Going on with runs/digits/version_0, with other settings: trainer.max_epochs 1 -> 2" in caplog.messages
+    assert {path.name for path in Path("runs/digits").iterdir()} == {"version_0", "version_1"}
+    saved = yaml.safe_load(Path("runs/digits/version_0/config.yaml").read_text())
+    assert saved["trainer"]["max_epochs"] == 2
+    assert saved["ckpt_path"] is saved["trainer"]["logger"]["init_args"]["version"] is None
+    results = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    del results["val/loss"]
+    main(["test", "--config=digits.yaml", *QUIET, "--model.margin=2", "--ckpt_path=best"])
+    assert json.loads(Path("runs/digits/version_2/results.json").read_text()) == pytest.approx(results)
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk_is_an_error_and_the_one_before_is_whole(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
+    with pytest.warns(UserWarning, match="There is no"):
+        main(fit)
+    before = last("runs/digits/version_0")
+    part = Path("runs/digits/version_0/checkpoints/last.ckpt.part")
+    part.symlink_to("/dev/full")
+    printed = fails(capsys, *fit, "--trainer.max_epochs=2")
+    assert "last.ckpt could not be written: No space left on device" in printed
+    assert not part.exists()
+    assert_same(last("runs/digits/version_0"), before)
+    cli = main([*fit, "--trainer.max_epochs=2"])
+    assert cli is not None
+    assert cli.trainer.global_step == 6
+
+
+def test_another_seed_is_another_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match="There is no"):
+        main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
+    printed = fails(capsys, "fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last", "--seed_everything=1")
+    assert "the run has seed 0 and cannot go on with 1" in printed
