@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -150,18 +151,23 @@ class LSoftmaxCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leaves the config as it is: Lightning would put a checkpoint's settings over those the user gave."""
 
+    def instantiate_classes(self) -> None:
+        """As Lightning's; whatever a constructor does not take is a user's mistake."""
+        with _taken_as_settings():
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As Lightning's; a setting that the Trainer does not take is a user's mistake."""
+        """As Lightning's, without checkpoints where there are to be none; goes on with a run that was stopped."""
         if self._get(self.config_init, "trainer").enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
             del self.trainer_defaults["callbacks"][0]
         word = self.config[self.subcommand].ckpt_path
         if word in ("last", "best"):
             kwargs |= self._take_up(word)
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"the Trainer does not take these settings: {error}") from error
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.accumulate_grad_batches < 1:  # which Lightning divides by
+            raise InputError(f"accumulate_grad_batches must be 1 or more, got {trainer.accumulate_grad_batches}.")
+        return trainer
 
     def _take_up(self, word: str) -> dict[str, Any]:
         """Finds what ``--ckpt_path last`` and ``best`` mean: checkpoints of the last run of ``fit``.
@@ -226,7 +232,11 @@ class LSoftmaxCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; unlike Lightning's, without a warning where Python code calls :func:`main` with arguments."""
-        self.config = parser.parse_args(args)
+        with _taken_as_settings():
+            self.config = parser.parse_args(args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= (seed or 0) < 2**32:
+            raise InputError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
 
     def after_fit(self) -> None:
         """Tests the best checkpoint."""
@@ -295,6 +305,20 @@ class LSoftmaxCLI(LightningCLI):
 
 
 @contextmanager
+def _taken_as_settings() -> Iterator[None]:
+    """Makes an error of the user's out of whatever a parser or a constructor has against its arguments."""
+    try:
+        yield
+    except Exception as error:
+        if _mistake(error) or "JSONARGPARSE_DEBUG" in os.environ:
+            raise
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        raise InputError(f"{type(cause).__name__}: {cause} (JSONARGPARSE_DEBUG=1 shows where.)") from error
+
+
+@contextmanager
 def mistakes_in_a_line() -> Iterator[None]:
     """Ends the process with a message and no traceback, for whatever the user can mend.
 
@@ -320,11 +344,24 @@ def mistakes_in_a_line() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _mistake(error: Exception) -> BaseException | None:
+_MENDABLE = {
+    "Expected more than 1 value per channel when training": "batch normalisation takes 2 images or more on each device: "
+    "raise batch_size.",
+    "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
+    "Output size is too small": "the images are too small for this backbone.",
+    "can't allocate memory": "these settings take more memory than there is.",
+}
+"""What libraries say of settings that do not go together, and what a user can do."""
+
+
+def _mistake(error: Exception) -> BaseException | str | None:
     """What the user can mend, found in what jsonargparse wraps around the error of a constructor."""
+    for said, advice in _MENDABLE.items():
+        if said in str(error):
+            return advice
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, LSoftmaxError | MisconfigurationException):
+        if isinstance(cause, LSoftmaxError | MisconfigurationException | OSError):
             return cause
         if str(cause).startswith("Expected a <class 'NoneType'>"):
             return error  # its older versions chain this in the place of ours, which is in the text alone

@@ -46,7 +46,7 @@ class LambdaAnnealing(Callback):
         name = type(pl_module).__name__
         if not hasattr(getattr(pl_module, "head", None), "lambda_"):
             raise InputError(f"LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}.")
-        if self.schedule is None and not hasattr(pl_module, "lambda_schedule"):
+        if not callable(self.schedule or getattr(pl_module, "lambda_schedule", None)):
             raise InputError(f"LambdaAnnealing needs a schedule, as its argument or as {name}.lambda_schedule.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:

@@ -153,15 +153,17 @@ class LSoftmaxModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over two parameter groups, with and without weight decay, and the scheduler if there is one."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self._optimizer(
-            [
-                {"params": [p for p in trained if p.ndim > 1]},
-                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-        )
-        if self._lr_scheduler is None:
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        try:
+            optimizer = self._optimizer(groups)
+            scheduler = self._lr_scheduler and self._lr_scheduler(optimizer)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the optimizer or lr_scheduler does not take its settings: {error}") from error
+        if scheduler is None:
             return optimizer
-        scheduler = self._lr_scheduler(optimizer)
         config = LRSchedulerConfigType(
             scheduler=scheduler,
             interval=self.hparams["lr_scheduler_interval"],
