@@ -345,8 +345,7 @@ def mistakes_in_a_line() -> Iterator[None]:
 
 
 _MENDABLE = {
-    "Expected more than 1 value per channel when training": "batch normalisation takes 2 images or more on each device: "
-    "raise batch_size.",
+    "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
     "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
     "Output size is too small": "the images are too small for this backbone.",
     "can't allocate memory": "these settings take more memory than there is.",
