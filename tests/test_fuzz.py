@@ -7,11 +7,10 @@ import contextlib
 import copy
 import functools
 import io
-import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from lsoftmax_lightning.cli import CONFIGS, main
+from lsoftmax_lightning.compare.plan import argument
 from lsoftmax_lightning.datamodules import digits
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI, flat
 
@@ -145,7 +145,7 @@ TEXT = (CONFIGS / "digits.yaml").read_text()
 @st.composite
 def arguments(draw: st.DrawFn) -> list[str]:
     """Settings of ``fit``, some of them wrong, as arguments."""
-    words = [f"--{key}={as_argument(value)}" for key, value in draw(MUTATIONS)]
+    words = [f"--{key}={argument(value)}" for key, value in draw(MUTATIONS)]
     return ["fit", "--config=digits.yaml", *words, *FIXED]
 
 
@@ -189,14 +189,10 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return [command, *words, *(FIXED if command in LSoftmaxCLI.subcommands() else ["--trainer.fast_dev_run=true"])]
 
 
-def as_argument(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 @contextlib.contextmanager
 def within(seconds: int) -> Iterator[None]:
     def expired(*args: Any) -> None:
-        raise TimeoutError
+        pytest.fail(f"still at it after {seconds} s")  # no Exception, which the command line might print
 
     signal.signal(signal.SIGALRM, expired)
     signal.alarm(seconds)
@@ -230,34 +226,14 @@ def _cheap() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-many = settings(
+@pytest.mark.parametrize("kind", [arguments, configs, texts, command_lines])
+@settings(
     max_examples=int(os.environ.get("FUZZ", "40")),
     deadline=None,
     derandomize="FUZZ" not in os.environ,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-
-
-@many
-@given(arguments())
-def test_arguments(args: list[str]) -> None:
-    runs_or_says_what_is_wrong(args)
-
-
-@many
-@given(configs())
-def test_configs(args: list[str]) -> None:
-    runs_or_says_what_is_wrong(args)
-
-
-@many
-@given(texts())
-def test_texts(args: list[str]) -> None:
-    runs_or_says_what_is_wrong(args)
-
-
-@many
-@given(command_lines())
-def test_command_lines(args: list[str]) -> None:
-    runs_or_says_what_is_wrong(args)
+@given(data=st.data())
+def test_whatever_is_asked_for(kind: Callable[[], st.SearchStrategy[list[str]]], data: st.DataObject) -> None:
+    runs_or_says_what_is_wrong(data.draw(kind()))
