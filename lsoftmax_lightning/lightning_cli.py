@@ -348,6 +348,7 @@ _MENDABLE = {
     "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
     "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
     "Output size is too small": "the images are too small for this backbone.",
+    "gloo/transport": "another process of the run died; above is its own error, or none if it was killed.",
     "can't allocate memory": "these settings take more memory than there is.",
 }
 """What libraries say of settings that do not go together, and what a user can do."""

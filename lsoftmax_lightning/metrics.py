@@ -86,6 +86,36 @@ def segment_counts(angles: Tensor, margin: int) -> Tensor:
     return (segment.unsqueeze(1) == torch.arange(margin, device=angles.device)).float().sum(dim=0)
 
 
+class MeanLoss(Metric):
+    """The mean over samples of losses that are means over batches.
+
+    It is exact for batches and processes of any size, and NaN if a loss is. Lightning's own mean is wrong where
+    processes have different numbers of samples (its issue 21859), and torchmetrics' ``MeanMetric`` leaves out the sizes
+    of batches where it is told to leave NaN alone.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, size: int) -> None:
+        """Takes the mean loss, 0-d, of a batch of that many samples."""
+        # not in place: a Trainer may validate within inference mode, and then train without it
+        self.total = self.total + loss.detach() * size
+        self.count = self.count + size
+
+    def compute(self) -> Tensor:
+        """The mean, 0-d."""
+        return self.total / self.count
+
+
 class PairVerification(Metric):
     """Whether two images show the same identity, told from the cosine of their embeddings: the protocol of LFW.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lsoftmax_lightning import metrics
 from lsoftmax_lightning.errors import InputError
-from lsoftmax_lightning.metrics import ClassAngles, PairVerification
+from lsoftmax_lightning.metrics import ClassAngles, MeanLoss, PairVerification
 
 
 def make_pairs(folds: int = 5, count: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -266,3 +266,12 @@ def test_verification_leaves_the_cosines_of_the_scored_pairs() -> None:
     metric.compute()
     first, second = embeddings[pairs[pairs[:, 3] > 0, :2]].unbind(1)
     torch.testing.assert_close(metric.cosines, torch.cosine_similarity(first.double(), second.double()))
+
+
+def test_the_mean_loss_weighs_batches_by_their_size_and_keeps_nan() -> None:
+    loss = MeanLoss()
+    loss.update(torch.tensor(1.0), 3)
+    loss.update(torch.tensor(2.0), 1)
+    assert loss.compute() == 1.25
+    loss.update(torch.tensor(float("nan")), 2)
+    assert loss.compute().isnan()

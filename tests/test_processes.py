@@ -1,8 +1,10 @@
 """One process and two train and test the same."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from .datamodules.formats import write_lfw
 
 # without batch normalisation, whose statistics are those of a process's own share
 MODULE = """
+import os
 from typing import Any
+from lightning import Callback
 from torch import nn
 from lsoftmax_lightning import ClassificationModule, VerificationModule
 
@@ -27,6 +31,16 @@ class Module(ClassificationModule):
 class Faces(VerificationModule):
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(num_classes, backbone=Flat(nn.Flatten(), nn.Linear(192, 32), nn.Tanh()), **kwargs)
+
+class Dies(Callback):
+    def __init__(self, rank: int, killed: bool) -> None:
+        self.rank, self.killed = rank, killed
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == 5:
+            if self.killed:
+                os.kill(os.getpid(), 9)
+            raise RuntimeError("this worker gives out")
 """
 
 
@@ -42,6 +56,28 @@ def run(
         *args,
     ]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    command = [sys.executable, "-m", "tests.processes", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=480)
+    assert done.returncode == 0, done.stderr
+    weights = {count: torch.load(tmp_path / f"weights_{count}.pt", weights_only=True) for count in (1, 2, 4)}
+    figures = {count: json.loads((tmp_path / f"figures_{count}.json").read_text()) for count in (1, 2, 4)}
+    for count in (2, 4):
+        # after 50 steps there is nothing between them but the order of sums
+        for run, one in weights[1].items():
+            other = weights[count][run]
+            difference = max(float((other[name] - weight).abs().max()) for name, weight in one.items())
+            record_property(f"difference of weights, {count} processes, {run}", difference)
+            assert difference < (1e-4 if "32" in run else 1e-12)
+        # each image of a test set of any size counts once
+        for size, one in figures[1].items():
+            if int(size) < count:
+                assert figures[count][size] == f"{size} samples are too few for {count} devices; use fewer."
+            else:
+                assert figures[count][size] == pytest.approx(one, rel=1e-5, abs=1e-4)
 
 
 def test_two_processes_are_as_one() -> None:
@@ -113,3 +149,17 @@ def test_divergence_ends_every_process() -> None:
     done = run(2, "--model.optimizer.lr=1e30")
     assert done.returncode != 0
     assert "error: The training loss was NaN or infinite" in done.stderr
+
+
+@pytest.mark.parametrize(("rank", "killed"), [(1, False), (1, True), (0, True)])
+def test_a_worker_that_dies_takes_the_run_down(rank: int, killed: bool) -> None:
+    dies = (
+        "--trainer.callbacks+=flat.Dies",
+        f"--trainer.callbacks.rank={rank}",
+        f"--trainer.callbacks.killed={killed}",
+    )
+    done = run(2, *dies)
+    assert done.returncode != 0
+    assert ("this worker gives out" in done.stderr) is not killed
+    assert ("error: another process of the run died" in done.stderr) or not killed
+    assert done.stderr.count("Traceback") == (not killed)

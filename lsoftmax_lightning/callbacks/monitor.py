@@ -13,10 +13,9 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
-from torchmetrics import MeanMetric
 
 from ..functional import effective_margin, separation, target_angles
-from ..metrics import ClassAngles, segment_counts
+from ..metrics import ClassAngles, MeanLoss, segment_counts
 from .annealing import LambdaAnnealing
 from .listener import HeadListener, classes_of, tensorboards
 
@@ -84,7 +83,7 @@ class MarginMonitor(HeadListener):
         if self.listening:
             head = pl_module.head
             self._angles = ClassAngles(head.num_classes, head.in_features, head.margin)
-            self._margin_loss = MeanMetric(nan_strategy="disable")
+            self._margin_loss = MeanLoss()
             for logger in tensorboards(trainer):
                 logger._default_hp_metric = False  # it would be -1 for good, beside what on_fit_start names
 

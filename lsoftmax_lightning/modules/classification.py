@@ -9,6 +9,7 @@ from torchmetrics import MetricCollection
 
 from ..errors import InputError
 from ..functional import own_logits
+from ..metrics import MeanLoss
 from .base import LSoftmaxModule
 
 
@@ -30,26 +31,29 @@ class ClassificationModule(LSoftmaxModule):
             raise InputError("these data validate on pairs of images: train a VerificationModule on them.")
 
     def configure_metrics(self) -> None:
-        """Adds ``self.val_metrics`` and ``self.test_metrics``, which read plain logits [N, C] and classes [N]."""
+        """Adds ``val_metrics`` and ``test_metrics``, which read plain logits [N, C] and classes [N], and the losses."""
         super().configure_metrics()
         self.val_metrics = self.train_metrics.clone(prefix="val/")
         self.test_metrics = self.train_metrics.clone(prefix="test/")
+        self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Updates the validation metrics."""
-        self._evaluate(batch, "val/loss", self.val_metrics)
+        self._evaluate(batch, "val/loss", self.val_loss, self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Updates the test metrics."""
-        self._evaluate(batch, "test/loss", self.test_metrics)
+        self._evaluate(batch, "test/loss", self.test_loss, self.test_metrics)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], loss_name: str, metrics: MetricCollection) -> None:
+    def _evaluate(
+        self, batch: tuple[Tensor, Tensor], loss_name: str, loss: MeanLoss, metrics: MetricCollection
+    ) -> None:
         x, target = batch
         logits = self(x)
         _, target = own_logits(logits, target)
+        loss.update(self.criterion(logits, target), len(target))
         metrics.update(logits, target)
-        # weighted by the batch and reduced once, at the end: exact for batches and processes of any size
-        self.log(loss_name, self.criterion(logits, target), prog_bar=True, batch_size=len(target), sync_dist=True)
+        self.log(loss_name, loss, prog_bar=True)
         self.log_dict(metrics, prog_bar=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

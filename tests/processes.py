@@ -1,0 +1,143 @@
+"""Trains and tests on 1, 2 and 4 processes: `python -m tests.processes FOLDER`.
+
+Networks are trained for 50 steps, and one is tested on sets of many sizes; weights and figures are left in the folder.
+Torch is imported once; each process is a fork, in the environment that torchrun makes.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning import Trainer, seed_everything
+from torch import Tensor, nn
+
+from lsoftmax_lightning.callbacks import MarginMonitor
+from lsoftmax_lightning.datamodules.base import Images
+from lsoftmax_lightning.errors import InputError
+from lsoftmax_lightning.transforms import RandomCropFlip
+
+from .conftest import BlobsDataModule, make_model, make_trainer
+
+SIZES = range(1, 17)  # batches of 8: a part of one, a whole one, and one with any part of the next
+
+
+class Sum(torch.autograd.Function):
+    """Over all processes, of values and of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return Sum.forward(ctx, gradients[0])
+
+
+class SyncedNorm(nn.BatchNorm1d):
+    """What SyncBatchNorm does; torch has that on GPUs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        count = len(x) * dist.get_world_size()
+        mean = Sum.apply(x.sum(0)) / count  # type: ignore[no-untyped-call]
+        variance = Sum.apply((x - mean).square().sum(0)) / count  # type: ignore[no-untyped-call]
+        for running, value in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
+            assert running is not None
+            running.lerp_(value.detach(), 0.1)
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+class Net(nn.Sequential):
+    num_features = 16
+
+    def __init__(self, *norm: nn.Module) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 32), *norm, nn.ReLU(), nn.Linear(32, 16))
+
+
+class OfSize(BlobsDataModule):
+    """With as many images to test on as are asked for."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(batch_size=8)
+        self.size = size
+
+    def load(self, train: bool) -> Images:
+        images, targets = super().load(train)
+        return Images(images[: self.size], targets[: self.size])
+
+
+def trainer(**settings: Any) -> Trainer:
+    devices = int(os.environ["WORLD_SIZE"])
+    return make_trainer(strategy="ddp", devices=devices, callbacks=[MarginMonitor()], **settings)
+
+
+def train(precision: Any, *norm: nn.Module) -> dict[str, Tensor]:
+    """The weights after 50 steps."""
+    seed_everything(0)
+    data = BlobsDataModule(batch_size=16)
+    data.augment = RandomCropFlip(padding=1, flip=True)
+    model = make_model(backbone=Net(*norm), margin=4)
+    trainer(max_epochs=-1, max_steps=50, precision=precision).fit(model, data)
+    return dict(model.state_dict())
+
+
+def test(size: int) -> dict[str, float] | str:
+    """The figures of a test set of that many images."""
+    try:
+        tested = trainer()
+        tested.test(make_model(), OfSize(size), verbose=False)
+    except InputError as error:
+        return str(error)
+    return {name: float(value) for name, value in tested.callback_metrics.items()}
+
+
+def work(folder: Path) -> None:
+    """What each process does."""
+    weights = {
+        f"{name}{precision}": train(precision, *norms)
+        for precision in ("32-true", "64-true")
+        for name, norms in (("", []), ("synced-norm-", [SyncedNorm(32)]))
+    }
+    figures = {size: test(size) for size in SIZES}
+    if os.environ["RANK"] == "0":
+        count = os.environ["WORLD_SIZE"]
+        torch.save(weights, folder / f"weights_{count}.pt")
+        (folder / f"figures_{count}.json").write_text(json.dumps(figures))
+
+
+def fork(rank: int, count: int, port: int, folder: Path) -> int:
+    """The process' number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ |= {name: str(value) for name, value in (ranks | address).items()}
+        work(folder)
+        dist.destroy_process_group()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    for count in (1, 2, 4):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pids = [fork(rank, count, port, Path(sys.argv[1])) for rank in range(count)]
+        if any([os.waitpid(pid, 0)[1] for pid in pids]):
+            sys.exit(1)
