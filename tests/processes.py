@@ -139,5 +139,6 @@ if __name__ == "__main__":
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         pids = [fork(rank, count, port, Path(sys.argv[1])) for rank in range(count)]
-        if any([os.waitpid(pid, 0)[1] for pid in pids]):
+        codes = [os.waitpid(pid, 0)[1] for pid in pids]
+        if any(codes):
             sys.exit(1)

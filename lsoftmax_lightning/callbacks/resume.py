@@ -38,7 +38,7 @@ class ExactResume(Callback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Takes the seed of ``seed_everything``, or 0, as the datamodules do."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self._owed = False
+        self._watched, self._owed = {}, False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
         """Seeds the generators of the process; the first time after an interruption, mends the learning rate."""
@@ -52,15 +52,19 @@ class ExactResume(Callback):
         torch.manual_seed(seed)
 
     def _tell_schedulers(self, trainer: Trainer, pl_module: Any) -> None:
-        measured = self._watched | trainer.callback_metrics
+        measured = self._measured(trainer)
         for config in trainer.lr_scheduler_configs:
             if _watches(config) and trainer.current_epoch % config.frequency == 0 and config.monitor in measured:
                 pl_module.lr_scheduler_step(config.scheduler, measured[config.monitor])
 
+    def _measured(self, trainer: Trainer) -> dict[str, Any]:
+        """What was measured last, in this run or, before anything was, in the one it goes on from."""
+        return self._watched | trainer.callback_metrics
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keeps the seed, and what was last measured of what the learning rate depends on."""
         names = {config.monitor for config in trainer.lr_scheduler_configs if _watches(config)}
-        watched = {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
+        watched = {name: float(value) for name, value in self._measured(trainer).items() if name in names}
         checkpoint[_KEY] = {"seed": self._seed, "watched": watched}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

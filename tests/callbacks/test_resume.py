@@ -1,4 +1,4 @@
-"""Epochs that are counted once."""
+"""Epochs that are counted once, and learning rates that know of each."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor
 
 from lsoftmax_lightning.callbacks import ExactResume
@@ -36,3 +37,23 @@ def test_from_the_end_of_an_epoch_the_next_one_follows(length: dict[str, Any], t
     whole = train("whole")
     for step in (8, 16, 24):
         assert torch.equal(train(f"from_{step}", ckpt_path=tmp_path / "whole" / f"step={step}.ckpt"), whole)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_plateau_is_known_after_two_stops_with_no_validation_between_them(tmp_path: Path) -> None:
+    def train(folder: str, **resume: Any) -> Any:
+        saved = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        model = make_model(
+            lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, "val/loss", factor=0.5, patience=0),
+            lr_scheduler_interval="epoch",
+        )
+        length = {"max_epochs": 3, "val_check_interval": 5, "check_val_every_n_epoch": None}
+        trainer = make_trainer(callbacks=[saved, ExactResume()], enable_checkpointing=True, **length)
+        trainer.fit(model, BlobsDataModule(), **resume)  # 8 steps an epoch, validations behind 5, 10, 15, 20
+        return model.head.weight, trainer.lr_scheduler_configs[0].scheduler.state_dict()
+
+    weight, plateau = train("whole")
+    train("stopped", ckpt_path=tmp_path / "whole" / "step=6.ckpt")
+    again, plateau_again = train("again", ckpt_path=tmp_path / "stopped" / "step=7.ckpt")
+    assert plateau_again == plateau
+    assert torch.equal(again, weight)

@@ -1,0 +1,108 @@
+"""Files that a disk, or somebody, has made a mess of are read, or named in one error."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from lsoftmax_lightning.datamodules import CIFAR10DataModule, ImageFolderDataModule, MNISTDataModule
+from lsoftmax_lightning.datamodules.lfw import read_pairs
+from lsoftmax_lightning.errors import DataError
+
+from .formats import pairs_text, write_cifar, write_folder, write_mnist
+
+FORMATS = ["bmp", "gif", "jpg", "png", "ppm", "tga", "tiff", "webp"]
+
+
+@st.composite
+def mess(draw: st.DrawFn, whole: bytes) -> bytes:
+    """Some bytes of a file changed, lost or put in; more often at its beginning."""
+    content = whole
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.one_of(st.integers(0, 40), st.integers(0, len(whole))))
+        lost = draw(st.sampled_from([0, 1, 1, 1, 4, 100, len(whole)]))
+        new = draw(st.one_of(st.binary(max_size=4), st.sampled_from([b"\xff\xff\xff\xff", b"\x00", b"\x7f", b"\t", b"\n"])))
+        content = content[:at] + new + content[at + lost :]
+    return content
+
+
+def examples(test: Callable[..., None]) -> Callable[..., None]:
+    return settings(
+        max_examples=250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )(test)
+
+
+@pytest.mark.filterwarnings("ignore")  # what Pillow says of files that it reads nevertheless
+@examples
+@given(data=st.data())
+def test_images(data: st.DataObject, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "images", ignore_errors=True)
+    write_folder(tmp_path / "images", ("train", "val", "test"), count=1)
+    kind = data.draw(st.sampled_from(FORMATS))
+    path = tmp_path / "images" / "train" / "red" / f"0.{kind}"
+    Image.effect_noise((12, 10), 100).convert("RGB").save(path)
+    path.write_bytes(data.draw(mess(path.read_bytes())))
+    module = ImageFolderDataModule(str(tmp_path / "images"), image_size=8, batch_size=2, num_workers=0)
+    try:
+        module.setup("fit")
+    except DataError as error:
+        assert str(path) in str(error)
+    else:
+        assert len(module.train_data.images) == 3
+
+
+@examples
+@given(data=st.data())
+def test_lists_of_pairs(data: st.DataObject, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.txt"
+    path.write_bytes(data.draw(mess(pairs_text().encode())))
+    try:
+        pairs = read_pairs(path)
+    except DataError as error:
+        assert str(path) in str(error)
+    else:
+        assert {pair.fold for pair in pairs} == set(range(1, pairs[-1].fold + 1))
+
+
+def refuses(module: Any, path: Path, content: bytes) -> bool:
+    """Whether a datamodule refuses a file with that content; the file is mended afterwards."""
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        module.setup("fit")
+        module.setup("test")
+    except DataError as error:
+        assert str(error).startswith(("cannot read", f"{type(module).__name__} "))
+        return True
+    finally:
+        path.write_bytes(whole)
+    return False
+
+
+@examples
+@given(data=st.data())
+def test_mnist(data: st.DataObject, tmp_path: Path) -> None:
+    if not (tmp_path / "MNIST").exists():
+        write_mnist(tmp_path, train=40, test=10)
+    path = data.draw(st.sampled_from(sorted((tmp_path / "MNIST" / "raw").iterdir())))
+    module = MNISTDataModule(str(tmp_path), batch_size=4)
+    if not refuses(module, path, data.draw(mess(path.read_bytes()))):
+        assert (len(module.train_data.images), len(module.val_data.images), len(module.test_data.images)) == (36, 4, 10)
+
+
+@examples
+@given(data=st.data())
+def test_cifar(data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / CIFAR10.base_folder
+    if not folder.exists():
+        write_cifar(tmp_path, monkeypatch)
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    content = data.draw(mess(path.read_bytes()))
+    changed = content != path.read_bytes()
+    assert refuses(CIFAR10DataModule(str(tmp_path), batch_size=4), path, content) == changed  # by its checksum

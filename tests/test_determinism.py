@@ -1,0 +1,49 @@
+"""The same settings give the same weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lsoftmax_lightning.cli import main
+
+from .datamodules.formats import write_image
+from .test_cli import QUIET
+
+
+def weights(*args: str) -> dict[str, Tensor]:
+    """Those that a run of `fit` ends with."""
+    cli = main(["fit", *QUIET, "--model.margin=2", "--trainer.max_epochs=2", *args])
+    assert cli is not None
+    return dict(cli.model.state_dict())
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_the_seed_says_it_all() -> None:
+    # a network that draws from the generators of Python, NumPy and torch, and augmented images
+    args = ["--config=digits.yaml", "--model.backbone={class_path: tests.interrupted.Random}"]
+    args += ["--data=tests.interrupted.Shifted"]
+    first = weights(*args)
+    assert same(first, weights(*args))
+    assert not same(first, weights(*args, "--seed_everything=1"))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+    for number in range(48):  # no two alike
+        part = "train" if number < 36 else "test"
+        write_image(tmp_path / "images" / part / str(number % 2) / f"{number}.png", (5 * number, 250 * (number % 2), 9))
+    runs = [
+        weights(
+            *("--config=folder.yaml", f"--data.root={tmp_path / 'images'}", "--data.image_size=16"),
+            *("--data.memory_gib=0", f"--data.num_workers={workers}", "--data.crop_padding=2", "--data.flip=true"),
+            *("--data.batch_size=8", "--model.backbone=digits"),
+        )
+        for workers in (0, 1, 3)
+    ]
+    assert same(runs[0], runs[1])
+    assert same(runs[0], runs[2])
