@@ -12,6 +12,9 @@ from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.datamodules import ImageDataModule
 from lsoftmax_lightning.datamodules.base import Images
 
+# tests run side by side, a core each, and so do the programs that they start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Lightning calls parts of jsonargparse that its version 5 will not have; the dependency is held below that
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 

@@ -14,7 +14,7 @@ from .test_cli import QUIET
 
 def weights(*args: str) -> dict[str, Tensor]:
     """Those that a run of `fit` ends with."""
-    cli = main(["fit", *QUIET, "--model.margin=2", "--trainer.max_epochs=2", *args])
+    cli = main(["fit", *args, *QUIET, "--model.margin=2", "--trainer.max_epochs=2"])
     assert cli is not None
     return dict(cli.model.state_dict())
 

@@ -1,6 +1,6 @@
 """Whatever a user may get wrong ends in a run or in an error that fits a screen.
 
-Of each kind FUZZ examples are tried, 40 where it is not set, and then always the same.
+Of each kind FUZZ examples are tried, 250 where it is not set, and then always the same.
 """
 
 import contextlib
@@ -216,11 +216,15 @@ def runs_or_says_what_is_wrong(args: list[str]) -> None:
     assert code == 0 or len(printed.splitlines()) <= 40, printed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cheap() -> Iterator[None]:
-    """Reads the digits once."""
+@pytest.fixture(autouse=True)
+def _cheap(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reads the digits once, and knows no command but fit where no other is called."""
+    commands = LSoftmaxCLI.subcommands()
+    if request.node.callspec.params["kind"] is not command_lines:
+        commands = {"fit": commands["fit"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "load_digits", functools.cache(load_digits))
+        patch.setattr(LSoftmaxCLI, "subcommands", staticmethod(lambda: commands))
         logging.disable(logging.INFO)
         yield
         logging.disable(logging.NOTSET)
@@ -228,7 +232,7 @@ def _cheap() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", [arguments, configs, texts, command_lines])
 @settings(
-    max_examples=int(os.environ.get("FUZZ", "40")),
+    max_examples=int(os.environ.get("FUZZ", "250")),
     deadline=None,
     derandomize="FUZZ" not in os.environ,
     database=None,

@@ -89,6 +89,7 @@ def test_stopped_at_any_moment_a_run_ends_with_the_same_weights(stops: list[str]
 
 def test_two_processes_stop_together_and_go_on() -> None:
     args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]
+    args += ["--trainer.max_epochs=5"]
     whole = run("-m", "lsoftmax_lightning", *args, "--trainer.logger.name=whole")
     assert whole.returncode == 0, whole.stderr
     stopped = ["-m", "lsoftmax_lightning", *args, "--trainer.logger.name=stopped", "--ckpt_path=last"]
@@ -101,7 +102,7 @@ def test_two_processes_stop_together_and_go_on() -> None:
         said, _ = first.communicate(timeout=60)
     assert first.returncode == 143, said
     assert said.count("Stopped after") == 1
-    assert 0 < last("runs/stopped/version_0")["global_step"] < 240
+    assert 0 < last("runs/stopped/version_0")["global_step"] < 100
     done = run(*stopped)
     assert done.returncode == 0, done.stderr
     one, other = last("runs/whole/version_0"), last("runs/stopped/version_0")

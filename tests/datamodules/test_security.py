@@ -1,0 +1,60 @@
+"""What comes from outside is checked before it is opened."""
+
+import pickle
+import tarfile
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from torchvision.datasets import CIFAR10
+
+from lsoftmax_lightning.datamodules import CIFAR10DataModule, CIFAR100DataModule, MNISTDataModule
+from lsoftmax_lightning.errors import DataError
+
+from .formats import write_cifar
+
+
+class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", [CIFAR10DataModule, CIFAR100DataModule, MNISTDataModule])
+def test_a_download_that_is_not_the_authors_is_not_opened(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+
+    def fetch(url: str, filename: str, *args: Any) -> None:
+        fetched.append(Path(filename))
+        with tarfile.open(filename, "w:gz") as archive:
+            archive.add(__file__, "../../outside")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fetch)
+    with pytest.raises(DataError, match="cannot read"):
+        kind(str(tmp_path / "data")).prepare_data()
+    assert fetched
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} <= set(fetched)
+
+
+def test_a_pickle_that_is_not_the_authors_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch)
+    payload = pickle.dumps(Payload(tmp_path / "ran"))
+    (tmp_path / CIFAR10.base_folder / "data_batch_1").write_bytes(payload)
+    with pytest.raises(DataError, match="cannot read"):
+        CIFAR10DataModule(str(tmp_path)).setup("fit")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(payload)
+    assert (tmp_path / "ran").exists()
+
+
+def test_no_release_of_lightning_that_stole_secrets_is_allowed() -> None:
+    (lightning,) = (need for need in map(Requirement, requires("lsoftmax-lightning") or []) if need.name == "lightning")
+    assert not {"2.6.2", "2.6.3"} & set(lightning.specifier.filter(["2.6.1", "2.6.2", "2.6.3", "2.6.4"]))
