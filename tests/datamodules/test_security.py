@@ -37,6 +37,7 @@ def test_a_download_that_is_not_the_authors_is_not_opened(
         with tarfile.open(filename, "w:gz") as archive:
             archive.add(__file__, "../../outside")
 
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **hops: url)
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fetch)
     with pytest.raises(DataError, match="cannot read"):
         kind(str(tmp_path / "data")).prepare_data()
