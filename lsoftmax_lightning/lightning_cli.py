@@ -203,15 +203,22 @@ class LSoftmaxCLI(LightningCLI):
         return {"logger": loggers}
 
     def _tell_changes(self, folder: Path) -> None:
-        """Says which settings are not those that the run began with."""
+        """Says which settings are not those that the run began with, and refuses those it cannot go on with."""
         before = flat(yaml.safe_load((folder / "config.yaml").read_text()))
         now = flat(yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False)))
-        changed = [
-            f"{name} {before.get(name)} -> {now.get(name)}"
-            for name in {**before, **now}
-            if before.get(name) != now.get(name) and name != "ckpt_path"
-        ]
-        rank_zero_info(f"Going on with {folder}" + (f", with other settings: {'; '.join(changed)}" if changed else ""))
+        changed = {name for name in {**before, **now} if before.get(name) != now.get(name)} - {"ckpt_path"}
+        for part in ("model.optimizer", "model.lr_scheduler"):
+            kind, other = (settings.get(f"{part}.class_path") for settings in (before, now))
+            if kind != other:
+                raise InputError(
+                    f"the run in {folder} has {kind} for its {part} and cannot go on with {other}. Set it back, or "
+                    "begin anew without --ckpt_path."
+                )
+        said = "".join(f"\n  {name} {before.get(name)} -> {now.get(name)}" for name in sorted(changed))
+        rank_zero_info(f"Going on with {folder}" + (f", with other settings:{said}" if changed else ""))
+        kept = ("model.optimizer.", "model.lr_scheduler.")
+        if any(name.startswith(kept) for name in changed - {"model.lr_scheduler.monitor"}):
+            rank_zero_warn("Settings of optimizer and lr_scheduler are those of the checkpoint: others have no effect.")
 
     def after_instantiate_classes(self) -> None:
         """Refuses a checkpoint that is not there or of another network, before any work."""
@@ -348,7 +355,8 @@ _MENDABLE = {
     "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
     "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
     "Output size is too small": "the images are too small for this backbone.",
-    "gloo/transport": "another process of the run died; above is its own error, or none if it was killed.",
+    "SyncBatchNorm layers only work with GPU": "synchronised batch normalisation works on GPUs alone.",
+    "gloo/transport/tcp/pair.cc": "another process of the run died; above is its own error, or none if it was killed.",
     "can't allocate memory": "these settings take more memory than there is.",
 }
 """What libraries say of settings that do not go together, and what a user can do."""

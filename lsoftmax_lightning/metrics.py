@@ -102,13 +102,14 @@ class MeanLoss(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("total", "count"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+        for name, dtype in (("total", torch.float32), ("count", torch.int64)):
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, size: int) -> None:
         """Takes the mean loss, 0-d, of a batch of that many samples."""
-        # not in place: a Trainer may validate within inference mode, and then train without it
-        self.total = self.total + loss.detach() * size
+        # not in place: a Trainer may validate within inference mode and then train without it, and in half precision
+        # (bf16-true, say) it has made that of the state
+        self.total = self.total + loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * size
         self.count = self.count + size
 
     def compute(self) -> Tensor:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 
 from .test_cli import QUIET, SHORT, fails
 
@@ -87,9 +89,26 @@ def test_stopped_at_any_moment_a_run_ends_with_the_same_weights(stops: list[str]
         assert sorted(set(curves[1])) == sorted(set(curves[0]))
 
 
+@pytest.mark.parametrize(
+    ("at", "lines", "end"), [(9, {"lambda": [9]}, 10), (19, {"lambda": [9, 19], "train/acc": [19]}, 21)]
+)
+def test_what_was_measured_before_a_stop_is_logged(at: int, lines: dict[str, list[int]], end: int) -> None:
+    class Tells(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as caught:
+        LSoftmaxCLI(["fit", "--config=digits.yaml", *QUIET], callbacks=[Tells()])
+    assert caught.value.code == 143
+    events = EventAccumulator("runs/digits/version_0").Reload()
+    assert {name: [event.step for event in events.Scalars(name)] for name in lines} == lines
+    assert last("runs/digits/version_0")["global_step"] == end
+
+
 def test_two_processes_stop_together_and_go_on() -> None:
     args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]
-    args += ["--trainer.max_epochs=5"]
+    args += ["--trainer.max_epochs=8"]
     whole = run("-m", "lsoftmax_lightning", *args, "--trainer.logger.name=whole")
     assert whole.returncode == 0, whole.stderr
     stopped = ["-m", "lsoftmax_lightning", *args, "--trainer.logger.name=stopped", "--ckpt_path=last"]
@@ -102,7 +121,7 @@ def test_two_processes_stop_together_and_go_on() -> None:
         said, _ = first.communicate(timeout=60)
     assert first.returncode == 143, said
     assert said.count("Stopped after") == 1
-    assert 0 < last("runs/stopped/version_0")["global_step"] < 100
+    assert 0 < last("runs/stopped/version_0")["global_step"] < 160
     done = run(*stopped)
     assert done.returncode == 0, done.stderr
     one, other = last("runs/whole/version_0"), last("runs/stopped/version_0")
@@ -117,7 +136,7 @@ def test_last_is_the_last_run_of_fit_and_goes_on_in_its_folder(caplog: pytest.Lo
     cli = main([*fit, "--trainer.max_epochs=2"])
     assert cli is not None
     assert cli.trainer.global_step == 6
-    assert "Going on with runs/digits/version_0, with other settings: trainer.max_epochs 1 -> 2" in caplog.messages
+    assert "Going on with runs/digits/version_0, with other settings:\n  trainer.max_epochs 1 -> 2" in caplog.messages
     assert {path.name for path in Path("runs/digits").iterdir()} == {"version_0", "version_1"}
     saved = yaml.safe_load(Path("runs/digits/version_0/config.yaml").read_text())
     assert saved["trainer"]["max_epochs"] == 2
@@ -151,3 +170,20 @@ def test_another_seed_is_another_run(capsys: pytest.CaptureFixture[str]) -> None
         main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
     printed = fails(capsys, "fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last", "--seed_everything=1")
     assert "the run has seed 0 and cannot go on with 1" in printed
+
+
+@pytest.mark.filterwarnings("ignore:There is no")
+def test_what_the_optimizer_cannot_go_on_with_is_refused_and_what_has_no_effect_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
+    main(fit)
+    before = Path("runs/digits/version_0/config.yaml").read_text()
+    for part, kind in (("optimizer", "torch.optim.Adam"), ("lr_scheduler", "null")):
+        assert f"for its model.{part} and cannot go on with" in fails(capsys, *fit, f"--model.{part}={kind}")
+    assert Path("runs/digits/version_0/config.yaml").read_text() == before
+    cli = main([*fit, "--model.lr_scheduler_interval=epoch"])  # which has an effect, and no warning
+    with pytest.warns(UserWarning, match="others have no effect"):
+        cli = main([*fit, "--trainer.max_epochs=2", "--model.optimizer.lr=0.01"])
+    assert cli is not None
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.05

@@ -275,3 +275,11 @@ def test_the_mean_loss_weighs_batches_by_their_size_and_keeps_nan() -> None:
     assert loss.compute() == 1.25
     loss.update(torch.tensor(float("nan")), 2)
     assert loss.compute().isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_loss_is_exact_in_a_module_of_half_precision(dtype: torch.dtype) -> None:
+    loss = MeanLoss().to(dtype=dtype)
+    for number in range(400):
+        loss.update(torch.tensor(1.0 + number % 2, dtype=dtype), 256)
+    assert loss.compute() == 1.5

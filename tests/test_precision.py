@@ -16,7 +16,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 
 
 def adversarial(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Features, and classes, at which something may be divided by zero, rounded beyond 1 or overflow."""
+    """Features, and classes, at which something may be divided by zero or rounded beyond 1."""
     own = F.normalize(weight)  # of each class: along its weight, against it, and square to it
     square = F.normalize(own.roll(1, 1) - (own.roll(1, 1) * own).sum(1, keepdim=True) * own)
     directions = torch.cat([own, -own, square, own + 1e-4 * square])
@@ -31,7 +31,7 @@ def test_the_whole_margin_at_once_makes_no_nan(device: str, m: int, dtype: torch
     torch.manual_seed(0)
     head = LSoftmaxLinear(16, 5, margin=m, lambda_=0.0, device=device)
     features, target = adversarial(head.weight.detach())
-    x = nn.Parameter(features)
+    x = nn.Parameter(features.clone())
     optimizer = torch.optim.SGD([x, head.weight], lr=1e-5)
     scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)  # its first steps are too large, and left out
     for _ in range(20):
@@ -43,6 +43,7 @@ def test_the_whole_margin_at_once_makes_no_nan(device: str, m: int, dtype: torch
         scaler.update()
         for value in (loss, x, head.weight):
             assert value.isfinite().all()
+    assert not torch.equal(x, features)
     for gradient in (x.grad, head.weight.grad):
         assert gradient is not None
         assert gradient.isfinite().all()

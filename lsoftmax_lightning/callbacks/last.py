@@ -17,9 +17,9 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``; a run that is told to stop (SIGINT of Ctrl-C, SIGTERM of schedulers) writes it first.
 
     It is written after each validation, or after each epoch where there is none, like any
-    :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. Told to stop, the run ends behind the next optimiser step,
-    or behind the validation that follows on it, on all processes together, with the signal's exit code (130, 143). A
-    second signal ends it at once.
+    :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. Told to stop, the run ends behind the next optimiser step
+    that no validation follows on, on all processes together, with the signal's exit code (130, 143). A second signal
+    ends it at once.
 
     Args:
         dirpath: Where; by default ``checkpoints`` in the folder of the run.
@@ -32,11 +32,12 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, filename="last", enable_version_counter=False)
         self._signal: signal.Signals | None = None
         self._owed = False  # whether a validation left the checkpoint to the end of the step
+        self._leaving = False  # whether this is the checkpoint of a run that was told to stop
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Listens, in the place of Lightning, which puts things back when the Trainer is done."""
         super().on_train_start(trainer, pl_module)
-        self._signal = None
+        self._signal, self._leaving = None, False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._note)
@@ -46,8 +47,13 @@ class LastCheckpoint(ModelCheckpoint):
         signal.signal(number, signal.default_int_handler)
         print(f"\n{self._signal.name}: stopping after this step; once more to stop at once.", file=sys.stderr)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Ends a run that was told to stop: only now all of the step, or epoch, before is logged."""
+        if self._leaving:
+            self._end(trainer)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Saves what a validation left to be saved; ends a run that was told to stop.
+        """Saves what a validation left to be saved, or where the run is told to stop.
 
         Not before a validation or the end of an epoch, which a run that goes on from here would leave out.
         """
@@ -60,18 +66,16 @@ class LastCheckpoint(ModelCheckpoint):
         told = self._told(trainer)
         if told or self._owed:
             trainer.save_checkpoint(self.format_checkpoint_name({}), weights_only=False)
-            self._owed = False
-        if told:
-            self._end(trainer)
+            self._owed, self._leaving = False, told
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves, unless gradients are being accumulated, which no checkpoint has; ends a run that was told to stop."""
+        """Saves, unless gradients are being accumulated, which no checkpoint has."""
         self._owed = trainer.state.fn == "fit" and not trainer.sanity_checking and _amid_a_step(trainer)
         if self._owed:
             return
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and self._last_global_step_saved == trainer.global_step and self._told(trainer):
-            self._end(trainer)
+        if trainer.state.fn == "fit" and self._last_global_step_saved == trainer.global_step:
+            self._leaving = self._told(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Ends a run that was told to stop in its last step: no test follows."""

@@ -26,6 +26,9 @@ class ExactResume(Callback):
       of the next one is left out, and ``max_epochs`` ends the run an epoch early.
     - the learning rate under ``ReduceLROnPlateau``, which Lightning does not tell of the epoch in which it resumes.
 
+    A checkpoint made amid a step is not enough for it: what would have followed at once, a validation or the end of an
+    epoch, is left out by Lightning. :class:`LastCheckpoint` makes none; ``every_n_train_steps`` may.
+
     Raises:
         InputError: When it resumes under another seed.
     """
@@ -75,10 +78,12 @@ class ExactResume(Callback):
                 f"the run has seed {kept['seed']} and cannot go on with {self._seed}: its shuffle and draws would be "
                 f"others. Set --seed_everything {kept['seed']} (in Python, seed_everything)."
             )
-        self._watched, self._owed = kept["watched"], True
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        self._watched = kept["watched"]
+        self._owed = progress["current"]["ready"] > progress["current"]["completed"]  # not of an epoch that was ended
         if trainer.max_steps == -1:
             return
-        for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        for counts in progress.values():
             if counts["processed"] == counts["completed"] + 1:
                 counts["processed"] -= 1
 

@@ -40,16 +40,17 @@ def test_from_the_end_of_an_epoch_the_next_one_follows(length: dict[str, Any], t
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_plateau_is_known_after_two_stops_with_no_validation_between_them(tmp_path: Path) -> None:
-    def train(folder: str, **resume: Any) -> Any:
+def test_a_plateau_is_told_of_each_epoch_once(tmp_path: Path) -> None:
+    def train(folder: str, max_epochs: int = 3, **resume: Any) -> Any:
         saved = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
         model = make_model(
             lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, "val/loss", factor=0.5, patience=0),
             lr_scheduler_interval="epoch",
         )
-        length = {"max_epochs": 3, "val_check_interval": 5, "check_val_every_n_epoch": None}
+        length = {"max_epochs": max_epochs, "val_check_interval": 5, "check_val_every_n_epoch": None}
         trainer = make_trainer(callbacks=[saved, ExactResume()], enable_checkpointing=True, **length)
         trainer.fit(model, BlobsDataModule(), **resume)  # 8 steps an epoch, validations behind 5, 10, 15, 20
+        trainer.save_checkpoint(tmp_path / folder / "ended.ckpt")
         return model.head.weight, trainer.lr_scheduler_configs[0].scheduler.state_dict()
 
     weight, plateau = train("whole")
@@ -57,3 +58,6 @@ def test_a_plateau_is_known_after_two_stops_with_no_validation_between_them(tmp_
     again, plateau_again = train("again", ckpt_path=tmp_path / "stopped" / "step=7.ckpt")
     assert plateau_again == plateau
     assert torch.equal(again, weight)
+    train("shorter", max_epochs=1)
+    _, plateau_again = train("longer", ckpt_path=tmp_path / "shorter" / "ended.ckpt")
+    assert plateau_again["last_epoch"] == plateau["last_epoch"]

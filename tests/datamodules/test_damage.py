@@ -70,7 +70,13 @@ def test_lists_of_pairs(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "pairs.txt"
     path.write_bytes(data.draw(mess(pairs_text().encode())))
     problem = said(lambda: read_pairs(path))
-    assert str(path) in problem if problem else len(read_pairs(path)) == len(set(read_pairs(path)))
+    if problem:
+        assert str(path) in problem
+        return
+    folds, count = map(int, path.read_text().split("\n")[0].split())
+    pairs = read_pairs(path)
+    assert [pair.fold for pair in pairs] == [fold for fold in range(1, folds + 1) for _ in range(2 * count)]
+    assert all(person in path.read_text() for pair in pairs for person in pair.people)
 
 
 def refuses(module: Any, path: Path, content: bytes) -> bool:
