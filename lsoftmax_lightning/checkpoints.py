@@ -107,8 +107,6 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise InputError(f"{path} is no file; a checkpoint is one such as runs/digits/version_0/checkpoints/last.ckpt.")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is no checkpoint, or only a part of one: what torch.save writes is a whole zip file.")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch itself does not look at the checksums
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
@@ -117,6 +115,10 @@ def read(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is refused: it holds more than weights and plain values, and to load it would run code"
             + (f" ({code[1]})." if code else ".")
+        ) from error
+    except zipfile.BadZipFile as error:
+        raise InputError(
+            f"{path} is no checkpoint, or only a part of one: what torch.save writes is a whole zip file."
         ) from error
     except Exception as error:  # whatever a decoder meets in a damaged file
         raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
