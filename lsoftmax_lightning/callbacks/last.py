@@ -17,9 +17,9 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``; a run that is told to stop (SIGINT of Ctrl-C, SIGTERM of schedulers) writes it first.
 
     It is written after each validation, or after each epoch where there is none, like any
-    :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. Told to stop, the run ends behind the next optimiser step
-    that no validation follows on, on all processes together, with the signal's exit code (130, 143). A second signal
-    ends it at once.
+    :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. Told to stop, the run ends behind the next optimiser step,
+    or the one after, and the validation that falls there, on all processes together, with the signal's exit code (130,
+    143). A second signal ends it at once.
 
     Args:
         dirpath: Where; by default ``checkpoints`` in the folder of the run.
