@@ -121,7 +121,8 @@ def read(path: str | Path) -> dict[str, Any]:
             f"{path} is no checkpoint, or only a part of one: what torch.save writes is a whole zip file."
         ) from error
     except Exception as error:  # whatever a decoder meets in a damaged file
-        raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        said = str(error) or type(error).__name__
+        raise InputError(f"{path} is damaged: {said.splitlines()[0]}") from error
     if damaged:
         raise InputError(f"{path} is damaged: {damaged} in it is not what was written.")
     whole: dict[str, Any] = (
