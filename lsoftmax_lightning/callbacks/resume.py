@@ -26,8 +26,8 @@ class ExactResume(Callback):
       of the next one is left out, and ``max_epochs`` ends the run an epoch early.
     - the learning rate under ``ReduceLROnPlateau``, which Lightning does not tell of the epoch in which it resumes.
 
-    A checkpoint made amid a step is not enough for it: what would have followed at once, a validation or the end of an
-    epoch, is left out by Lightning. :class:`LastCheckpoint` makes none; ``every_n_train_steps`` may.
+    A checkpoint from before the validation, or the end of an epoch, that belongs to its step is not enough for it:
+    Lightning leaves that out. :class:`LastCheckpoint` makes none such; ``every_n_train_steps`` may.
 
     Raises:
         InputError: When it resumes under another seed.
