@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -348,6 +349,8 @@ def mistakes_in_a_line() -> Iterator[None]:
     finally:
         # Lightning does so for NCCL alone; gloo's threads, left to the end of the process, now and then abort it
         if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+            # torch 2.6 keeps Python's lock while it waits for them, who may want it to let go of the last tensors
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 
