@@ -182,7 +182,7 @@ def test_what_the_optimizer_cannot_go_on_with_is_refused_and_what_has_no_effect_
     for part, kind in (("optimizer", "torch.optim.Adam"), ("lr_scheduler", "null")):
         assert f"for its model.{part} and cannot go on with" in fails(capsys, *fit, f"--model.{part}={kind}")
     assert Path("runs/digits/version_0/config.yaml").read_text() == before
-    cli = main([*fit, "--model.lr_scheduler_interval=epoch"])  # which has an effect, and no warning
+    main([*fit, "--model.lr_scheduler_interval=epoch"])  # which has an effect, and no warning
     with pytest.warns(UserWarning, match="others have no effect"):
         cli = main([*fit, "--trainer.max_epochs=2", "--model.optimizer.lr=0.01"])
     assert cli is not None

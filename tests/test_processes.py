@@ -134,6 +134,7 @@ def test_two_processes_augment_and_verify_as_one(tmp_path: Path) -> None:
         results.append(json.loads((folder / "results.json").read_text()))
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
+    # shares to 1e-6; angles, up to 180, to what float32 tells apart
     assert results[0] == pytest.approx(results[1], rel=1e-6, abs=1e-6)
     assert 0.5 < results[0]["test/auc"] <= 1
 

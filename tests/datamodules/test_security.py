@@ -11,17 +11,8 @@ from torchvision.datasets import CIFAR10
 from lsoftmax_lightning.datamodules import CIFAR10DataModule, CIFAR100DataModule, MNISTDataModule
 from lsoftmax_lightning.errors import DataError
 
+from ..test_checkpoints import Call
 from .formats import write_cifar
-
-
-class Payload:
-    """Makes a file where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("kind", [CIFAR10DataModule, CIFAR100DataModule, MNISTDataModule])
@@ -46,10 +37,10 @@ def test_a_download_that_is_not_the_authors_is_not_opened(
 
 def test_a_pickle_that_is_not_the_authors_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, monkeypatch)
-    payload = pickle.dumps(Payload(tmp_path / "ran"))
+    payload = pickle.dumps(Call())
     (tmp_path / CIFAR10.base_folder / "data_batch_1").write_bytes(payload)
     with pytest.raises(DataError, match="cannot read"):
         CIFAR10DataModule(str(tmp_path)).setup("fit")
-    assert not (tmp_path / "ran").exists()
+    assert not Path("called").exists()
     pickle.loads(payload)
-    assert (tmp_path / "ran").exists()
+    assert Path("called").exists()
