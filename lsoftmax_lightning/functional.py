@@ -120,13 +120,7 @@ def own_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         InputError: If ``target`` is not [N] of an integer type, or holds a class outside 0 .. C-1. The latter is seen
             on the CPU outside ``torch.compile``; a GPU, which would have to be waited for, fails an assertion instead.
     """
-    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise InputError(f"target must hold class numbers of an integer type, got {target.dtype}; call target.long().")
-    if target.shape != logits.shape[:1]:
-        raise InputError(
-            f"target must have one class for each of the {logits.shape[0]} rows, got shape {tuple(target.shape)}."
-        )
-    target = target.long()
+    target = check_target(target, len(logits))
     if torch.compiler.is_compiling():
         return logits.gather(1, target.unsqueeze(1)).squeeze(1), target
     try:
@@ -134,10 +128,32 @@ def own_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     except (RuntimeError, IndexError) as error:
         if "out of bounds" not in str(error):
             raise
-        raise InputError(
-            f"target must hold classes 0 to {logits.shape[1] - 1}, got {int(target.min())} to {int(target.max())}; "
-            "check num_classes and the labels."
-        ) from error
+        raise out_of_range(target, logits.shape[1]) from error
+
+
+def check_target(target: Tensor, size: int) -> Tensor:
+    """Returns ``target`` as int64.
+
+    Args:
+        target: Class of each sample, [N], an integer type.
+        size: N.
+
+    Raises:
+        InputError: If ``target`` is not [N] of an integer type.
+    """
+    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise InputError(f"target must hold class numbers of an integer type, got {target.dtype}; call target.long().")
+    if target.shape != (size,):
+        raise InputError(f"target must have one class for each of the {size} rows, got shape {tuple(target.shape)}.")
+    return target.long()
+
+
+def out_of_range(target: Tensor, num_classes: int) -> InputError:
+    """The error for a target that holds a class outside 0 .. C-1."""
+    return InputError(
+        f"target must hold classes 0 to {num_classes - 1}, got {int(target.min())} to {int(target.max())}; "
+        "check num_classes and the labels."
+    )
 
 
 def effective_margin(margin: int, lambda_: float) -> float:
@@ -158,18 +174,22 @@ def degrees(cosine: Tensor) -> Tensor:
     return cosine.clamp(-1, 1).arccos().rad2deg()
 
 
-def target_angles(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def target_angles(features: Tensor, weights: Tensor) -> Tensor:
     """theta_y: the angle of each sample to the weight of its class, in degrees.
 
     Args:
         features: x, [N, D].
-        weight: W, [C, D].
-        target: Class of each sample, [N], int64.
+        weights: w_y, the weight of each sample's class, [N, D].
 
     Returns:
         Angles, float32 [N].
     """
-    return degrees(F.cosine_similarity(features.float(), weight[target].float()))
+    return degrees(F.cosine_similarity(features.float(), weights.float()))
+
+
+def evenly_spaced(num_classes: int) -> Tensor:
+    """All classes or, of more than 10,000, evenly spaced ones: as many as a figure of their separation needs."""
+    return torch.arange(0, num_classes, max(1, math.ceil(num_classes / 10_000)))
 
 
 class Separation(NamedTuple):
@@ -184,12 +204,12 @@ class Separation(NamedTuple):
 
 
 def separation(directions: Tensor) -> Separation:
-    """How far directions are apart, class weights for one. Of more than 10,000, evenly spaced ones are taken.
+    """How far directions are apart, class weights for one. Of more than 10,000, :func:`evenly_spaced` ones are taken.
 
     Args:
         directions: [C, D], of any length but 0.
     """
-    unit = F.normalize(directions.float())[:: max(1, math.ceil(len(directions) / 10_000))]
+    unit = F.normalize(directions[evenly_spaced(len(directions)).to(directions.device)].float())
     count = len(unit)
     if count < 2:
         return Separation(*unit.new_full((3,), math.nan))
@@ -239,33 +259,3 @@ def margin_logits(
     feature_norm = torch.linalg.vector_norm(features, dim=1)
     own = margin_target(plain.to(dtype), feature_norm, weight_norm, margin, lambda_)
     return logits.to(dtype).scatter(1, target.unsqueeze(1), own.unsqueeze(1))
-
-
-def lsoftmax_cross_entropy(
-    features: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    margin: int,
-    lambda_: float | Tensor = 0.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """The L-Softmax loss (section 3.2), averaged over the batch.
-
-    Args:
-        features: x, [N, D].
-        weight: W, [C, D]; there is no bias.
-        target: Class of each sample, [N], an integer type.
-        margin: m, an integer >= 1. With 1 this is softmax cross-entropy.
-        lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax); a number or a 0-d tensor.
-        label_smoothing: As in :func:`torch.nn.functional.cross_entropy`.
-
-    Returns:
-        The loss, a scalar; 0 for an empty batch.
-
-    Raises:
-        InputError: As :func:`margin_logits`.
-    """
-    logits = margin_logits(F.linear(features, weight), features, weight, target, margin, lambda_)
-    if logits.shape[0] == 0:
-        return logits.sum()  # the mean over nothing would be NaN
-    return F.cross_entropy(logits, target.long(), label_smoothing=label_smoothing)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from .errors import InputError
 from .functional import check_margin, margin_logits
+from .losses import LEAN_FROM, ClassShard, LeanLoss, lean_cross_entropy, lsoftmax_cross_entropy
 
 
 class LSoftmaxLinear(nn.Module):
     """A linear classifier without bias whose training logits carry the large margin (Liu et al., ICML 2016).
 
     ``head(x)`` is ``F.linear(x, head.weight)``, bit for bit: use it to predict and to measure. ``head(x, target)``
-    has the margin on each sample's own class: feed it to any cross-entropy. The state dict holds ``weight``
-    [num_classes, in_features] and nothing else, as ``nn.Linear(bias=False)``.
+    has the margin on each sample's own class: feed it to any cross-entropy. Of many classes :meth:`cross_entropy` is
+    faster and takes less memory. The state dict holds ``weight`` [num_classes, in_features] and nothing else, as
+    ``nn.Linear(bias=False)``.
 
     Args:
         in_features: D, the width of a feature.
@@ -60,6 +65,7 @@ class LSoftmaxLinear(nn.Module):
         self._lambda = torch.zeros((), dtype=torch.float64, device="cpu")
         self.lambda_ = lambda_
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        self._gathered: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -77,21 +83,67 @@ class LSoftmaxLinear(nn.Module):
             raise InputError(f"lambda must be 0 (the pure loss) to infinity (plain softmax), got {value}.")
         self._lambda.fill_(value)
 
-    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+    @property
+    def sharded(self) -> bool:
+        """Whether the weight is divided over processes by class."""
+        return isinstance(self.weight, DTensor)
+
+    @property
+    def lean(self) -> bool:
+        """Whether :meth:`cross_entropy` is to be preferred to margin logits: of many classes, or where it has to be."""
+        return self.sharded or self.num_classes >= LEAN_FROM
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Divides the weight over processes by class: each keeps a run of classes, and may be left with none.
+
+        The weight becomes a DTensor, which optimisers, clipping and checkpoints know. Train by :meth:`cross_entropy`.
+
+        Args:
+            mesh: Of one dimension; the weight is the same on all its processes.
+        """
+        each = math.ceil(self.num_classes / mesh.size())  # as DTensor has it
+        own = self.weight.detach()[each * mesh.get_local_rank() :][:each].to(mesh.device_type, copy=True)
+        shape, stride = self.weight.shape, self.weight.stride()
+        whole = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        self.weight = nn.Parameter(whole, requires_grad=self.weight.requires_grad)
+
+    def forward(self, x: Tensor, target: Tensor | None = None, label_smoothing: float | None = None) -> Any:
         """Plain logits, or with a target the margin logits.
 
         Args:
             x: Features, [N, in_features].
             target: Class of each sample, [N], an integer type.
+            label_smoothing: Asks for :meth:`cross_entropy`, which is called here so that hooks hear of it.
 
         Returns:
             Logits, [N, num_classes].
 
         Raises:
+            InputError: If ``target`` does not fit ``x`` and ``num_classes``, or the head is sharded and to be trained.
+        """
+        if label_smoothing is not None:
+            self._gathered = None  # the weight is about to move
+            own, shard = self._own()
+            return lean_cross_entropy(x, own, target, self.margin, self._lambda, label_smoothing, shard)
+        logits = F.linear(x, self.full_weight)
+        return logits if target is None else self.apply_margin(logits, x, target)
+
+    def cross_entropy(self, x: Tensor, target: Tensor, label_smoothing: float = 0.0) -> LeanLoss:
+        """The loss of the margin logits and the predictions of the plain ones, without holding either.
+
+        See :func:`~lsoftmax_lightning.losses.lean_cross_entropy`. Where the head is sharded, each process gives its own
+        samples, as many as the others.
+
+        Args:
+            x: Features, [N, in_features].
+            target: Class of each sample, [N], an integer type.
+            label_smoothing: As in :func:`torch.nn.functional.cross_entropy`.
+
+        Raises:
             InputError: If ``target`` does not fit ``x`` and ``num_classes``.
         """
-        logits = F.linear(x, self.weight)
-        return logits if target is None else self.apply_margin(logits, x, target)
+        loss: LeanLoss = self(x, target, label_smoothing)
+        return loss
 
     def apply_margin(self, logits: Tensor, x: Tensor, target: Tensor) -> Tensor:
         """Puts the margin on logits that ``head(x)`` gave, for a caller who wants both from one product.
@@ -107,7 +159,63 @@ class LSoftmaxLinear(nn.Module):
         Raises:
             InputError: If ``target`` does not fit ``x`` and ``num_classes``.
         """
-        return margin_logits(logits, x, self.weight, target, self.margin, self._lambda)
+        return margin_logits(logits, x, self.full_weight, target, self.margin, self._lambda)
+
+    @property
+    def full_weight(self) -> Tensor:
+        """W, [num_classes, in_features]; of a sharded head a copy, for no training.
+
+        To be asked for on all processes at once. The copy is kept until the next step of training or :meth:`release`.
+
+        Raises:
+            InputError: If gradients are to flow to a sharded weight.
+        """
+        if not isinstance(self.weight, DTensor):
+            return self.weight
+        if torch.is_grad_enabled():
+            raise InputError("a sharded head has no logits to train on: use head.cross_entropy(x, target).")
+        if self._gathered is None:
+            self._gathered = self.weight.full_tensor()
+        return self._gathered
+
+    def release(self) -> None:
+        """Lets go of the copy that :attr:`full_weight` made."""
+        self._gathered = None
+
+    @torch.no_grad()
+    def class_weights(self, target: Tensor) -> Tensor:
+        """Weight of each sample's class, [N, in_features], without a graph; of a sharded head as of any other.
+
+        Args:
+            target: Classes, [N], int64; on each process as many.
+        """
+        own, shard = self._own()
+        if shard is None:
+            return own.detach()[target]
+        wanted = shard.gather(target) - shard.start
+        here = (wanted >= 0) & (wanted < len(own))
+        rows = own.new_zeros(len(wanted), self.in_features)
+        rows[here] = own[wanted[here]]
+        return shard.share(shard.reduce(rows))
+
+    @torch.no_grad()
+    def plain_cross_entropy(self, x: Tensor, target: Tensor) -> Tensor:
+        """The loss without a margin, in the precision of the weight, without a graph.
+
+        Args:
+            x: Features, [N, in_features].
+            target: Class of each sample, [N], an integer type.
+        """
+        own, shard = self._own()
+        return lsoftmax_cross_entropy(x.to(own.dtype), own, target, margin=1, shard=shard)
+
+    def _own(self) -> tuple[Tensor, ClassShard | None]:
+        """The weight of this process, and which classes these are."""
+        if not isinstance(self.weight, DTensor):
+            return self.weight, None
+        mesh = self.weight.device_mesh
+        start = math.ceil(self.num_classes / mesh.size()) * mesh.get_local_rank()
+        return self.weight.to_local(), ClassShard(mesh.get_group(), start, self.num_classes)
 
     def extra_repr(self) -> str:
         """Sizes, margin and the current lambda."""

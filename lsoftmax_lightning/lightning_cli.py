@@ -22,6 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # the names that a YAML may use without their path
@@ -29,6 +30,7 @@ from . import datamodules, modules, schedules  # noqa: F401
 from .callbacks import Dashboard, ExactResume, LastCheckpoint, MarginMonitor
 from .checkpoints import read
 from .errors import InputError, LSoftmaxError
+from .strategies import ClassShardedStrategy
 
 _PACKAGE = Path(__file__).parent
 # In the wheel the configs lie inside the package; in a checkout, beside it.
@@ -97,6 +99,7 @@ class LSoftmaxCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
+        StrategyRegistry.register("class_sharded", ClassShardedStrategy, override=True)
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,

@@ -60,7 +60,7 @@ class ClassAngles(Metric):
             weight: W, [C, D].
             target: Class of each sample, [N], int64.
         """
-        angles = target_angles(features, weight, target)
+        angles = target_angles(features, weight[target])
         self.angle += angles.sum()
         self.norm += torch.linalg.vector_norm(features.float(), dim=1).sum()
         self.segments += segment_counts(angles, self.margin)

@@ -10,6 +10,8 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def work(folder: Path) -> None:
         (folder / f"figures_{count}.json").write_text(json.dumps(figures))
 
 
-def fork(rank: int, count: int, port: int, folder: Path) -> int:
+def fork(rank: int, count: int, port: int, task: Callable[[], None]) -> int:
     """The process' number."""
     pid = os.fork()
     if pid:
@@ -127,8 +129,9 @@ def fork(rank: int, count: int, port: int, folder: Path) -> int:
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         os.environ |= {name: str(value) for name, value in (ranks | address).items()}
-        work(folder)
-        dist.destroy_process_group()
+        task()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -136,16 +139,21 @@ def fork(rank: int, count: int, port: int, folder: Path) -> int:
         os._exit(code)
 
 
+def run_on(count: int, task: Callable[[], None]) -> None:
+    """Has that many processes do something together; ends this one if one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = [fork(rank, count, port, task) for rank in range(count)]
+    while pids:
+        pid, status = os.wait()
+        pids.remove(pid)
+        if status:
+            for other in pids:  # which would wait for the one that failed
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+
+
 if __name__ == "__main__":
     for count in (1, 2, 4):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        pids = [fork(rank, count, port, Path(sys.argv[1])) for rank in range(count)]
-        while pids:
-            pid, status = os.wait()
-            pids.remove(pid)
-            if status:
-                for other in pids:  # which would wait for the one that failed
-                    os.kill(other, signal.SIGKILL)
-                sys.exit(1)
+        run_on(count, partial(work, Path(sys.argv[1])))

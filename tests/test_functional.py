@@ -15,12 +15,12 @@ from lsoftmax_lightning.functional import (
     cos_multiple,
     degrees,
     effective_margin,
-    lsoftmax_cross_entropy,
     margin_logits,
     psi,
     separation,
     target_angles,
 )
+from lsoftmax_lightning.losses import lsoftmax_cross_entropy
 
 MARGINS = range(1, 7)
 

@@ -77,9 +77,9 @@ class Dashboard(HeadListener):
         self._spent = 0.0  # seconds of the time since then
         self._cost = 1.0  # of a frame; at first a guess
 
-    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
         """Keeps the angles of a step."""
-        self._train_angles.append(target_angles(features, pl_module.head.weight, target))
+        self._train_angles.append(target_angles(features, pl_module.head.class_weights(target)))
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begins anew."""
@@ -92,7 +92,7 @@ class Dashboard(HeadListener):
     def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch of a validation or a test."""
         if self._sample is not None:
-            self._sample.update(images, features, logits, target, pl_module.head.weight)
+            self._sample.update(images, features, logits, target, pl_module.head.full_weight)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keeps the validation, and draws what there is time for."""

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from .. import pictures
-from ..functional import degrees, effective_margin, separation, target_angles
+from ..functional import degrees, effective_margin, evenly_spaced, separation, target_angles
 
 _SHOWN = 100  # classes that can be told apart in a picture
 _HARD = 12  # images in a strip
@@ -189,7 +189,7 @@ def _rows(names: Sequence[str], matrix: Tensor) -> Iterable[Sequence[Any]]:
     return ((name, *values) for name, values in zip(names, matrix.tolist(), strict=True))
 
 
-def _evenly_spaced(num_classes: int) -> Tensor:
+def _shown_classes(num_classes: int) -> Tensor:
     """All classes or, where they are more than a picture can show, a hundred of them."""
     return torch.linspace(0, num_classes - 1, min(num_classes, _SHOWN)).round().long()
 
@@ -226,7 +226,7 @@ class ClassSample:
             images = features.new_zeros(len(target), 1, 1, 1)  # nothing that could be shown
         shares = logits.float().softmax(dim=1)
         share, prediction = shares.max(dim=1)
-        angles = target_angles(features, weight, target)
+        angles = target_angles(features, weight[target])
         self._all.append((target, prediction, angles))
         some = slice(self._per_batch)
         self._some.append((features[some].float().clone(), target[some], _thumbnails(self._bytes(images[some]))))
@@ -275,17 +275,17 @@ def take_frame(
         sample: What was collected of its batches.
         train_angles: Angles of training since the frame before.
     """
-    head, data = pl_module.head, trainer.datamodule  # type: ignore[attr-defined]
+    head, device, data = pl_module.head, pl_module.device, trainer.datamodule  # type: ignore[attr-defined]
     lambda_ = head.lambda_ if trainer.state.fn == TrainerFn.FITTING else None
     names = getattr(data, "class_names", None) or tuple(map(str, range(head.num_classes)))
     settings = {
         **{"stage": stage, "step": trainer.global_step, "margin": head.margin, "lambda_": lambda_},
-        "nearest": float(separation(head.weight.detach()).nearest),
+        "nearest": float(separation(head.class_weights(evenly_spaced(head.num_classes).to(device))).nearest),
         "train_angles": torch.cat(list(train_angles)).cpu() if train_angles else torch.empty(0),
     }
     if sample:
-        shown = _evenly_spaced(head.num_classes)
-        weight = head.weight.detach()[shown.to(head.weight.device)].float().cpu()
+        shown = _shown_classes(head.num_classes)
+        weight = head.class_weights(shown.to(device)).float().cpu()
         return sample.frame(weight=weight, shown=shown, class_names=names, **settings)
     verification = getattr(pl_module, "verification", None)
     if verification is not None and verification.cosines is not None:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class HeadListener(Callback):
-    """Gives a subclass what the head of the module was given, and its plain logits, batch by batch.
+    """Gives a subclass what the head of the module was given, and in an evaluation its plain logits, batch by batch.
 
     Of training, the batches of those steps that are logged, to :meth:`read_training`; of validation and test all of
     them, to :meth:`read_evaluation`. Batches are (images, classes, ...); of others, or where the head is not asked,
@@ -27,22 +27,21 @@ class HeadListener(Callback):
 
     listening = False
     _handle: RemovableHandle | None = None
-    _last: tuple[Any, Tensor, Tensor | None] | None = None
+    _last: tuple[Tensor, Tensor | None] | None = None
     _batch: Any = None
 
-    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
         """Takes a batch of a step that is to be logged, before the step.
 
         Args:
             trainer: The Trainer.
             pl_module: Its module.
             features: x, [N, D].
-            logits: Plain logits, [N, C].
             target: Class of each sample, int64 [N].
         """
 
     def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
-        """Takes a batch of a validation or a test; arguments as of :meth:`read_training`."""
+        """Takes a batch of a validation or a test; ``logits`` are the plain ones, [N, C]."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Begins to listen."""
@@ -72,8 +71,9 @@ class HeadListener(Callback):
         """Reads a training batch, while the weights are those that it met."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (trainer.global_step + 1) % every == 0 and (taken := self._take(self._batch)):
+            features, _, target = taken
             with torch.no_grad():
-                self.read_training(trainer, pl_module, *taken)
+                self.read_training(trainer, pl_module, features, target)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -88,31 +88,30 @@ class HeadListener(Callback):
     ) -> None:
         """Reads a batch."""
         if taken := self._take(batch):
-            self.read_evaluation(pl_module, batch[0], *taken)
+            features, logits, target = taken
+            if logits is None:
+                logits = F.linear(features, pl_module.head.full_weight.to(features.dtype))
+            self.read_evaluation(pl_module, batch[0], features, logits, target)
 
     on_test_batch_end = on_validation_batch_end
 
-    def _hear(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def _hear(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         names = dict(zip(("x", "target"), args, strict=False)) | kwargs
-        plain = names.get("target") is None  # with a target the output carries the margin
-        self._last = head, names["x"].detach(), output.detach() if plain else None
+        plain = names.get("target") is None  # with a target the output carries the margin, or is a loss
+        self._last = names["x"].detach(), output.detach() if plain else None
 
     def _stop(self) -> None:
         if self._handle is not None:
             self._handle.remove()
         self._last = self._batch = self._handle = None
 
-    def _take(self, batch: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _take(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor] | None:
         last, self._last = self._last, None
         target = classes_of(batch)
         if last is None or target is None:
             return None
-        head, features, logits = last
-        if target.shape != features.shape[:1]:
-            return None
-        if logits is None:
-            logits = F.linear(features, head.weight.detach().to(features.dtype))
-        return features, logits, target.long()
+        features, logits = last
+        return (features, logits, target.long()) if target.shape == features.shape[:1] else None
 
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

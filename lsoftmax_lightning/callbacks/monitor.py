@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from ..functional import effective_margin, separation, target_angles
+from ..functional import effective_margin, evenly_spaced, separation, target_angles
 from ..metrics import ClassAngles, MeanLoss, segment_counts
 from .annealing import LambdaAnnealing
 from .listener import HeadListener, classes_of, tensorboards
@@ -65,7 +65,8 @@ class MarginMonitor(HeadListener):
     Every ``log_every_n_steps`` training steps, of that batch: ``train/cross_entropy`` (the plain one, beside the
     margin's ``train/loss``), ``train/angle``, ``train/feature_norm``, ``train/segment_k``, ``effective_margin``
     (:func:`~lsoftmax_lightning.functional.effective_margin`), ``lr`` (of the first parameter group) and
-    ``images_per_second`` (of all devices, validation left out). But for the last they are of the first process's share.
+    ``images_per_second`` (of all devices, validation left out). But for the last, and ``train/cross_entropy`` of a head
+    that is sharded by class, they are of the first process's share.
 
     In validation ``val/weight_angle_mean``, ``_nearest`` and ``_min``, the
     :func:`~lsoftmax_lightning.functional.separation` of the class weights, and where the images are of
@@ -81,9 +82,6 @@ class MarginMonitor(HeadListener):
         super().setup(trainer, pl_module, stage)
         self._measuring = False
         if self.listening:
-            head = pl_module.head
-            self._angles = ClassAngles(head.num_classes, head.in_features, head.margin)
-            self._margin_loss = MeanLoss()
             for logger in tensorboards(trainer):
                 logger._default_hp_metric = False  # it would be -1 for good, beside what on_fit_start names
 
@@ -108,14 +106,14 @@ class MarginMonitor(HeadListener):
         """Starts the clock again."""
         self._restart_clock()
 
-    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
         """Takes the figures of a step."""
         head = pl_module.head
-        angles = target_angles(features, head.weight, target)
+        angles = target_angles(features, head.class_weights(target))
         shares = segment_counts(angles, head.margin) / len(angles)
         self._step_number = trainer.global_step
         self._step = {
-            "train/cross_entropy": F.cross_entropy(logits.float(), target),
+            "train/cross_entropy": head.plain_cross_entropy(features, target),
             "train/angle": angles.mean(),
             "train/feature_norm": torch.linalg.vector_norm(features.float(), dim=1).mean(),
             **{f"train/segment_{k}": share for k, share in enumerate(shares)},
@@ -143,7 +141,7 @@ class MarginMonitor(HeadListener):
     def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch of a validation or a test."""
         if self._measuring:
-            self._angles.update(features, pl_module.head.weight, target)
+            self._angles.update(features, pl_module.head.full_weight, target)
             margin_logits = pl_module.head.apply_margin(logits, features, target)
             self._margin_loss.update(F.cross_entropy(margin_logits, target), len(target))
 
@@ -175,13 +173,13 @@ class MarginMonitor(HeadListener):
     def _begin(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self._measuring = self.listening and not trainer.sanity_checking and not _has_pairs(trainer, stage)
         if self._measuring:
-            for metric in (self._angles, self._margin_loss):
-                metric.reset()
-                if metric.device != pl_module.device:
-                    metric.to(pl_module.device)
+            head = pl_module.head
+            self._angles = ClassAngles(head.num_classes, head.in_features, head.margin).to(pl_module.device)
+            self._margin_loss = MeanLoss().to(pl_module.device)
 
     def _figures(self, pl_module: Any, stage: str) -> dict[str, Tensor]:
-        separate = separation(pl_module.head.weight.detach())
+        head = pl_module.head
+        separate = separation(head.class_weights(evenly_spaced(head.num_classes).to(pl_module.device)))
         figures = {f"weight_angle_{name}": angle for name, angle in separate._asdict().items()}
         if self._measuring:
             figures |= self._angles.compute()

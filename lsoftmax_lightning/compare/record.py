@@ -44,7 +44,7 @@ class TestRecord(HeadListener):
 
     def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch."""
-        self._sample.update(images, features, logits, target, pl_module.head.weight)
+        self._sample.update(images, features, logits, target, pl_module.head.full_weight)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Writes the file."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, TypeGuard
 
+import torch
+import torch.distributed as dist
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import (
@@ -12,6 +15,7 @@ from lightning.pytorch.utilities.types import (
     OptimizerLRSchedulerConfig,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import SGD
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -124,7 +128,7 @@ class LSoftmaxModule(LightningModule):
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.hparams["label_smoothing"])
 
     def configure_metrics(self) -> None:
-        """Sets ``self.train_metrics``, which reads plain logits [N, C] and classes [N]."""
+        """Sets ``self.train_metrics``, which reads what :meth:`margin_loss` gives, and classes [N]."""
         self.train_metrics = MetricCollection(
             {"acc": MulticlassAccuracy(self.hparams["num_classes"], average="micro")}, prefix="train/"
         )
@@ -142,13 +146,88 @@ class LSoftmaxModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of the margin logits; metrics of the plain ones."""
         x, target = batch
-        features = self.embed(x)
-        logits = self.head(features)
-        loss: Tensor = self.criterion(self.head.apply_margin(logits, features, target), target.long())
-        self.train_metrics.update(logits, target)
+        loss, guess = self.margin_loss(self.embed(x), target)
+        self.train_metrics.update(guess, target)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
         return loss
+
+    def margin_loss(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of the margin logits, and what ``train_metrics`` reads of the plain ones.
+
+        Where there are many classes and ``criterion`` is cross-entropy, nobody holds the logits, and what is read are
+        the predicted classes [N]; else the logits [N, C].
+
+        Args:
+            features: x, [N, D].
+            target: Class of each sample, [N], an integer type.
+        """
+        if self.head.lean and _is_cross_entropy(self.criterion):
+            return self.head.cross_entropy(features, target, self.criterion.label_smoothing)
+        logits = self.head(features)
+        return self.criterion(self.head.apply_margin(logits, features, target), target.long()), logits
+
+    def configure_model(self) -> None:
+        """Under a strategy with a device mesh, divides the head by class and all else as FSDP2 does.
+
+        Raises:
+            InputError: If it would not train as one process does.
+        """
+        if self.device_mesh is None or self.head.sharded:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        parts = [part for part in self.children() if part is not self.head and any(True for _ in part.parameters())]
+        self._check_mesh(parts)
+        self.head.shard(mesh)
+        for part in parts:
+            fully_shard(part, mesh=mesh, reshard_after_forward=False)
+
+    def _check_mesh(self, parts: Sequence[nn.Module]) -> None:
+        """Refuses what would be wrong in silence."""
+        if self.device_mesh["tensor_parallel"].size() > 1:  # type: ignore[index]
+            raise InputError(
+                "a head is sharded over all processes: give tensor_parallel_size 1, or take ClassShardedStrategy."
+            )
+        if dist.get_backend() == "gloo" and torch.__version__ < "2.9":
+            raise InputError(
+                f"over gloo torch {torch.__version__} adds gradients up where it should take their mean, in silence "
+                "(pytorch#162338): a sharded head on CPUs needs torch 2.9 or later."
+            )
+        if not _is_cross_entropy(self.criterion):
+            raise InputError(
+                f"a sharded head trains by cross-entropy: nn.CrossEntropyLoss with at most a label_smoothing, not "
+                f"{self.criterion}."
+            )
+        known = {id(parameter) for part in (self.head, *parts) for parameter in part.parameters()}
+        if lost := [name for name, parameter in self.named_parameters() if id(parameter) not in known]:
+            raise InputError(f"{lost[0]} is a parameter of no part; a sharded head takes it in a module of its own.")
+
+    def _gather(self) -> None:
+        """Has every process evaluate the same network, in batches of which it may have fewer than others."""
+        for part in self.children():
+            if isinstance(part, FSDPModule):
+                with torch.inference_mode(False):  # training goes on with these
+                    part.unshard()
+                for buffer in part.buffers():  # statistics of batches, which each has of its own
+                    dist.broadcast(buffer, src=0)
+
+    def _release(self) -> None:
+        """Lets go of what was gathered."""
+        self.head.release()
+        for part in self.children():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+    def on_validation_start(self) -> None:
+        """Gathers what was divided."""
+        self._gather()
+
+    def on_validation_end(self) -> None:
+        """Divides it again."""
+        self._release()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over two parameter groups, with and without weight decay, and the scheduler if there is one."""
@@ -183,3 +262,9 @@ class LSoftmaxModule(LightningModule):
         """Annealing of lambda, unless the Trainer has its own."""
         configured = any(isinstance(callback, LambdaAnnealing) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if configured else [LambdaAnnealing()]
+
+
+def _is_cross_entropy(criterion: nn.Module) -> TypeGuard[nn.CrossEntropyLoss]:
+    """Whether it is what a head computes by itself."""
+    plain = type(criterion) is nn.CrossEntropyLoss
+    return plain and criterion.weight is None and criterion.reduction == "mean"

@@ -1,0 +1,65 @@
+"""A head divided by class over processes trains as one in one piece."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lsoftmax_lightning import ClassificationModule
+
+from .processes import Net
+from .sharding import COUNTS
+
+
+def difference(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    assert weights.keys() == others.keys()
+    return float(torch.stack([(weights[name] - others[name]).abs().max() for name in weights]).max())
+
+
+def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    command = [sys.executable, "-m", "tests.sharding", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=480)
+    assert done.returncode == 0, done.stderr
+
+    def read(name: str) -> Any:
+        return torch.load(tmp_path / f"{name}.pt", weights_only=True)
+
+    for count in COUNTS:
+        found = read(f"difference {count}")
+        record_property(f"difference of losses and gradients in float64, {count} processes", found)
+        assert found < 1e-12
+    for name, tolerance in (("plain", 1e-6), ("clipped and accumulated", 1e-6), ("bf16-mixed", 0.02)):
+        one = read(f"{name} 1")
+        for count in COUNTS[1:]:
+            other = read(f"{name} {count}")
+            found = difference(one["weights"], other["weights"])
+            record_property(f"difference of weights after 30 steps, {name}, {count} processes", found)
+            assert found < tolerance
+            if name != "bf16-mixed":
+                assert other["figures"] == pytest.approx(one["figures"], rel=1e-5, abs=1e-5)
+    one = read("plain 1")["weights"]
+    for before in COUNTS:
+        for after in COUNTS:
+            assert difference(one, read(f"{before} to {after}")) < 1e-6
+    loaded = ClassificationModule.load_from_checkpoint(
+        tmp_path / "plain" / "4 after step=12.ckpt", backbone=Net(), weights_only=True
+    )
+    assert loaded(torch.randn(2, 1, 8, 8)).shape == (2, 5)
+
+    expected = {
+        "criterion": "a sharded head trains by cross-entropy: nn.CrossEntropyLoss with at most a label_smoothing, not",
+        "tensor_parallel": "a head is sharded over all processes: give tensor_parallel_size 1, or take",
+        "parameter": "scale is a parameter of no part; a sharded head takes it in a module of its own.",
+        "torch": "over gloo torch 2.8.0 adds gradients up where it should take their mean",
+        "logits": "a sharded head has no logits to train on: use head.cross_entropy(x, target).",
+    }
+    for name, message in read("refusals").items():
+        assert message.startswith(expected.pop(name))
+    assert not expected
