@@ -1,6 +1,12 @@
-"""``python -m lsoftmax_lightning``."""
+"""``python -m lsoftmax_lightning``, and the command ``lsoftmax_lightning``."""
 
 from .cli import main
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Runs the command line; what :func:`main` returns would be taken for an exit code."""
     main()
+
+
+if __name__ == "__main__":
+    run()

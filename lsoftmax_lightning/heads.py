@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from .errors import InputError
-from .functional import check_margin, margin_logits
+from .functional import check_margin, margin_linear, margin_logits
 from .losses import LEAN_FROM, ClassShard, LeanLoss, lean_cross_entropy, lsoftmax_cross_entropy
 
 
@@ -107,13 +107,20 @@ class LSoftmaxLinear(nn.Module):
         whole = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         self.weight = nn.Parameter(whole, requires_grad=self.weight.requires_grad)
 
-    def forward(self, x: Tensor, target: Tensor | None = None, label_smoothing: float | None = None) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        with_plain: bool = False,
+        label_smoothing: float | None = None,
+    ) -> Any:
         """Plain logits, or with a target the margin logits.
 
         Args:
             x: Features, [N, in_features].
             target: Class of each sample, [N], an integer type.
-            label_smoothing: Asks for :meth:`cross_entropy`, which is called here so that hooks hear of it.
+            with_plain: Asks for margin logits and plain ones, in a pair.
+            label_smoothing: Asks for :meth:`cross_entropy`, which comes here so that hooks hear of it.
 
         Returns:
             Logits, [N, num_classes].
@@ -125,8 +132,10 @@ class LSoftmaxLinear(nn.Module):
             self._gathered = None  # the weight is about to move
             own, shard = self._own()
             return lean_cross_entropy(x, own, target, self.margin, self._lambda, label_smoothing, shard)
-        logits = F.linear(x, self.full_weight)
-        return logits if target is None else self.apply_margin(logits, x, target)
+        if target is None:
+            return F.linear(x, self.full_weight)
+        logits = margin_linear(x, self.full_weight, target, self.margin, self._lambda)
+        return logits if with_plain else logits[0]
 
     def cross_entropy(self, x: Tensor, target: Tensor, label_smoothing: float = 0.0) -> LeanLoss:
         """The loss of the margin logits and the predictions of the plain ones, without holding either.
@@ -142,7 +151,7 @@ class LSoftmaxLinear(nn.Module):
         Raises:
             InputError: If ``target`` does not fit ``x`` and ``num_classes``.
         """
-        loss: LeanLoss = self(x, target, label_smoothing)
+        loss: LeanLoss = self(x, target, label_smoothing=label_smoothing)
         return loss
 
     def apply_margin(self, logits: Tensor, x: Tensor, target: Tensor) -> Tensor:

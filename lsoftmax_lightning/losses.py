@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .functional import check_margin, check_target, margin_logits, margin_target, out_of_range
 
@@ -108,7 +107,7 @@ def lean_cross_entropy(
     label_smoothing: float = 0.0,
     shard: ClassShard | None = None,
 ) -> LeanLoss:
-    """The L-Softmax loss by chunks of samples: of the logits no more is held at a time than those of a chunk.
+    """The L-Softmax loss by chunks of samples: no more of the logits is held at a time than those of a chunk.
 
     Value and gradients are those of the whole to rounding. The gradients are computed along with the loss, out of the
     same logits; they are to be had once, and have no derivatives.
@@ -157,8 +156,11 @@ class _Lean(torch.autograd.Function):
         return loss, prediction
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "lean_cross_entropy has no second derivatives (create_graph); F.cross_entropy of margin_logits has."
+            )
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("lean_cross_entropy gives its gradients once: retain_graph is of no use with it.")

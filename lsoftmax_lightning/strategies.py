@@ -9,23 +9,29 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from .errors import InputError
+
 
 class ClassShardedStrategy(ModelParallelStrategy):
     """Divides the weight of the head by class over all processes, and batches as DDP does.
 
-    For classes by the hundred thousand: a process keeps, of weight, gradient and momentum, a share of the classes. The
-    network is trained to the same weights as on one process. Batch normalisation is synchronised where the Trainer is
-    told to. A checkpoint is one file, as of any other run, and goes on on any number of processes: the first process
-    puts it together in its memory.
+    For classes by the hundred thousand: of weight, gradient and momentum each process keeps those of its share of the
+    classes. The weights come out as on one process. Batch normalisation is synchronised where the Trainer is told to.
+    A checkpoint is one file, as of any other run, from which any number of processes goes on; the first process puts it
+    together in its memory.
 
     Args:
         **kwargs: ``process_group_backend`` and ``timeout`` of
             :class:`~lightning.pytorch.strategies.ModelParallelStrategy`.
+
+    Raises:
+        InputError: When the Trainer starts, if the module cannot be divided.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -37,6 +43,14 @@ class ClassShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
         if self._layer_sync is not None:  # which Lightning leaves out here
             self._layer_sync.apply(self._module)
+        if not is_overridden("configure_model", self._module):
+            shard = getattr(self._module, "shard", None)
+            if shard is None:
+                raise InputError(
+                    f"ClassShardedStrategy asks a module to divide itself, by `shard`, as modules of ours do, or by "
+                    f"`configure_model`; {type(self._module).__name__} has neither."
+                )
+            self._module.configure_model = shard  # type: ignore[method-assign]  # which Lightning calls
 
     @property
     def _module(self) -> LightningModule:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
@@ -129,13 +128,10 @@ def work(folder: Path) -> None:
 def refusals(folder: Path) -> None:
     """What is refused before any work, and how."""
     messages, version = {}, torch.__version__
-    for name in ("criterion", "tensor_parallel", "parameter", "torch", "logits"):
+    for name in ("criterion", "parameter", "torch", "logits"):
         model = make_model(backbone=Net())
-        strategy: ModelParallelStrategy = ClassShardedStrategy()
         if name == "criterion":
             model.criterion = nn.MultiMarginLoss()
-        elif name == "tensor_parallel":
-            strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
         elif name == "parameter":
             model.scale = nn.Parameter(torch.ones(()))
         elif name == "torch":
@@ -144,7 +140,7 @@ def refusals(folder: Path) -> None:
             torch.__version__ = version
             model.margin_loss = partial(lambda head, x, target: (head(x, target), target), model.head)  # type: ignore[method-assign]
         try:
-            make_trainer(strategy=strategy, devices=2).fit(model, BlobsDataModule())
+            make_trainer(strategy=ClassShardedStrategy(), devices=2).fit(model, BlobsDataModule())
         except InputError as error:
             messages[name] = str(error)
     if os.environ["RANK"] == "0":

@@ -15,7 +15,7 @@ BELOW: dict[str, set[str]] = {
     "schedules": {"errors"},
     "losses": {"functional"},
     "heads": {"errors", "functional", "losses"},
-    "strategies": set(),
+    "strategies": {"errors"},
     "backbones": {"errors"},
     "checkpoints": {"errors"},
     "callbacks": {"errors", "functional", "metrics", "pictures", "schedules"},

@@ -15,6 +15,7 @@ from lsoftmax_lightning.functional import (
     cos_multiple,
     degrees,
     effective_margin,
+    margin_linear,
     margin_logits,
     psi,
     separation,
@@ -268,7 +269,7 @@ def test_the_effective_margin_is_that_of_the_annealed_loss_near_a_class(m: int, 
 def test_angles_of_samples_to_their_class() -> None:
     weight = torch.tensor([[2.0, 0.0], [0.0, 0.5]])
     features = torch.tensor([[3.0, 0.0], [1.0, 1.0], [-1.0, 0.0], [0.0, -7.0]], dtype=torch.bfloat16)
-    angles = target_angles(features, weight, torch.tensor([0, 1, 0, 1]))
+    angles = target_angles(features, weight[[0, 1, 0, 1]])
     torch.testing.assert_close(angles, torch.tensor([0.0, 45.0, 180.0, 180.0]))
     assert degrees(torch.tensor([1 + 1e-6, -1 - 1e-6])).tolist() == [0, 180]
 
@@ -293,3 +294,65 @@ def test_one_direction_is_apart_from_nothing() -> None:
 def test_of_very_many_directions_some_are_taken() -> None:
     directions = torch.eye(2).repeat(6000, 1)  # every second one, all the same way
     assert separation(directions).mean == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("num_classes", [3, 50])  # fewer than samples, and more
+@pytest.mark.parametrize("m", MARGINS)
+def test_written_out_gradients_are_those_of_autograd(m: int, num_classes: int) -> None:
+    torch.manual_seed(m)
+    x, weight = (torch.randn(n, 5, dtype=torch.float64) for n in (20, num_classes))
+    target = torch.randint(num_classes, (20,))
+    x[0], x[1] = weight[target[0]], -3 * weight[target[1]]  # the least angle, and the greatest
+    x.requires_grad_()
+    weight.requires_grad_()
+    plain = F.linear(x, weight)
+    expected = margin_logits(plain, x, weight, target, m, 0.3)
+    for lambda_ in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+        logits, also_plain = margin_linear(x, weight, target, m, lambda_)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+        assert torch.equal(also_plain, plain)
+        gradient = torch.randn(logits.shape, dtype=torch.float64)
+        for found, right in zip(
+            torch.autograd.grad(logits, (x, weight), gradient, retain_graph=True),
+            torch.autograd.grad(expected, (x, weight), gradient, retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, right, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("m", MARGINS)
+def test_written_out_gradients_are_finite_where_there_is_no_angle(m: int) -> None:
+    x, weight = (
+        torch.eye(4)[:, :3].clone().requires_grad_(),
+        torch.eye(3)[[0, 1, 1]].mul(torch.tensor([1, 0, 1])[:, None]),
+    )
+    weight.requires_grad_()
+    logits, _ = margin_linear(x, weight, torch.tensor([0, 1, 1, 2]), m)
+    assert logits.isfinite().all()
+    for gradient in torch.autograd.grad(logits.sum(), (x, weight)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_written_out_gradients_have_derivatives_and_transforms(m: int) -> None:
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 3))
+    target = torch.randint(3, (6,))
+
+    def loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(margin_linear(x, weight, target, m, 0.5)[0], target)
+
+    assert gradcheck(lambda x, weight: loss(x, weight, target), (x, weight))
+    assert gradgradcheck(lambda x, weight: loss(x, weight, target), (x, weight))
+
+    def of_one(x: Tensor, target: Tensor) -> Tensor:
+        return loss(x[None], weight.detach(), target[None])
+
+    each = torch.func.vmap(torch.func.grad(of_one))(x.detach(), target)
+    torch.testing.assert_close(each / 6, torch.autograd.grad(loss(x, weight, target), x)[0])
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_margin_linear_names_a_class_that_is_not_there(wrong: int) -> None:
+    with pytest.raises(InputError, match="target must hold classes 0 to 2"):
+        margin_linear(torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, wrong]), 3)

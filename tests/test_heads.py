@@ -51,7 +51,10 @@ def test_only_the_own_class_changes(head: LSoftmaxLinear, x: Tensor, target: Ten
     own = F.one_hot(target, 4).bool()
     assert torch.equal(plain[~own], margin[~own])
     assert (margin[own] < plain[own]).all()
-    assert torch.equal(head.apply_margin(plain, x, target), margin)
+    torch.testing.assert_close(head.apply_margin(plain, x, target), margin)
+    both = head(x, target, with_plain=True)
+    assert torch.equal(both[0], margin)
+    assert torch.equal(both[1], plain)
 
 
 def test_the_weight_is_drawn_as_the_authors_do() -> None:

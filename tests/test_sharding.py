@@ -55,7 +55,6 @@ def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Call
 
     expected = {
         "criterion": "a sharded head trains by cross-entropy: nn.CrossEntropyLoss with at most a label_smoothing, not",
-        "tensor_parallel": "a head is sharded over all processes: give tensor_parallel_size 1, or take",
         "parameter": "scale is a parameter of no part; a sharded head takes it in a module of its own.",
         "torch": "over gloo torch 2.8.0 adds gradients up where it should take their mean",
         "logits": "a sharded head has no logits to train on: use head.cross_entropy(x, target).",

@@ -55,6 +55,8 @@ class LSoftmaxModule(LightningModule):
         lr_scheduler: Makes the learning rate scheduler from the optimiser.
         lr_scheduler_interval: Whether the scheduler moves with the optimiser, as in the paper, or by epoch.
         label_smoothing: As in :class:`torch.nn.CrossEntropyLoss`.
+        channels_last: Whether images lie in memory pixel by pixel, which some devices prefer.
+        compile: Whether :func:`torch.compile` is applied to the backbone. A checkpoint does not keep it.
         warm_start: File of the weights to begin with, of a network trained with plain softmax: a checkpoint of
             Lightning, or the state dict of a bare module. See :func:`~lsoftmax_lightning.checkpoints.warm_start`.
 
@@ -77,11 +79,13 @@ class LSoftmaxModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
         label_smoothing: float = 0.0,
+        channels_last: bool = False,
+        compile: bool = False,
         warm_start: str | None = None,
     ) -> None:
         super().__init__()
-        # nor where a run began: its checkpoints go on without that file
-        objects = ["lambda_schedule", "optimizer", "lr_scheduler", "warm_start"]
+        # nor where a run began, as its checkpoints go on without that file, nor what a machine was good for
+        objects = ["lambda_schedule", "optimizer", "lr_scheduler", "compile", "warm_start"]
         self.save_hyperparameters(ignore=objects if isinstance(backbone, str) else [*objects, "backbone"])
         self.lambda_schedule = lambda_schedule
         self._optimizer = optimizer
@@ -91,6 +95,10 @@ class LSoftmaxModule(LightningModule):
         self.configure_metrics()
         if warm_start is not None:
             start_from(self, warm_start)
+        if channels_last:
+            self.backbone.to(memory_format=torch.channels_last)
+        if compile:
+            self.backbone.compile()
 
     def configure_model_parts(self, backbone: str | nn.Module) -> None:
         """Sets ``self.backbone`` and ``self.head``.
@@ -164,11 +172,11 @@ class LSoftmaxModule(LightningModule):
         """
         if self.head.lean and _is_cross_entropy(self.criterion):
             return self.head.cross_entropy(features, target, self.criterion.label_smoothing)
-        logits = self.head(features)
-        return self.criterion(self.head.apply_margin(logits, features, target), target.long()), logits
+        logits, plain = self.head(features, target, with_plain=True)
+        return self.criterion(logits, target.long()), plain
 
-    def configure_model(self) -> None:
-        """Under a strategy with a device mesh, divides the head by class and all else as FSDP2 does.
+    def shard(self) -> None:
+        """Divides the head over processes by class, and all else as FSDP2 does; asked for by ``ClassShardedStrategy``.
 
         Raises:
             InputError: If it would not train as one process does.
@@ -177,17 +185,13 @@ class LSoftmaxModule(LightningModule):
             return
         mesh = self.device_mesh["data_parallel"]
         parts = [part for part in self.children() if part is not self.head and any(True for _ in part.parameters())]
-        self._check_mesh(parts)
+        self._check_sharding(parts)
         self.head.shard(mesh)
         for part in parts:
             fully_shard(part, mesh=mesh, reshard_after_forward=False)
 
-    def _check_mesh(self, parts: Sequence[nn.Module]) -> None:
+    def _check_sharding(self, parts: Sequence[nn.Module]) -> None:
         """Refuses what would be wrong in silence."""
-        if self.device_mesh["tensor_parallel"].size() > 1:  # type: ignore[index]
-            raise InputError(
-                "a head is sharded over all processes: give tensor_parallel_size 1, or take ClassShardedStrategy."
-            )
         if dist.get_backend() == "gloo" and torch.__version__ < "2.9":
             raise InputError(
                 f"over gloo torch {torch.__version__} adds gradients up where it should take their mean, in silence "
@@ -213,9 +217,10 @@ class LSoftmaxModule(LightningModule):
 
     def _release(self) -> None:
         """Lets go of what was gathered."""
-        self.head.release()
         for part in self.children():
-            if isinstance(part, FSDPModule):
+            if isinstance(part, LSoftmaxLinear):
+                part.release()
+            elif isinstance(part, FSDPModule):
                 part.reshard()
 
     def on_validation_start(self) -> None:

@@ -1,0 +1,55 @@
+"""What the benchmarks share: the machine in words, times of steps that are run in turn, and tables."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
+
+
+def machine(*packages: str) -> str:
+    """Processor, threads and versions, of further packages too."""
+    info = Path("/proc/cpuinfo")
+    models = (
+        [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    )
+    processor = models[0] if models else platform.machine()
+    if torch.cuda.is_available():
+        processor += f" and {torch.cuda.get_device_name()}"
+    versions = ", ".join(f"{name} {version(name)}" for name in (*PACKAGES, *packages))
+    return f"{processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def in_turn(steps: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Seconds of each step in each round, in which all are run one after the other."""
+    for step in steps.values():
+        for _ in range(warm_up):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: Sequence[float], floor: Sequence[float]) -> str:
+    """Of the medians, and the quartiles of the ratios within rounds."""
+    lower, _, upper = statistics.quantiles([a / b for a, b in zip(times, floor, strict=True)], n=4)
+    return f"{statistics.median(times) / statistics.median(floor):.2f} ({lower:.2f} .. {upper:.2f})"

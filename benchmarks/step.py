@@ -1,0 +1,131 @@
+"""Images a second of `fit` against a bare loop, and what the switches gain.
+
+Both train the same network on the same images by the same steps. `fit` is the command line with a shipped config:
+logging, metrics, annealing, monitor, dashboard and progress bar as they are. The bare loop takes its batches from the
+same datamodule, and runs forward, loss, backward and SGD; it has an epoch of its own after each epoch of `fit`, in the
+same process. Validation is left out of both. Then channels_last, bf16 and torch.compile, each in `fit`, in turn.
+
+Usage: python benchmarks/step.py [ROUNDS]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import machine, ratio, table
+from lightning import Callback
+
+from lsoftmax_lightning.datamodules import CIFAR10DataModule
+from lsoftmax_lightning.datamodules.base import Images
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
+
+CASES = {"digits": ("digits.yaml", "DigitsDataModule", 64), "cifar10": ("cifar10.yaml", "Generated", 64)}
+SWITCHES = {
+    "as shipped": [],
+    "channels_last": ["--model.channels_last=true"],
+    "bf16-mixed": ["--trainer.precision=bf16-mixed"],
+    "channels_last, bf16-mixed": ["--model.channels_last=true", "--trainer.precision=bf16-mixed"],
+    "compile": ["--model.compile=true"],
+    "channels_last, compile": ["--model.channels_last=true", "--model.compile=true"],
+}
+
+
+class Generated(CIFAR10DataModule):
+    """Images in the place of CIFAR-10's: 8 steps of 64 an epoch."""
+
+    def load(self, train: bool) -> Images:
+        """Noise."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (576, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return Images(images, torch.arange(576) % 10)
+
+    def prepare_data(self) -> None:
+        """Nothing to download."""
+
+
+class Clock(Callback):
+    """Seconds of each epoch of training, and of an epoch of a bare loop after it."""
+
+    def __init__(self, bare: bool) -> None:
+        self.bare = bare
+        self.fit: list[float] = []
+        self.loop: list[float] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts."""
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        """Stops, with the last batch."""
+        if trainer.is_last_batch:
+            self.fit.append(time.perf_counter() - self.start)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Runs the bare loop."""
+        if self.bare:
+            self.loop.append(self.epoch(trainer, pl_module))
+
+    def epoch(self, trainer: Any, pl_module: Any) -> float:
+        """Seconds of an epoch of a bare loop."""
+        model = type(pl_module)(**pl_module.hparams)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+        data = trainer.datamodule
+        start = time.perf_counter()
+        for batch in data.train_dataloader():
+            images, target = data.on_after_batch_transfer(batch, 0)
+            optimizer.zero_grad()
+            F.cross_entropy(model.head(model.backbone(images), target), target).backward()
+            optimizer.step()
+        return time.perf_counter() - start
+
+
+def run(config: str, data: str, batch_size: int, epochs: int, bare: bool, *switches: str) -> Clock:
+    """Trains for that many epochs, the first of which is not counted."""
+    clock = Clock(bare)
+    arguments = [f"--data={data}", f"--data.batch_size={batch_size}", f"--trainer.max_epochs={epochs + 1}"]
+    lasting = ["--trainer.max_steps=-1", "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        LSoftmaxCLI(["fit", f"--config={config}", *arguments, *lasting, *switches], callbacks=[clock])
+    del clock.fit[0], clock.loop[:1]
+    return clock
+
+
+def main(rounds: int = 10) -> None:
+    """Prints the tables."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    print(f"{machine()}.\n")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        rows = []
+        for name, case in CASES.items():
+            clock = run(*case, rounds, bare=True)
+            images = case[2] * (20 if name == "digits" else 8)
+            rates = [f"{images / statistics.median(times):,.0f}" for times in (clock.fit, clock.loop)]
+            rows.append([name, *rates, ratio(clock.loop, clock.fit)])
+        print(table(["network", "fit, images/s", "bare loop, images/s", "fit to bare loop"], rows))
+
+        rows = []
+        for name, case in CASES.items():
+            times: dict[str, list[float]] = {switch: [] for switch in SWITCHES}
+            for _ in range(max(2, rounds // 3)):
+                for switch, settings in SWITCHES.items():
+                    times[switch] += run(*case, 2, False, *settings).fit
+            shipped = times["as shipped"]
+            rows += [[name, switch, ratio(shipped, own)] for switch, own in times.items()]
+        print(table(["network", "switch", "images/s, to as shipped"], rows))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
