@@ -33,20 +33,28 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def in_turn(steps: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Seconds of each step in each round, in which all are run one after the other."""
-    for step in steps.values():
-        for _ in range(warm_up):
-            step()
+def in_turn(
+    steps: dict[str, Callable[[], object]], lasting: float, warm_up: int = 2, least: int = 9
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round, in which all are run one after the other.
+
+    Args:
+        steps: By name.
+        lasting: Seconds that all rounds are to take.
+        warm_up: Rounds that are not counted.
+        least: Rounds that are, however long they take.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    began, round_ = time.perf_counter(), -warm_up
+    while round_ < least or time.perf_counter() - began < lasting:
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-    return times
+        round_ += 1
+    return {name: own[warm_up:] for name, own in times.items()}
 
 
 def ratio(times: Sequence[float], floor: Sequence[float]) -> str:

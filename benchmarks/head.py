@@ -1,11 +1,11 @@
 """Forward and backward of the head with a margin, against a head without one and against other implementations.
 
-All are given the same features, weights and classes, and each round runs all of them in turn. The floor is
-``nn.Linear(bias=False)`` under ``F.cross_entropy``. "Autograd" is the formula of the paper in the plainest form that is
+All are given the same features and classes, and each is run in turn with the floor: ``nn.Linear(bias=False)`` under
+``F.cross_entropy``. "Autograd" is the formula of the paper in the plainest form that is
 right: gather, Chebyshev, scatter. pytorch-metric-learning is to be installed for it. Then a whole training step of the
 paper's CIFAR10 network at m = 4 against one at m = 1.
 
-Usage: python benchmarks/head.py [ROUNDS]
+Usage: python benchmarks/head.py [SECONDS OF A COMPARISON]
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def step(loss: Loss, owner: nn.Module, x: Tensor, target: Tensor) -> Callable[[]
     return run
 
 
-def heads(rounds: int) -> list[list[str]]:
+def heads(lasting: float) -> list[list[str]]:
     """The rows of the first table."""
     rows = []
     for size, width, classes in SIZES:
@@ -90,12 +90,13 @@ def heads(rounds: int) -> list[list[str]]:
             torch.compiler.reset()
             x, target = torch.randn(size, width, requires_grad=True), torch.randint(classes, (size,))
             steps = {name: step(*loss, x, target) for name, loss in losses(width, classes, m).items()}
-            times = in_turn(steps, max(15, rounds * 10 // (10 + classes // 100)))
-            floor = times.pop("floor")
-            milliseconds = f"{statistics.median(floor) * 1e3:.2f}"
-            rows.append(
-                [f"({size}, {width}, {classes})", str(m), milliseconds, *(ratio(own, floor) for own in times.values())]
-            )
+            floor = steps.pop("floor")
+            found, milliseconds = [], []
+            for own in steps.values():
+                times = in_turn({"floor": floor, "own": own}, lasting)
+                found.append(ratio(times["own"], times["floor"]))
+                milliseconds.append(statistics.median(times["floor"]) * 1e3)
+            rows.append([f"({size}, {width}, {classes:,})", str(m), f"{statistics.median(milliseconds):.2f}", *found])
     return rows
 
 
@@ -115,17 +116,17 @@ def training_step(m: int, images: Tensor, target: Tensor) -> Callable[[], None]:
     return run
 
 
-def main(rounds: int = 200) -> None:
+def main(lasting: float = 6) -> None:
     """Prints the tables."""
     names = list(losses(2, 2, 2))[1:]
     print(f"{machine('pytorch-metric-learning')}.\n")
-    print(table(["(N, D, C)", "m", "floor, ms", *names], heads(rounds)))
+    print(table(["(N, D, C)", "m", "floor, ms", *names], heads(lasting)))
     images, target = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
-    times = in_turn({str(m): training_step(m, images, target) for m in (1, 4)}, rounds // 5, warm_up=1)
+    times = in_turn({str(m): training_step(m, images, target) for m in (1, 4)}, 10 * lasting)
     print(
         f"A training step of the CIFAR10 network, 64 images, at m = 4 to one at m = 1: {ratio(times['4'], times['1'])}."
     )
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(float, sys.argv[1:]))

@@ -34,6 +34,7 @@ from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
 from lsoftmax_lightning.strategies import ClassShardedStrategy
 
 GIB = 2**30
+LASTING = 2.0  # seconds that a step is timed
 SIZES = [
     *((256, 512, classes) for classes in (10, 100, 1_000, 10_000, 100_000, 1_000_000)),
     *((size, 512, 10_000) for size in (64, 1024, 4096)),
@@ -81,11 +82,6 @@ def _peak() -> int:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-def rounds(size: int, classes: int) -> int:
-    """How often a step is timed: less often where it takes long, and varies less."""
-    return 3 if size * classes > 1e8 else 7 if size * classes > 1e7 else 30
-
-
 def batch(size: int, width: int, classes: int) -> tuple[Tensor, Tensor]:
     """Features and classes."""
     torch.manual_seed(0)
@@ -107,7 +103,7 @@ def step_of_head(size: int, width: int, classes: int, lean: bool | None = None) 
         loss.backward()
         optimizer.step()
 
-    return statistics.median(in_turn({"": step}, rounds(size, classes), warm_up=1)[""])
+    return statistics.median(in_turn({"": step}, LASTING, warm_up=1, least=2)[""])
 
 
 def parts_of_head(size: int, width: int, classes: int) -> tuple[float, float]:
@@ -125,7 +121,7 @@ def parts_of_head(size: int, width: int, classes: int) -> tuple[float, float]:
             logits @ weight
             gradient.addmm_(logits.T, part)
 
-    times = in_turn({"products": products, "SGD": optimizer.step}, rounds(size, classes), warm_up=1)
+    times = in_turn({"products": products, "SGD": optimizer.step}, LASTING, warm_up=1, least=2)
     return statistics.median(times["products"]), statistics.median(times["SGD"])
 
 
@@ -198,7 +194,7 @@ class Clock(Callback):
 def trained(classes: int) -> float:
     """Seconds of a step of the Trainer, of 128 samples on all processes together."""
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning").setLevel(logging.ERROR)
+    logging.disable(logging.INFO)
     processes = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     seed_everything(0, verbose=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import zipfile
@@ -11,7 +10,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -47,15 +46,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        # not straight into the file: out of space, torch ends the process
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
         part = Path(f"{path}.part")
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
+                patient = _Patient(file)
+                torch.save(checkpoint, patient)
+                if patient.error is not None:
+                    raise patient.error
                 os.fsync(file.fileno())
             part.replace(path)
         except OSError as error:
@@ -65,6 +63,31 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 f"the checkpoint {path} could not be written: {error.strerror}. What was there before is as it was; "
                 "with room for it, --ckpt_path goes on from there."
             ) from error
+
+
+class _Patient:
+    """A file whose errors wait: amid :func:`torch.save` one would end the process."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Writes, while all goes well."""
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """As :meth:`write`."""
+        try:
+            if self.error is None:
+                self.file.flush()
+        except OSError as error:
+            self.error = error
 
 
 def stamp(checkpoint: dict[str, Any]) -> None:
@@ -109,7 +132,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is no file; a checkpoint is one such as runs/digits/version_0/checkpoints/last.ckpt.")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch itself does not look at the checksums
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        content = None if damaged else torch.load(path, "cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         raise InputError(

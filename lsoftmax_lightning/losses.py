@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .functional import check_margin, check_target, margin_logits, margin_target, out_of_range
 
-LEAN_FROM = 1000
+LEAN_FROM = 4000
 """Classes from which on the loss by chunks is the default (docs/performance.md)."""
 
 
@@ -223,7 +223,7 @@ def _by_chunks(
         highest, shift = shard.reduce(local.clone(), dist.ReduceOp.MAX)
         best = torch.where(plain >= others, target[part], best + shard.start)
         best = torch.where(local[0] == highest, best, shard.num_classes)  # the first one, of several
-        predictions[part] = shard.reduce(best, dist.ReduceOp.MIN)
+        predictions[part] = shard.reduce(best, dist.ReduceOp.MIN).clamp_max(shard.num_classes - 1)  # where it is NaN
 
         logits.sub_(shift.unsqueeze(1)).exp_()
         ours = (ours - shift).exp()

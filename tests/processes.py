@@ -1,17 +1,7 @@
-"""Trains and tests on 1, 2 and 4 processes: `python -m tests.processes FOLDER`.
-
-Networks are trained for 50 steps, and one is tested on sets of many sizes; weights and figures are left in the folder.
-Torch is imported once; each process is a fork, in the environment that torchrun makes.
-"""
+"""What each of 1, 2 and 4 processes does: it trains networks for 50 steps, and tests one on sets of many sizes."""
 
 import json
 import os
-import signal
-import socket
-import sys
-import traceback
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +96,7 @@ def test(size: int) -> dict[str, float] | str:
 
 
 def work(folder: Path) -> None:
-    """What each process does."""
+    """Leaves weights and figures in the folder."""
     weights = {
         f"{name}{precision}": train(precision, *norms)
         for precision in ("32-true", "64-true")
@@ -117,43 +107,3 @@ def work(folder: Path) -> None:
         count = os.environ["WORLD_SIZE"]
         torch.save(weights, folder / f"weights_{count}.pt")
         (folder / f"figures_{count}.json").write_text(json.dumps(figures))
-
-
-def fork(rank: int, count: int, port: int, task: Callable[[], None]) -> int:
-    """The process' number."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        os.environ |= {name: str(value) for name, value in (ranks | address).items()}
-        task()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def run_on(count: int, task: Callable[[], None]) -> None:
-    """Has that many processes do something together; ends this one if one of them fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = [fork(rank, count, port, task) for rank in range(count)]
-    while pids:
-        pid, status = os.wait()
-        pids.remove(pid)
-        if status:
-            for other in pids:  # which would wait for the one that failed
-                os.kill(other, signal.SIGKILL)
-            sys.exit(1)
-
-
-if __name__ == "__main__":
-    for count in (1, 2, 4):
-        run_on(count, partial(work, Path(sys.argv[1])))

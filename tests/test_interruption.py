@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 
+from .forked import run_on
 from .test_cli import QUIET, SHORT, fails
 
 LONG = [
@@ -106,14 +108,16 @@ def test_what_was_measured_before_a_stop_is_logged(at: int, lines: dict[str, lis
     assert last("runs/digits/version_0")["global_step"] == end
 
 
-def test_two_processes_stop_together_and_go_on() -> None:
+def test_two_processes_stop_together_and_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
     args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]
     args += ["--trainer.max_epochs=8"]
-    whole = run("-m", "lsoftmax_lightning", *args, "--trainer.logger.name=whole")
+    whole = run_on(2, partial(main, [*args, "--trainer.logger.name=whole"]))
     assert whole.returncode == 0, whole.stderr
-    stopped = ["-m", "lsoftmax_lightning", *args, "--trainer.logger.name=stopped", "--ckpt_path=last"]
+    stopped = [*args, "--trainer.logger.name=stopped", "--ckpt_path=last"]
+    program = [sys.executable, "-m", "lsoftmax_lightning"]
     with subprocess.Popen(
-        [sys.executable, *stopped], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*program, *stopped], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as first:
         while not list(Path().glob("runs/stopped/version_0/checkpoints/*.ckpt")) and first.poll() is None:
             time.sleep(0.05)
@@ -122,7 +126,7 @@ def test_two_processes_stop_together_and_go_on() -> None:
     assert first.returncode == 143, said
     assert said.count("Stopped after") == 1
     assert 0 < last("runs/stopped/version_0")["global_step"] < 160
-    done = run(*stopped)
+    done = run_on(2, partial(main, stopped))
     assert done.returncode == 0, done.stderr
     one, other = last("runs/whole/version_0"), last("runs/stopped/version_0")
     assert_same(one["state_dict"], other["state_dict"])

@@ -66,6 +66,13 @@ def test_logits_far_apart() -> None:
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-4)
 
 
+def test_nan_is_handed_on_and_a_class_is_predicted_all_the_same() -> None:
+    x, weight, target = batch(70, 16, 5)
+    loss, prediction = lean_cross_entropy(x * torch.nan, weight, target, 4)
+    assert loss.isnan()
+    assert ((prediction >= 0) & (prediction < 5)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:

@@ -1,17 +1,21 @@
 """One process and two train and test the same."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lsoftmax_lightning.cli import main
+
 from .datamodules.formats import write_lfw
+from .forked import run_on, srun, torchrun
+from .processes import work
 
 # without batch normalisation, whose statistics are those of a process's own share
 MODULE = """
@@ -44,25 +48,32 @@ class Dies(Callback):
 """
 
 
-def run(
-    devices: int, *args: str, config: str = "digits.yaml", module: str = "Module"
-) -> subprocess.CompletedProcess[str]:
+def arguments(devices: int, *args: str, config: str = "digits.yaml", module: str = "Module") -> list[str]:
     Path("flat.py").write_text(MODULE)
-    command = [
-        *(sys.executable, "-m", "lsoftmax_lightning", "fit", "--config", config),
-        *("--model", f"flat.{module}", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"),
-        *(f"--trainer.devices={devices}", "--trainer.max_epochs=3", f"--trainer.logger.version=on{devices}"),
+    return [
+        *("fit", "--config", config, "--model", f"flat.{module}"),
+        *("--trainer.accelerator=cpu", "--trainer.strategy=ddp", f"--trainer.devices={devices}"),
+        *("--trainer.max_epochs=3", f"--trainer.logger.version=on{devices}"),
         *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
         *args,
     ]
+
+
+def run(devices: int, *args: str, **names: str) -> subprocess.CompletedProcess[str]:
+    """As torchrun starts it."""
+    return run_on(devices, partial(main, arguments(devices, *args, **names)))
+
+
+def launch(devices: int, *args: str) -> subprocess.CompletedProcess[str]:
+    """As a user starts it; Lightning starts the other processes."""
+    command = [sys.executable, "-m", "lsoftmax_lightning", *arguments(devices, *args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
 
 
 def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    command = [sys.executable, "-m", "tests.processes", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=480)
-    assert done.returncode == 0, done.stderr
+    for count in (1, 2, 4):
+        done = run_on(count, partial(work, tmp_path))
+        assert done.returncode == 0, done.stderr
     weights = {count: torch.load(tmp_path / f"weights_{count}.pt", weights_only=True) for count in (1, 2, 4)}
     figures = {count: json.loads((tmp_path / f"figures_{count}.json").read_text()) for count in (1, 2, 4)}
     for count in (2, 4):
@@ -82,8 +93,8 @@ def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Call
 
 def test_two_processes_are_as_one() -> None:
     weights, results = [], []
-    for devices in (1, 2):
-        done = run(devices, "--dashboard.save=true")
+    for devices, start in ((1, run), (2, launch)):
+        done = start(devices, "--dashboard.save=true")
         assert done.returncode == 0, done.stderr
         folder = Path("runs/digits", f"on{devices}")
         weights.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
@@ -108,6 +119,29 @@ def test_two_processes_are_as_one() -> None:
         events = EventAccumulator(str(run_folder), size_guidance={"images": 0}).Reload()
         assert [event.step for event in events.Images("val/features")] == [20, 60]
         assert [event.step for event in events.Scalars("val/angle")] == [19, 39, 59]
+
+
+def test_two_nodes_and_divided_classes_are_as_one_process() -> None:
+    """The same command, by the name of what starts it."""
+    short = ["--trainer.max_epochs=1", "--dashboard.every_n_epochs=0"]
+    done = run(1, *short)
+    assert done.returncode == 0, done.stderr
+    nodes = ["--trainer.num_nodes=2", "--trainer.devices=1"]
+    for name, environment, settings in (
+        ("torchrun", partial(torchrun, nodes=2), nodes),
+        ("srun", partial(srun, nodes=2), nodes),
+        ("sharded", torchrun, ["--trainer.strategy=class_sharded"]),
+    ):
+        args = arguments(2, *short, f"--trainer.logger.version={name}", *settings)
+        done = run_on(2, partial(main, args), environment)
+        assert done.returncode == 0, done.stderr
+        one, other = (
+            torch.load(f"runs/digits/{version}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+            for version in ("on1", name)
+        )
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+        results = [json.loads(Path("runs/digits", version, "results.json").read_text()) for version in ("on1", name)]
+        assert results[1] == pytest.approx(results[0], rel=1e-3, abs=1e-3)
 
 
 def test_two_processes_augment_and_verify_as_one(tmp_path: Path) -> None:
@@ -159,7 +193,7 @@ def test_a_worker_that_dies_takes_the_run_down(rank: int, killed: bool) -> None:
         f"--trainer.callbacks.rank={rank}",
         f"--trainer.callbacks.killed={killed}",
     )
-    done = run(2, *dies)
+    done = launch(2, *dies)
     assert done.returncode != 0
     assert ("this worker gives out" in done.stderr) is not killed
     assert ("error: another process of the run died" in done.stderr) or not killed

@@ -1,9 +1,7 @@
 """A head divided by class over processes trains as one in one piece."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ from torch import Tensor
 
 from lsoftmax_lightning import ClassificationModule
 
+from .forked import run_on
 from .processes import Net
-from .sharding import COUNTS
+from .sharding import COUNTS, go_on, refusals, work
 
 
 def difference(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
@@ -23,10 +22,10 @@ def difference(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
 
 
 def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    command = [sys.executable, "-m", "tests.sharding", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=480)
-    assert done.returncode == 0, done.stderr
+    for task, counts in ((work, COUNTS), (go_on, COUNTS), (refusals, [2])):
+        for count in counts:
+            done = run_on(count, partial(task, tmp_path))
+            assert done.returncode == 0, done.stderr
 
     def read(name: str) -> Any:
         return torch.load(tmp_path / f"{name}.pt", weights_only=True)

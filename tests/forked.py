@@ -1,0 +1,90 @@
+"""Programs in processes of their own, by forks: torch and Lightning take longer to import than most tests to run."""
+
+import os
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import torch.distributed as dist
+
+
+def torchrun(rank: int, count: int, port: int, nodes: int = 1) -> dict[str, object]:
+    """The environment that it makes."""
+    node, local = divmod(rank, count // nodes)
+    ranks = {"RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node}
+    sizes = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count // nodes}
+    return ranks | sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+
+
+def srun(rank: int, count: int, port: int, nodes: int = 1) -> dict[str, object]:
+    """The environment that it makes."""
+    node, local = divmod(rank, count // nodes)
+    ranks = {"SLURM_PROCID": rank, "SLURM_LOCALID": local, "SLURM_NODEID": node}
+    sizes = {"SLURM_NTASKS": count, "SLURM_NTASKS_PER_NODE": count // nodes}
+    return (
+        ranks | sizes | {"SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_ID": 1, "SLURM_JOB_NAME": "x", "MASTER_PORT": port}
+    )
+
+
+def run_on(
+    count: int, task: Callable[[], object], environment: Callable[[int, int, int], dict[str, object]] = torchrun
+) -> CompletedProcess[str]:
+    """Has that many processes do something together.
+
+    Args:
+        count: How many.
+        task: What they do, after which they end.
+        environment: Of a process, from its rank, their count and a port.
+
+    Returns:
+        What they printed, and the code of the first that failed, or 0; the others are then ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [[Path(f"{name}_{rank}").absolute() for name in ("stdout", "stderr")] for rank in range(count)]
+    ranks = {_fork(environment(rank, count, port), task, *paths[rank]): rank for rank in range(count)}
+    failed = 0
+    while ranks:
+        pid, status = os.wait()
+        if pid in ranks:
+            del ranks[pid]
+            failed = failed or os.waitstatus_to_exitcode(status)
+            if failed:
+                for other in ranks:  # which may wait for the one that failed
+                    os.kill(other, signal.SIGKILL)
+    stdout, stderr = ("".join(pair[at].read_text() for pair in paths) for at in (0, 1))
+    return CompletedProcess([], failed, stdout, stderr)
+
+
+def _fork(environment: dict[str, object], task: Callable[[], object], stdout: Path, stderr: Path) -> int:
+    """The process' number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        for number, path in ((1, stdout), (2, stderr)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        # as in a process that begins
+        warnings.resetwarnings()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        sys.path.insert(0, os.getcwd())
+        os.environ |= {name: str(value) for name, value in environment.items()}
+        task()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        code = 0
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
