@@ -58,6 +58,6 @@ def in_turn(
 
 
 def ratio(times: Sequence[float], floor: Sequence[float]) -> str:
-    """Of the medians, and the quartiles of the ratios within rounds."""
-    lower, _, upper = statistics.quantiles([a / b for a, b in zip(times, floor, strict=True)], n=4)
-    return f"{statistics.median(times) / statistics.median(floor):.2f} ({lower:.2f} .. {upper:.2f})"
+    """Median and quartiles of the ratios within rounds."""
+    lower, median, upper = statistics.quantiles([a / b for a, b in zip(times, floor, strict=True)], n=4)
+    return f"{median:.2f} ({lower:.2f} .. {upper:.2f})"

@@ -8,7 +8,6 @@ Usage: python benchmarks/dashboard.py [ROUNDS]
 
 from __future__ import annotations
 
-import platform
 import statistics
 import sys
 import tempfile
@@ -17,9 +16,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import lightning
-import matplotlib
 import torch
+from common import machine, table
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -91,12 +89,8 @@ def main(rounds: int = 3) -> None:
         for name, function in list(vars(owner).items()):
             if name == "_hear" or (name.startswith("on_") and name != "on_fit_end"):
                 setattr(owner, name, timed(function))
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}, matplotlib "
-        f"{matplotlib.__version__}\n\n| network | training, s | share, median of {rounds} | least .. most | drawing "
-        "after training, s |\n| --- | --- | --- | --- | --- |"
-    )
+    print(f"{machine('matplotlib')}.\n")
+    rows = []
     for name, *case in (
         ("digits, 30 epochs", DigitsDataModule(), "digits", {}, 30),
         ("4 convolutions on 32x32, 5 epochs", Photographs(128), "cifar10", SMALL, 5),
@@ -104,10 +98,10 @@ def main(rounds: int = 3) -> None:
         times = [run(*case) for _ in range(rounds)]
         shares = [hooks / training for training, hooks, _ in times]
         training, _, after = map(statistics.median, zip(*times, strict=True))
-        print(
-            f"| {name} | {training:.1f} | {statistics.median(shares):.1%} | {min(shares):.1%} .. {max(shares):.1%} | "
-            f"{after:.1f} |"
-        )
+        spread = f"{min(shares):.1%} .. {max(shares):.1%}"
+        rows.append([name, f"{training:.1f}", f"{statistics.median(shares):.1%}", spread, f"{after:.1f}"])
+    header = ["network", "training, s", f"share, median of {rounds}", "least .. most", "drawing after training, s"]
+    print(table(header, rows))
 
 
 if __name__ == "__main__":

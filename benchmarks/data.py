@@ -9,14 +9,13 @@ Usage: python benchmarks/data.py [ROUNDS]
 
 from __future__ import annotations
 
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 
 import torch
-import torchvision
+from common import machine, table
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -108,21 +107,20 @@ def main(rounds: int = 5) -> None:
     for _ in range(rounds):  # interleaved
         for name, batches in paths.items():
             rates[name].append(rate(batches))
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    )
-    print(f"\n| path | samples/s, median of {rounds} | least .. most | ours to it |\n| --- | --- | --- | --- |")
+    print(f"{machine()}.\n")
     fastest = statistics.median(rates["ours"])
+    rows = []
     for name, found in rates.items():
         median = statistics.median(found)
-        print(f"| {name} | {median:,.0f} | {min(found):,.0f} .. {max(found):,.0f} | {fastest / median:.1f}x |")
+        rows.append([name, f"{median:,.0f}", f"{min(found):,.0f} .. {max(found):,.0f}", f"{fastest / median:.1f}x"])
+    print(table(["path", f"samples/s, median of {rounds}", "least .. most", "ours to it"], rows))
 
     images, targets = next(iter(ours.batches()))
-    print("\n| network | training step, batch 256 | of which our data path would be |\n| --- | --- | --- |")
+    rows = []
     for backbone in ("cifar10", "digits"):
         seconds, data_seconds = step_seconds(backbone, images, targets), BATCH / fastest
-        print(f"| {backbone} | {seconds * 1e3:,.0f} ms | {data_seconds / (seconds + data_seconds):.2%} |")
+        rows.append([backbone, f"{seconds * 1e3:,.0f} ms", f"{data_seconds / (seconds + data_seconds):.2%}"])
+    print(table(["network", f"training step, batch {BATCH}", "of which our data path would be"], rows))
 
 
 if __name__ == "__main__":

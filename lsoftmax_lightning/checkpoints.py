@@ -51,7 +51,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             part.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 patient = _Patient(file)
-                torch.save(checkpoint, patient)
+                torch.save(checkpoint, patient)  # type: ignore[arg-type]  # it asks for no more
                 if patient.error is not None:
                     raise patient.error
                 os.fsync(file.fileno())

@@ -184,7 +184,8 @@ class LSoftmaxLinear(nn.Module):
         if torch.is_grad_enabled():
             raise InputError("a sharded head has no logits to train on: use head.cross_entropy(x, target).")
         if self._gathered is None:
-            self._gathered = self.weight.full_tensor()
+            with torch.inference_mode(False), torch.no_grad():  # DTensor knows no inference mode
+                self._gathered = self.weight.full_tensor()
         return self._gathered
 
     def release(self) -> None:

@@ -44,9 +44,9 @@ def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Call
             if name != "bf16-mixed":
                 assert other["figures"] == pytest.approx(one["figures"], rel=1e-5, abs=1e-5)
     one = read("plain 1")["weights"]
-    for before in COUNTS:
-        for after in COUNTS:
-            assert difference(one, read(f"{before} to {after}")) < 1e-6
+    found = max(difference(one, read(f"{before} to {after}")) for before in COUNTS for after in COUNTS)
+    record_property("difference of weights, gone on with on any other number of processes", found)
+    assert found < 1e-6
     loaded = ClassificationModule.load_from_checkpoint(
         tmp_path / "plain" / "4 after step=12.ckpt", backbone=Net(), weights_only=True
     )
