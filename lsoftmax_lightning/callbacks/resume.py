@@ -52,7 +52,10 @@ class ExactResume(Callback):
         seed = random.Random(draw).getrandbits(32)
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:  # that would note down for later, with where it was called, what an accelerator is to be told
+            torch.default_generator.manual_seed(seed)
 
     def _tell_schedulers(self, trainer: Trainer, pl_module: Any) -> None:
         measured = self._measured(trainer)
