@@ -220,3 +220,20 @@ def test_weight_averaging_leaves_lambda_alone() -> None:
     model = make_model(lambda_schedule=Constant(5.0))
     make_trainer(max_epochs=2, callbacks=[EMAWeightAveraging()]).fit(model, BlobsDataModule())
     assert model.head.lambda_ == 5.0
+
+
+def test_channels_last_changes_the_layout_and_nothing_else() -> None:
+    plain, last = make_model(), make_model(channels_last=True)
+    x = torch.rand(4, 1, 8, 8)
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in last.backbone.parameters() if w.ndim == 4)
+    torch.testing.assert_close(last.eval()(x), plain.eval()(x))
+
+
+def test_a_compiled_backbone_leaves_no_trace_in_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("torch.compile", lambda call, **kwargs: lambda *args: calls.append(args) or call(*args))
+    model = make_model(compile=True)
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 4)
+    assert len(calls) == 1
+    assert "compile" not in model.hparams
+    assert model.state_dict().keys() == make_model().state_dict().keys()
