@@ -49,9 +49,9 @@ class Dies(Callback):
 
 
 def arguments(devices: int, *args: str, config: str = "digits.yaml", module: str = "Module") -> list[str]:
-    Path("flat.py").write_text(MODULE)
+    Path("of_processes.py").write_text(MODULE)
     return [
-        *("fit", "--config", config, "--model", f"flat.{module}"),
+        *("fit", "--config", config, "--model", f"of_processes.{module}"),
         *("--trainer.accelerator=cpu", "--trainer.strategy=ddp", f"--trainer.devices={devices}"),
         *("--trainer.max_epochs=3", f"--trainer.logger.version=on{devices}"),
         *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
@@ -189,7 +189,7 @@ def test_divergence_ends_every_process() -> None:
 @pytest.mark.parametrize(("rank", "killed"), [(1, False), (0, True)])
 def test_a_worker_that_dies_takes_the_run_down(rank: int, killed: bool) -> None:
     dies = (
-        "--trainer.callbacks+=flat.Dies",
+        "--trainer.callbacks+=of_processes.Dies",
         f"--trainer.callbacks.rank={rank}",
         f"--trainer.callbacks.killed={killed}",
     )
