@@ -27,5 +27,5 @@ def made_again(block: re.Match[str]) -> str:
 if __name__ == "__main__":
     text = PAGE.read_text()
     PAGE.write_text(
-        re.sub(r"(```sh\n(python benchmarks/.*)\n```\n).*?(<!-- end -->)", made_again, text, flags=re.DOTALL)
+        re.sub(r"(```sh\n(python benchmarks/[^\n]*)\n```\n).*?(<!-- end -->)", made_again, text, flags=re.DOTALL)
     )
