@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -350,3 +351,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ClassificationModule, "training_step", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["fit", "--config", "digits.yaml", *SHORT])
+
+
+def test_the_command_ends_with_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = entry_points(group="console_scripts", name="lsoftmax_lightning")
+    monkeypatch.setattr("lsoftmax_lightning.__main__.main", lambda: "anything")
+    assert command.load()() is None  # else it is printed, and the code is 1
