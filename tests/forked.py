@@ -74,8 +74,8 @@ def _fork(environment: dict[str, object], task: Callable[[], object], stdout: Pa
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         # as in a process that begins
         warnings.resetwarnings()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.path.insert(0, os.getcwd())
         os.environ |= {name: str(value) for name, value in environment.items()}
         task()

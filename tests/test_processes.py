@@ -181,7 +181,7 @@ def test_a_batch_that_does_not_divide_is_one_error() -> None:
 
 
 def test_divergence_ends_every_process() -> None:
-    done = run(2, "--model.optimizer.lr=1e30")
+    done = launch(2, "--model.optimizer.lr=1e30")
     assert done.returncode != 0
     assert "error: The training loss was NaN or infinite" in done.stderr
 
