@@ -16,7 +16,7 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 class LambdaAnnealing(Callback):
-    """Sets lambda of the module's head before each training batch, shows it and logs it as ``lambda``.
+    """Sets lambda of the module's head before each training batch; shows it and logs it as ``lambda``.
 
     lambda is a function of the Trainer's optimiser steps, so gradient accumulation does not speed it up and a resumed
     run goes on where it stopped. The annealing is that of the paper, section 4.
@@ -50,10 +50,8 @@ class LambdaAnnealing(Callback):
             raise InputError(f"LambdaAnnealing needs a schedule, as its argument or as {name}.lambda_schedule.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
-        """Sets and logs lambda."""
-        lambda_ = self._lambda_at(trainer, pl_module, trainer.global_step)
-        pl_module.head.lambda_ = lambda_
-        pl_module.log("lambda", lambda_, prog_bar=True)
+        """Sets lambda."""
+        pl_module.head.lambda_ = self._lambda_at(trainer, pl_module, trainer.global_step)
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         """Notes the first step whose loss is not finite, without waiting for the device."""
@@ -65,12 +63,13 @@ class LambdaAnnealing(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Stops a diverged run, every ``log_every_n_steps`` optimiser steps and at the end of an epoch.
+        """Logs lambda and stops a diverged run, every ``log_every_n_steps`` steps and at the end of an epoch.
 
         Not in ``on_train_epoch_end``: there Lightning's progress bar makes the first process wait for the others.
         """
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.is_last_batch or (every and trainer.global_step % every == 0):
+        if trainer.is_last_batch or trainer.should_stop or (every and trainer.global_step % every == 0):
+            pl_module.log("lambda", pl_module.head.lambda_, prog_bar=True)  # no more often: it costs half a millisecond
             self._stop_if_diverged(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -41,6 +41,7 @@ class ExactResume(Callback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Takes the seed of ``seed_everything``, or 0, as the datamodules do."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self._accelerated = torch.accelerator.is_available()  # which takes its time
         self._watched, self._owed = {}, False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
@@ -52,7 +53,7 @@ class ExactResume(Callback):
         seed = random.Random(draw).getrandbits(32)
         random.seed(seed)
         np.random.seed(seed)
-        if torch.accelerator.is_available():
+        if self._accelerated:
             torch.manual_seed(seed)
         else:  # that would note down for later, with where it was called, what an accelerator is to be told
             torch.default_generator.manual_seed(seed)
