@@ -13,6 +13,7 @@ from .functional import check_margin, check_target, margin_logits, margin_target
 
 LEAN_FROM = 4000
 """Classes from which on the loss by chunks is the default (docs/performance.md)."""
+_FEW = 2**23  # logits, 32 MiB of them
 
 
 class LeanLoss(NamedTuple):
@@ -199,7 +200,8 @@ def _by_chunks(
             x_norm, w_norm = (torch.linalg.vector_norm(of, dim=1) for of in (x, w))
             own_logit = margin_target(own_logit, x_norm, w_norm, margin, lambda_)
 
-    rows = max(64, features.shape[1] // 2)  # so that logits take no more than half of what the weight does
+    # so that logits take no more than half of what the weight does, or than is nothing: fewer rows are slower
+    rows = max(64, features.shape[1] // 2, _FEW // len(weight))
     product = features.new_empty(min(rows, len(features)), len(weight))
     smooth = label_smoothing / shard.num_classes
     losses, of_own, predictions = x.new_empty(len(x)), x.new_empty(len(x)), torch.empty_like(target)

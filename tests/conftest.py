@@ -63,3 +63,9 @@ def make_trainer(**settings: Any) -> Trainer:
         "max_epochs": 1,
     }
     return Trainer(**defaults | settings)
+
+
+@pytest.fixture
+def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a loss take the logits by chunks however few they are."""
+    monkeypatch.setattr("lsoftmax_lightning.losses._FEW", 0)

@@ -12,6 +12,8 @@ from lsoftmax_lightning.losses import LEAN_FROM, lean_cross_entropy, lsoftmax_cr
 
 from .conftest import make_model
 
+pytestmark = pytest.mark.usefixtures("chunks")
+
 
 def batch(size: int, width: int, classes: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(size + classes)

@@ -15,6 +15,8 @@ from .forked import run_on
 from .processes import Net
 from .sharding import COUNTS, go_on, refusals, work
 
+pytestmark = pytest.mark.usefixtures("chunks")
+
 
 def difference(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     assert weights.keys() == others.keys()
