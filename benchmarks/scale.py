@@ -106,12 +106,17 @@ def step_of_head(size: int, width: int, classes: int, lean: bool | None = None) 
     return statistics.median(in_turn({"": step}, LASTING, warm_up=1, least=2)[""])
 
 
+def rows_of_chunk(width: int, classes: int) -> int:
+    """How many samples the loss takes at a time."""
+    return max(64, width // 2, 2**23 // classes)
+
+
 def parts_of_head(size: int, width: int, classes: int) -> tuple[float, float]:
     """Seconds of the three matrix products alone, and of SGD alone."""
     weight = torch.randn(classes, width, requires_grad=True)
     weight.grad = torch.zeros_like(weight)
     optimizer = torch.optim.SGD([weight], lr=0.01, momentum=0.9)
-    rows = max(64, width // 2)
+    rows = rows_of_chunk(width, classes)
     x, product, gradient = torch.randn(size, width), torch.empty(min(rows, size), classes), torch.zeros(classes, width)
 
     @torch.no_grad()
@@ -133,7 +138,7 @@ def growth() -> tuple[list[list[str]], list[tuple[int, float, float, float, floa
         [((products, sgd), _)] = apart(parts_of_head, size, width, classes)
         shares = {"matrix products": products, "SGD": sgd, "the rest": total - products - sgd}
         weights = 3 * 4 * classes * width / GIB  # weight, gradient, momentum
-        logits = 4 * min(max(64, width // 2), size) * classes / GIB
+        logits = 4 * min(rows_of_chunk(width, classes), size) * classes / GIB
         held = {"weight, gradient, momentum": weights, "logits": logits, "the rest": memory - weights - logits}
         rows.append(
             [

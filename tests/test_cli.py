@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.schedules import RunFraction
 
 from .datamodules.formats import write_cifar, write_folder, write_lfw, write_mnist
+from .forked import run_on
 
 QUIET = [
     "--trainer.accelerator=cpu",
@@ -66,6 +68,18 @@ def test_every_shipped_config_runs(config: Path, tmp_path: Path, monkeypatch: py
     assert cli is not None
     assert cli.trainer.global_step == 1
     assert {path.name for path in Path().iterdir()} <= {"small"}
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_runs_on_two_devices(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.fast_dev_run=true"]
+    data = small_data(config.name, tmp_path / "small", monkeypatch)
+    done = run_on(2, partial(main, ["fit", "--config", config.name, *QUIET, *devices, *data]))
+    assert done.returncode == 0, done.stderr
+    assert "MEMBER: 2/2" in done.stderr
+    assert "test/acc" in done.stdout
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
