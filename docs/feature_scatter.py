@@ -22,7 +22,7 @@ def main(output: str, root: str, *checkpoints: str) -> None:
     for axis, path in zip(axes[0], checkpoints, strict=True):
         model, features, targets = embed_test_set(path, data)
         accuracy = (model.head(features).argmax(1) == targets).float().mean()
-        angle = target_angles(features, model.head.weight, targets).mean()
+        angle = target_angles(features, model.head.weight[targets]).mean()
         title = f"m = {model.head.margin}: test accuracy {accuracy:.2%}, mean angle to class {angle:.1f}°"
         feature_scatter(*plane(features, model.head.weight), targets, data.class_names, title, axis)
     figure.tight_layout()

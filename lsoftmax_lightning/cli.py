@@ -1,4 +1,4 @@
-"""The command line: Lightning's commands, ``compare`` for margins and seeds, and ``configs`` to find the YAML."""
+"""The command line: Lightning's commands, and ``compare``, ``export`` and ``configs``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import yaml
 
+from .checkpoints import read
 from .compare import compare, report
 from .errors import InputError
+from .export import Format, Pixels, export
 from .lightning_cli import CONFIGS, LSoftmaxCLI, find_config, mistakes_in_a_line
 
 __all__ = ["CONFIGS", "main"]
@@ -101,6 +104,50 @@ def compare_margins(args: list[str]) -> None:
         raise SystemExit(130) from None
 
 
+class _Restored(LSoftmaxCLI):
+    """Model, with the weights of a checkpoint, and datamodule of a config; nothing is run."""
+
+    def predict(self, **kwargs: Any) -> None:
+        self.model.load_state_dict(read(kwargs["ckpt_path"])["state_dict"])
+
+
+def export_checkpoint(args: list[str]) -> None:
+    """Writes the network of a checkpoint to a file for use without this package.
+
+    Args:
+        args: As ``lsoftmax_lightning export --help`` has them.
+
+    Raises:
+        InputError: If they do not name a network that can be exported.
+        RunError: If what was exported gives something else than the module.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lsoftmax_lightning export",
+        usage="%(prog)s --ckpt_path FILE [--format FORMAT] [--output FILE] [--pixels KIND] [--KEY VALUE ...]",
+        description="Writes normalisation, backbone, embedding and margin-free logits to a file for batches of any "
+        "size, and compares what it gives for test images with what the module gives. Class names and normalisation "
+        "are in its metadata. `state_dict` is the weights of the backbone alone.",
+        epilog="Any other setting is one of the config, as in --data.root my_images.",
+        allow_abbrev=False,
+    )
+    suffixes = dict(zip(get_args(Format), ("model.onnx", "model.pt2", "backbone.pt"), strict=True))
+    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="a checkpoint of fit")
+    parser.add_argument("-c", "--config", metavar="NAME", help="its config (default: that of its run)")
+    parser.add_argument("--format", choices=suffixes, default="onnx", help="default: onnx")
+    parser.add_argument("--output", metavar="FILE", help=f"default: {', '.join(suffixes.values())}")
+    parser.add_argument("--pixels", choices=get_args(Pixels), default="uint8", help="of images; floats are 0 to 1")
+    given, settings = parser.parse_known_args(args)
+    config = given.config or Path(given.ckpt_path).parent.parent / "config.yaml"
+    if not given.config and not config.is_file():
+        raise InputError(f"there is no {config}, the config of the run that {given.ckpt_path} is of: give --config.")
+    alone = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
+    restored = _Restored(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
+    output = given.output or suffixes[given.format]
+    found = export(restored.model, restored.datamodule, output, given.format, given.pixels)
+    differs = " and ".join(f"{difference:.2g} in the {name}" for name, difference in found.items())
+    print(f"Wrote {output}." + (f" For test images it differs from the module by at most {differs}." if found else ""))
+
+
 def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
     """Runs the command line.
 
@@ -108,13 +155,13 @@ def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
         args: The arguments, by default those of the process.
 
     Returns:
-        The CLI object, with ``trainer``, ``model`` and ``datamodule``; nothing for ``compare`` and ``configs``.
+        The CLI object, with ``trainer``, ``model`` and ``datamodule``; nothing for the other commands.
 
     Raises:
         SystemExit: With a message and no traceback, for whatever the user can mend.
     """
     args = sys.argv[1:] if args is None else args
-    own_commands = {"compare": compare_margins, "configs": configs}
+    own_commands = {"compare": compare_margins, "configs": configs, "export": export_checkpoint}
     with mistakes_in_a_line():
         if not args or args[0] not in own_commands:
             return LSoftmaxCLI(args)

@@ -92,8 +92,8 @@ def margin_target(
 
     Args:
         target_logit: z_y, [N], float32 or float64.
-        feature_norm: |x|, [N].
-        weight_norm: |w_y|, [N].
+        feature_norm: ``|x|``, [N].
+        weight_norm: ``|w_y|``, [N].
         margin: m, an integer >= 1.
         lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax); a number or a 0-d tensor.
 

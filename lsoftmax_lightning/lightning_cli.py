@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
@@ -27,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # the names that a YAML may use without their path
 from . import datamodules, modules, schedules  # noqa: F401
-from .callbacks import Dashboard, ExactResume, LastCheckpoint, MarginMonitor
+from .callbacks import Dashboard, ExactResume, LastCheckpoint, MarginMonitor, Predictions
 from .checkpoints import read
 from .errors import InputError, LSoftmaxError
 from .strategies import ClassShardedStrategy
@@ -129,7 +128,7 @@ class LSoftmaxCLI(LightningCLI):
                 "usage": "lsoftmax_lightning",
                 "version": version("lsoftmax-lightning"),
                 "description": "Large-Margin Softmax (Liu et al., ICML 2016). `configs` lists the shipped configs, "
-                "`compare` sets margins against each other; start with: fit --config digits.yaml",
+                "`compare` sets margins against each other, `export` writes ONNX; start with: fit --config digits.yaml",
                 **{
                     command: {"usage": f"lsoftmax_lightning {command} --config NAME [--KEY VALUE ...]"}
                     for command in self.subcommands()
@@ -151,6 +150,12 @@ class LSoftmaxCLI(LightningCLI):
                 "checkpoint.filename": "best",
             }
         )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_lightning_class_args(Predictions, "predictions")
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the config as it is: Lightning would put a checkpoint's settings over those the user gave."""
@@ -277,28 +282,8 @@ class LSoftmaxCLI(LightningCLI):
             rank_zero_info(f"Everything of this run is in {path.parent}")
 
     def predict(self, **kwargs: Any) -> None:
-        """Writes class and probability of every image to ``predictions.csv`` in the run's folder."""
-        if self.trainer.world_size > 1:
-            raise InputError("predict writes one file in order; run it with --trainer.devices 1.")
-        batches: Any = self.trainer.predict(**kwargs | {"return_predictions": True})
-        if "prediction" not in batches[0]:
-            raise InputError(
-                f"predict writes classes, and {type(self.model).__name__} gives {', '.join(batches[0])}; have that in "
-                "Python from trainer.predict(model, datamodule)."
-            )
-        if not self.trainer.loggers:
-            rank_zero_info("Without a logger there is no folder of this run: the predictions were not written.")
-            return
-        names = self.datamodule.class_names
-        path = self._run_folder() / "predictions.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["index", "prediction", "probability"])
-            rows = (
-                row for batch in batches for row in zip(*(column.tolist() for column in batch.values()), strict=True)
-            )
-            writer.writerows((index, names[label], f"{share:.6f}") for index, (label, share) in enumerate(rows))
-        rank_zero_info(f"The predictions are in {path}")
+        """Holds nothing of what is predicted: :class:`~lsoftmax_lightning.callbacks.Predictions` writes it."""
+        self.trainer.predict(**kwargs | {"return_predictions": False})
 
     def _run_folder(self) -> Path:
         folder = Path(str(self.trainer.log_dir))  # to be asked on every process

@@ -27,7 +27,8 @@ BELOW: dict[str, set[str]] = {
     "__init__": {"heads", "modules"},
     "lightning_cli": {"errors", "callbacks", "checkpoints", "datamodules", "modules", "schedules", "strategies"},
     "compare": {"errors", "functional", "callbacks", "lightning_cli", "pictures"},
-    "cli": {"errors", "compare", "lightning_cli"},
+    "export": {"errors", "checkpoints"},
+    "cli": {"errors", "checkpoints", "compare", "export", "lightning_cli"},
     "__main__": {"cli"},
 }
 

@@ -4,6 +4,7 @@ from .annealing import LambdaAnnealing
 from .dashboard import Dashboard
 from .last import LastCheckpoint
 from .monitor import MarginMonitor
+from .predictions import Predictions
 from .resume import ExactResume
 
-__all__ = ["Dashboard", "ExactResume", "LambdaAnnealing", "LastCheckpoint", "MarginMonitor"]
+__all__ = ["Dashboard", "ExactResume", "LambdaAnnealing", "LastCheckpoint", "MarginMonitor", "Predictions"]

@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 from ..errors import DataError, InputError
 from ..transforms import Augmentation, RandomCropFlip
-from .loader import DRAWS, BatchLoader, BatchSampler, ImageStore, StoredImages
+from .images import ImageFiles, ImageStore, StoredImages, files_in
+from .loader import DRAWS, BatchLoader, BatchSampler
 
 
 class Images(NamedTuple):
@@ -68,6 +69,8 @@ class BatchDataModule(LightningDataModule):
             batch that is not whole.
         crop_padding: In training, pixels of black around an image, which is then cropped back at a random place.
         flip: In training, whether half of the images are mirrored left and right.
+        predict_folder: Folder of images to predict, in folders or not, in the place of the test images. Each is scaled
+            to cover ``image_shape`` and its middle cut out.
 
     Attributes:
         class_names: Name of each class.
@@ -86,14 +89,22 @@ class BatchDataModule(LightningDataModule):
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    num_workers = 0
+    num_workers: int
     augment: Augmentation | None
 
-    def __init__(self, batch_size: int = 256, crop_padding: int = 0, flip: bool = False) -> None:
+    def __init__(
+        self,
+        batch_size: int = 256,
+        crop_padding: int = 0,
+        flip: bool = False,
+        predict_folder: str | None = None,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
         self.batch_size = batch_size
+        self.predict_folder = predict_folder
+        self.num_workers = min(8, torch.get_num_threads())
         self.augment = RandomCropFlip(crop_padding, flip) if crop_padding or flip else None
         self.normalize = v2.Compose(  # in place of the floats made of the bytes
             [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std), inplace=True)]
@@ -124,8 +135,15 @@ class BatchDataModule(LightningDataModule):
         """Reads, once; ``stage`` is that of the Trainer."""
         if stage in ("fit", "validate") and not hasattr(self, "train_data"):
             self.train_data, self.val_data = self.load_train_val()
+        if stage == "predict" and self.predict_folder is not None:
+            paths = files_in(self.predict_folder)
+            unknown = torch.zeros(len(paths), dtype=torch.int64)
+            self.predict_data = Images(ImageFiles(paths, self.image_shape), unknown)
+            return
         if stage in ("test", "predict") and not hasattr(self, "test_data"):
             self.test_data = self.load_test()
+        if stage == "predict":
+            self.predict_data = self.test_data
 
     def _checked(self, data: Images) -> Images:
         if len(data.images) != len(data.targets) or len(data.targets) == 0:
@@ -156,8 +174,8 @@ class BatchDataModule(LightningDataModule):
         return self._loader(self.test_data)
 
     def predict_dataloader(self) -> BatchLoader:
-        """The test images, in order."""
-        return self._loader(self.test_data)
+        """The images of ``predict_folder``, or the test images, in order."""
+        return self._loader(self.predict_data)
 
     def _loader(
         self, data: Images, shuffle: bool = False, drop_last: bool = False, num_draws: int | None = None
@@ -190,7 +208,7 @@ class ImageDataModule(BatchDataModule):
             paper's choice is a tenth (section 5).
         split_seed: Seed of that split; it does not follow ``seed_everything``, so that every run validates on the
             same images.
-        **kwargs: As :class:`BatchDataModule`: ``crop_padding``, ``flip``.
+        **kwargs: As :class:`BatchDataModule`: ``crop_padding``, ``flip``, ``predict_folder``.
 
     Raises:
         InputError: If a setting is out of range.

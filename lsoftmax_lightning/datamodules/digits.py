@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -18,6 +20,7 @@ class DigitsDataModule(ImageDataModule):
         batch_size: Global batch size in training.
         val_size: Training images held out for validation: a number, or a share below 1.
         split_seed: Seed of the validation split.
+        **kwargs: As :class:`ImageDataModule`.
     """
 
     class_names = tuple("0123456789")
@@ -25,8 +28,8 @@ class DigitsDataModule(ImageDataModule):
     mean = (0.305,)
     std = (0.376,)
 
-    def __init__(self, batch_size: int = 64, val_size: float = 0.1, split_seed: int = 0) -> None:
-        super().__init__(batch_size, val_size, split_seed)
+    def __init__(self, batch_size: int = 64, val_size: float = 0.1, split_seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(batch_size, val_size, split_seed, **kwargs)
 
     def load(self, train: bool) -> Images:
         """The training or the test images."""

@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import DataError, InputError
 from .base import BatchDataModule, Images
-from .loader import ImageStore, StoredImages
+from .images import ImageFiles, ImageStore, StoredImages, read_image
 
 _NAMED = 10  # files that an error names
 
@@ -68,52 +66,6 @@ def _visible(folder: Path, content: str) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def read_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """Reads a file, turned as its EXIF data say, in colour, scaled to cover ``size`` and cropped to its middle.
-
-    Grey images and palettes become colours; what is transparent loses its transparency; an animation gives its first
-    frame.
-
-    Args:
-        path: A file of any format that Pillow reads.
-        size: Height and width.
-
-    Returns:
-        uint8 [3, height, width].
-
-    Raises:
-        ValueError: If a pixel has more than 8 bits a channel, of which Pillow would keep the wrong ones.
-        Exception: Whatever the decoder raises on a damaged file.
-    """
-    with Image.open(path) as image:
-        image.draft("RGB", (2 * max(size),) * 2)  # a JPEG much larger than that is decoded at a fraction of its size
-        if image.mode[0] in "IF":
-            raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
-        upright = ImageOps.exif_transpose(image)
-        if "transparency" in upright.info:  # of a palette, which Pillow converts in two steps
-            upright = upright.convert("RGBA")
-        pixels: Tensor = pil_to_tensor(ImageOps.fit(upright.convert("RGB"), size[::-1]))
-    return pixels
-
-
-class ImageFiles:
-    """Images read from their files whenever a batch asks for them.
-
-    Args:
-        paths: The files.
-        size: Height and width of the images, as :func:`read_image` makes them.
-    """
-
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int]) -> None:
-        self.paths, self.size = paths, size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return torch.stack([read_image(self.paths[i], self.size) for i in index.tolist()])
-
-
 class _FirstReading:
     """Chunks of images, zeros where one cannot be read, and what is the matter with those."""
 
@@ -147,7 +99,7 @@ class FileDataModule(BatchDataModule):
         num_workers: Processes that read the files; by default one for each of torch's threads, up to 8.
         skip_unreadable: Whether to leave out, and count in a warning, files for training that are no readable images,
             instead of naming them in an error.
-        **kwargs: As :class:`BatchDataModule`: ``batch_size``, ``crop_padding``, ``flip``.
+        **kwargs: As :class:`BatchDataModule`: ``batch_size``, ``crop_padding``, ``flip``, ``predict_folder``.
 
     Raises:
         InputError: If a setting is out of range.
@@ -168,14 +120,13 @@ class FileDataModule(BatchDataModule):
             raise InputError(f"image_size must be at least one pixel, got {image_size}.")
         if not (all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)):
             raise InputError(f"mean must be within 0 .. 1 and std above 0, at most 1, got {mean} and {std}.")
-        if num_workers is None:
-            num_workers = min(8, torch.get_num_threads())
-        if num_workers < 0 or not memory_gib >= 0:
+        if (num_workers or 0) < 0 or not memory_gib >= 0:
             raise InputError(f"num_workers and memory_gib must be 0 or more, got {num_workers} and {memory_gib}.")
         self.image_shape, self.mean, self.std = (3, height, width), mean, std
         super().__init__(**kwargs)
         self.memory_gib = memory_gib
-        self.num_workers = num_workers
+        if num_workers is not None:
+            self.num_workers = num_workers
         self.skip_unreadable = skip_unreadable
 
     def read(self, *parts: Files) -> list[Images]:
@@ -220,9 +171,9 @@ class FileDataModule(BatchDataModule):
                 raise DataError(f"no readable image is left in {first} (and {len(lost) - 1} other class folders).")
             images: ImageStore
             if in_memory:
-                images = StoredImages(store, torch.tensor([rows[path] for path, _ in kept]))
+                images = StoredImages(store, torch.tensor([rows[path] for path, _ in kept]), [path for path, _ in kept])
             else:
-                images = ImageFiles([path for path, _ in kept], size)
+                images = ImageFiles([path for path, _ in kept], self.image_shape)
             data.append(Images(images, torch.tensor([target for _, target in kept])))
         return data
 

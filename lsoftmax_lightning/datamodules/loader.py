@@ -4,44 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import InputError
+from .images import ImageStore
 
 DRAWS = 2**24
 """A draw over this is exact in float32, and uniform on [0, 1)."""
-
-
-class ImageStore(Protocol):
-    """What images may be kept in: a tensor, or anything that an index tensor makes into one."""
-
-    def __len__(self) -> int:
-        """How many images there are."""
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """Images [N, C, H, W] for an index [N]."""
-
-
-class StoredImages:
-    """Some of the images of a tensor, without a copy of them.
-
-    Args:
-        store: Images, [M, ...].
-        rows: Which of them, [N].
-    """
-
-    def __init__(self, store: Tensor, rows: Tensor) -> None:
-        self.store, self.rows = store, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self.store[self.rows[index]]
 
 
 class BatchSampler:

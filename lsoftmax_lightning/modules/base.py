@@ -146,6 +146,10 @@ class LSoftmaxModule(LightningModule):
         features: Tensor = self.backbone(x)
         return features
 
+    def represent(self, images: Tensor) -> Tensor:
+        """Embeddings [N, D] to compare, predict and export with, of images [N, channels, height, width]."""
+        return self.embed(images)
+
     def forward(self, x: Tensor) -> Tensor:
         """Plain logits [N, C] of images [N, channels, height, width]."""
         logits: Tensor = self.head(self.embed(x))

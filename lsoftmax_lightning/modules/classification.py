@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from ..errors import InputError
-from ..functional import own_logits
+from ..functional import own_logits, target_angles
 from ..metrics import MeanLoss
 from .base import LSoftmaxModule
 
@@ -57,7 +57,13 @@ class ClassificationModule(LSoftmaxModule):
         self.log_dict(metrics, prog_bar=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Predicted classes and their probabilities, [N] each, for images or (images, classes)."""
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        probability, prediction = self(x).softmax(dim=1).max(dim=1)
-        return {"prediction": prediction, "probability": probability}
+        """Predictions for images or (images, classes), N of each.
+
+        Returns:
+            ``prediction``, the class; its ``probability``; ``angle`` of the sample to the weight of this class, in
+            degrees; and ``embedding``, [N, D].
+        """
+        embedding = self.represent(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        probability, prediction = self.head(embedding).softmax(dim=1).max(dim=1)
+        angle = target_angles(embedding, self.head.full_weight[prediction])
+        return {"prediction": prediction, "probability": probability, "angle": angle, "embedding": embedding}

@@ -1,0 +1,44 @@
+#!/bin/bash
+# What Dockerfile and compose.yaml do, step by step and without docker: install, train, look at it in TensorBoard, train on
+# two nodes. In an empty folder.
+#
+#   docker/without.sh [VENV]      a virtual environment that has the package; without it a new one is made
+set -euo pipefail
+
+source=$(cd "$(dirname "$0")/.." && pwd)
+venv=${1:-}
+if [ -z "$venv" ]; then
+    venv=$PWD/venv
+    python3 -m venv "$venv"
+    PATH=$venv/bin:$PATH "$source/docker/install.sh" torch
+    PATH=$venv/bin:$PATH "$source/docker/install.sh" package "$source"
+fi
+PATH=$venv/bin:$PATH
+
+echo "== train"
+short=(--trainer.accelerator=cpu --trainer.max_epochs=2 --trainer.enable_progress_bar=false --dashboard.every_n_epochs=0)
+python -m lsoftmax_lightning fit --config=digits.yaml "${short[@]}"
+
+echo "== tensorboard"
+python -m tensorboard.main --logdir=runs --port=6016 &
+board=$!
+trap 'kill $board' EXIT
+for _ in $(seq 60); do
+    tags=$(python -c "import urllib.request as r; print(r.urlopen('http://localhost:6016/data/plugin/scalars/tags').read())" \
+        2>/dev/null) && [[ $tags == *effective_margin* ]] && break
+    sleep 1
+done
+[[ $tags == *effective_margin* ]]
+
+echo "== two nodes"
+node() {
+    python -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=localhost:29516 -m lsoftmax_lightning \
+        fit --config=digits.yaml --trainer.num_nodes=2 --trainer.devices=1 --trainer.strategy=ddp "${short[@]}" \
+        --trainer.logger.name=nodes
+}
+node &
+other=$!
+node
+wait $other
+test -f runs/nodes/version_0/results.json
+echo "== all of it works"

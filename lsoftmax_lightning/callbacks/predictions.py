@@ -1,0 +1,179 @@
+"""Predictions in a file, written as they come."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import numpy as np
+from lightning import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from ..errors import InputError
+
+_ROWS = 2**12  # taken at a time when files are put together
+
+
+class Predictions(Callback):
+    """Writes what a module predicts, a row for each image, in the order of the data, on any number of devices.
+
+    A row has the path of the image (its number, where the data are not in files) and each figure that ``predict_step``
+    gives of it: of a :class:`~lsoftmax_lightning.ClassificationModule` ``prediction``, by the name of the class,
+    ``probability``, and ``angle`` to the weight of that class in degrees. Each process writes the rows of its images
+    batch by batch to a file beside the output; at the end the first process puts these together. They have to share the
+    folder, and nothing is held in memory but a batch. Call ``trainer.predict`` with ``return_predictions=False``, or
+    Lightning holds all of them.
+
+    Args:
+        output: File to write, ``.csv`` or ``.parquet``; by default ``predictions.csv`` in the folder of the run.
+        embeddings: Whether to write the embeddings beside it as ``.npy``, float32 [N, D], in the same order.
+
+    Raises:
+        InputError: When the Trainer starts, if a file cannot be written so.
+    """
+
+    def __init__(self, output: str | None = None, embeddings: bool = False) -> None:
+        if output is not None and Path(output).suffix not in (".csv", ".parquet"):
+            raise InputError(f"predictions are written as .csv or .parquet, got {output}.")
+        self.output, self.embeddings = output, embeddings
+        self._opened: list[TextIO | BinaryIO] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Finds the place."""
+        if stage != "predict":
+            return
+        if self.output is None and not trainer.loggers:
+            raise InputError("without a logger there is no folder of the run: name a file for the predictions.")
+        folder = Path(str(trainer.log_dir))  # to be asked on every process
+        self._path = Path(self.output or folder / "predictions.csv")
+        if self._path.suffix == ".parquet" and not find_spec("pyarrow"):
+            raise InputError("to write .parquet takes pyarrow: pip install 'lsoftmax-lightning[parquet]'.")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Opens the files of this process."""
+        data = getattr(trainer.datamodule, "predict_data", None)  # type: ignore[attr-defined]
+        self._paths = getattr(getattr(data, "images", None), "paths", ())
+        self._names = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+        self._count, self._columns, self._width = 0, ["path" if self._paths else "index"], 0
+        table = self._part("rows", trainer.global_rank).open("w", newline="")
+        self._opened = [table]
+        self._writer = csv.writer(table)
+        if self.embeddings:
+            self._opened.append(self._part("embeddings", trainer.global_rank).open("wb"))
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Writes the rows of a batch."""
+        if not isinstance(outputs, dict):
+            raise InputError(
+                f"Predictions takes a dict of tensors from predict_step; {type(pl_module).__name__} gives "
+                f"{type(outputs).__name__}."
+            )
+        figures = {name: value.tolist() for name, value in outputs.items() if value.ndim == 1}
+        if self._names and "prediction" in figures:
+            figures["prediction"] = [self._names[number] for number in figures["prediction"]]
+        size = len(next(iter(outputs.values())))
+        numbers = [trainer.global_rank + trainer.world_size * (self._count + i) for i in range(size)]
+        self._count += size
+        self._columns[1:] = figures
+        first = [self._paths[number] for number in numbers] if self._paths else numbers
+        for row in zip(first, *figures.values(), strict=True):
+            self._writer.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
+        if self.embeddings:
+            if "embedding" not in outputs:
+                raise InputError(f"predict_step of {type(pl_module).__name__} gives no embedding to write.")
+            embedding = outputs["embedding"].float().cpu().numpy()
+            self._width = embedding.shape[1]
+            embedding.tofile(self._opened[1])
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Puts the files of all processes together."""
+        self._close()
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            kinds = {"rows": self._write_rows, "embeddings": self._write_embeddings}
+            for kind in list(kinds)[: 1 + self.embeddings]:
+                parts = [self._part(kind, rank) for rank in range(trainer.world_size)]
+                kinds[kind](parts)
+                for part in parts:
+                    part.unlink()
+            rank_zero_info(f"The predictions are in {self._path}")
+        trainer.strategy.barrier()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Leaves no parts."""
+        if self._opened:
+            self._close()
+            for kind in ("rows", "embeddings"):
+                self._part(kind, trainer.global_rank).unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        for file in self._opened:
+            file.close()
+        self._opened = []
+
+    def _part(self, kind: str, rank: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.{kind}.{rank}")
+
+    def _write_rows(self, parts: list[Path]) -> None:
+        if self._path.suffix == ".parquet":
+            self._write_parquet(parts)
+            return
+        with self._path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(self._columns)
+            writer.writerows(_in_turn(parts))
+
+    def _write_parquet(self, parts: list[Path]) -> None:
+        import pyarrow
+        from pyarrow.parquet import ParquetWriter
+
+        rows = _in_turn(parts)
+        words = ("path", *(["prediction"] if self._names else []))
+        whole = ("index", "prediction")
+        kind = {
+            name: pyarrow.string() if name in words else pyarrow.int64() if name in whole else pyarrow.float32()
+            for name in self._columns
+        }
+        with ParquetWriter(self._path, pyarrow.schema(kind)) as writer:
+            while chunk := list(itertools.islice(rows, _ROWS)):
+                columns = zip(kind.items(), zip(*chunk, strict=True), strict=True)
+                writer.write_table(
+                    pyarrow.table({name: pyarrow.array(column).cast(type_) for (name, type_), column in columns})
+                )
+
+    def _write_embeddings(self, parts: list[Path]) -> None:
+        count = sum(part.stat().st_size for part in parts) // (4 * self._width)
+        kind = {"descr": "<f4", "fortran_order": False, "shape": (count, self._width)}
+        with ExitStack() as stack:
+            file, *files = (
+                stack.enter_context(path.open(mode))
+                for path, mode in ((self._path.with_suffix(".npy"), "wb"), *((part, "rb") for part in parts))
+            )
+            np.lib.format.write_array_header_1_0(file, kind)
+            while True:
+                each = [np.fromfile(own, "<f4", _ROWS * self._width).reshape(-1, self._width) for own in files]
+                block = np.empty((sum(map(len, each)), self._width), "<f4")
+                if not len(block):
+                    return
+                for rank, rows in enumerate(each):
+                    block[rank :: len(each)] = rows
+                block.tofile(file)
+
+
+def _in_turn(parts: list[Path]) -> Iterator[list[str]]:
+    """The rows of the whole, of which the n-th is the next one of process n modulo the number of processes."""
+    with ExitStack() as stack:
+        readers = [csv.reader(stack.enter_context(part.open(newline=""))) for part in parts]
+        for reader in itertools.cycle(readers):
+            row = next(reader, None)
+            if row is None:
+                return
+            yield row

@@ -1,0 +1,148 @@
+"""A trained network on its own: from pixels to embedding and logits, for ONNX or torch.export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import read
+from .errors import InputError, RunError
+
+Format = Literal["onnx", "torch_export", "state_dict"]
+Pixels = Literal["uint8", "float"]
+
+_TOLERANCE = 1e-3  # of the largest value; rounding leaves a thousandth of that
+_OUTPUTS = ("embedding", "logits")
+
+
+class Deployed(nn.Module):
+    """What is exported: images [N, channels, height, width] to their embeddings [N, D] and plain logits [N, C].
+
+    Args:
+        model: A module of ours.
+        mean: Mean of each channel, in 0 .. 1.
+        std: Likewise the standard deviation.
+        pixels: Whether images are uint8, or floats in 0 .. 1.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, mean: tuple[float, ...], std: tuple[float, ...], pixels: Pixels = "uint8") -> None:
+        super().__init__()
+        self.model = model
+        self.scale = 255 if pixels == "uint8" else 1
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding and logits."""
+        embedding = self.model.represent((images.float() / self.scale - self.mean) / self.std)
+        return embedding, self.model.head(embedding)
+
+
+def export(
+    model: Any, datamodule: Any, path: str | Path, format: Format = "onnx", pixels: Pixels = "uint8"
+) -> dict[str, float]:
+    """Writes a network to a file, and checks what that gives for real images.
+
+    ``onnx`` and ``torch_export`` are of :class:`Deployed`, for batches of any size, with ``class_names``, ``mean``,
+    ``std``, ``pixels`` and ``margin`` as JSON in the metadata (of torch.export: the extra file ``metadata.json``).
+    ``state_dict`` is that of the backbone alone.
+
+    Args:
+        model: A module of ours, with the weights that are to be exported.
+        datamodule: Of the data that it was trained on; some of its test images are looked at.
+        path: Of the file.
+        format: What to write.
+        pixels: Whether the exported network is to be given uint8 images, or floats in 0 .. 1.
+
+    Returns:
+        Of embedding and logits, the largest difference between the exported network and the module.
+
+    Raises:
+        InputError: If the data do not say how to normalise, or a package is missing.
+        RunError: If what was written gives something else than the module.
+    """
+    for name, value, known in (("format", format, get_args(Format)), ("pixels", pixels, get_args(Pixels))):
+        if value not in known:
+            raise InputError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}.")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" and not find_spec(name)]
+    if missing:
+        raise InputError(f"to export to ONNX takes {', '.join(missing)}: pip install 'lsoftmax-lightning[export]'.")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = model.cpu().eval()
+    if format == "state_dict":
+        torch.save(model.backbone.state_dict(), path)
+        read(path)
+        return {}
+
+    if not all(hasattr(datamodule, name) for name in ("mean", "std", "class_names")):
+        raise InputError(
+            f"{type(datamodule).__name__} must say how images are normalised and what classes are called, by mean, std "
+            "and class_names."
+        )
+    datamodule.prepare_data()
+    datamodule.setup("test")
+    images, targets, *_ = (part[:64] for part in next(iter(datamodule.test_dataloader())))
+    with torch.inference_mode():
+        embedding = model.represent(datamodule.on_after_batch_transfer((images, targets), 0)[0])
+        expected = embedding, model.head(embedding)
+    if pixels == "float":
+        images = images / 255
+    metadata = {
+        "class_names": json.dumps(datamodule.class_names),
+        "mean": json.dumps(datamodule.mean),
+        "std": json.dumps(datamodule.std),
+        "pixels": pixels,
+        "margin": str(model.head.margin),
+    }
+    write = _onnx if format == "onnx" else _torch_export
+    run = write(Deployed(model, datamodule.mean, datamodule.std, pixels).eval(), images, path, metadata)
+    found = run(images), run(images[:1])  # batches of any size
+    differences = {}
+    for at, name in enumerate(_OUTPUTS):
+        difference = max(float((own[at] - expected[at][: len(own[at])]).abs().max()) for own in found)
+        if not difference <= _TOLERANCE * max(1.0, float(expected[at].abs().max())):
+            path.unlink()
+            raise RunError(f"{name} of the exported network differs by {difference:.3g} from that of the module.")
+        differences[name] = difference
+    return differences
+
+
+Runner = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def _torch_export(deployed: Deployed, images: Tensor, path: Path, metadata: dict[str, str]) -> Runner:
+    torch.export.save(_program(deployed, images), path, extra_files={"metadata.json": json.dumps(metadata)})
+    read_again: Runner = torch.export.load(path).module()
+    return read_again
+
+
+def _onnx(deployed: Deployed, images: Tensor, path: Path, metadata: dict[str, str]) -> Runner:
+    import onnxruntime
+
+    program = torch.onnx.export(
+        _program(deployed, images), input_names=["images"], output_names=_OUTPUTS, dynamo=True, verbose=False
+    )
+    assert program is not None
+    program.model.metadata_props.update(metadata)
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.from_numpy, session.run(_OUTPUTS, {"images": images.numpy()})))
+
+    return run
+
+
+def _program(deployed: Deployed, images: Tensor) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(deployed, (images[:2],), dynamic_shapes=({0: batch},))

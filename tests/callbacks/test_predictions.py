@@ -1,0 +1,139 @@
+"""Predictions in files: whole, in order, on any number of processes, and without being held."""
+
+import csv
+import os
+import resource
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pyarrow import parquet
+
+from lsoftmax_lightning import VerificationModule
+from lsoftmax_lightning.callbacks import Predictions
+from lsoftmax_lightning.datamodules.images import read_image
+from lsoftmax_lightning.errors import DataError, InputError
+
+from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..datamodules.formats import write_folder, write_image
+from ..forked import run_on
+
+
+class Blobs(BlobsDataModule):
+    def __init__(self, predict_folder: str | None = None, batch_size: int = 20) -> None:
+        super().__init__(batch_size)
+        self.predict_folder = predict_folder
+
+
+def predict(output: str | None, embeddings: bool = True, **settings: Any) -> None:
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    strategy = "ddp" if devices > 1 else "auto"
+    trainer = make_trainer(callbacks=[Predictions(output, embeddings)], devices=devices, strategy=strategy)
+    trainer.predict(make_model(), Blobs(**settings), return_predictions=False)
+
+
+def read(path: str) -> list[dict[str, str]]:
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_has_what_the_module_says_of_an_image() -> None:
+    predict("out/here.csv")
+    data, model = Blobs(), make_model().eval()
+    data.setup("test")
+    with torch.no_grad():
+        features = model.embed(data.normalize(data.test_data.images))
+        logits = model.head(features)
+    rows = read("out/here.csv")
+    assert list(rows[0]) == ["index", "prediction", "probability", "angle"]
+    assert [int(row["index"]) for row in rows] == list(range(50))
+    probability, prediction = logits.softmax(1).max(1)
+    assert [row["prediction"] for row in rows] == [data.class_names[number] for number in prediction]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(probability.tolist(), abs=1e-6)
+    angle = F.cosine_similarity(features, model.head.weight[prediction]).arccos().rad2deg()
+    assert [float(row["angle"]) for row in rows] == pytest.approx(angle.tolist(), abs=1e-2)
+    assert np.load("out/here.npy") == pytest.approx(features.numpy(), abs=1e-5)
+    assert {path.name for path in Path("out").iterdir()} == {"here.csv", "here.npy"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_several_processes_write_what_one_does(kind: str) -> None:
+    write_folder(Path("photos/more"), count=10)
+    write_image(Path("photos/a.png"), (10, 200, 30))
+    Path("photos/.hidden").write_text("no image")
+    for count in (1, 2, 4):  # 41 images in batches of 20: the last batch is of a single process
+        done = run_on(count, partial(predict, f"{count}.{kind}", predict_folder="photos"))
+        assert done.returncode == 0, done.stderr
+    assert np.load("1.npy").shape == (41, 64)
+    for count in (2, 4):
+        assert Path(f"{count}.{kind}").read_bytes() == Path(f"1.{kind}").read_bytes()
+        assert np.array_equal(np.load(f"{count}.npy"), np.load("1.npy"))
+    if kind == "csv":
+        rows = read("1.csv")
+    else:
+        table = parquet.read_table("1.parquet")
+        assert list(map(str, table.schema.types)) == ["string", "string", "float", "float"]
+        rows = table.to_pylist()
+    paths = [row["path"] for row in rows]
+    assert paths == sorted(map(str, Path("photos").rglob("*.png")))
+    data, model = Blobs(), make_model().eval()
+    image = read_image(paths[3], (8, 8), channels=1)
+    with torch.no_grad():
+        probability = model(data.normalize(image[None])).softmax(1).max()
+    assert float(rows[3]["probability"]) == pytest.approx(float(probability), abs=1e-5)
+
+
+def test_more_images_take_no_more_memory() -> None:
+    """But for the list of their names."""
+
+    def peak(count: int) -> None:
+        for number in range(count):
+            os.link("one.png", f"{count}/{number}.png")
+        predict(f"{count}.csv", predict_folder=str(count), batch_size=500)
+        Path(f"{count}.peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+    write_image(Path("one.png"), size=(8, 8))
+    peaks = []
+    for count in (5_000, 15_000):  # more than are taken at a time
+        Path(str(count)).mkdir()
+        done = run_on(1, partial(peak, count))
+        assert done.returncode == 0, done.stderr
+        peaks.append(1024 * int(Path(f"{count}.peak").read_text()))
+    # 200 bytes each for the lists of names, while they are made; embeddings and rows would be 400 more
+    assert peaks[1] - peaks[0] < 300 * 10_000
+
+
+def test_embeddings_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VerificationModule(4, "digits", image_shape=(1, 8, 8))
+    make_trainer(callbacks=[Predictions("faces.csv", embeddings=True)]).predict(
+        model, Blobs(), return_predictions=False
+    )
+    assert list(read("faces.csv")[0]) == ["index"]
+    assert len(np.load("faces.npy")) == 50
+
+
+def test_what_cannot_be_written_is_an_error() -> None:
+    with pytest.raises(InputError, match="got x"):
+        Predictions("x.txt")
+    with pytest.raises(InputError, match="without a logger there is no folder of the run"):
+        predict(None)
+    write_folder(Path("photos"))
+    Path("photos/broken.png").write_text("no image")
+    with pytest.raises(DataError, match=r"broken\.png is no readable image"):
+        predict("x.csv", predict_folder="photos")
+    assert not list(Path().glob("x.*"))
+    with pytest.raises(DataError, match="there is no image in"):
+        predict("x.csv", predict_folder="nowhere")
+
+    class Other(type(make_model())):  # type: ignore[misc]
+        def predict_step(self, batch: Any, batch_idx: int) -> int:
+            return 3
+
+    trainer = make_trainer(callbacks=[Predictions("x.csv")])
+    with pytest.raises(InputError, match="takes a dict of tensors from predict_step; Other gives int"):
+        trainer.predict(Other(4, "digits", image_shape=(1, 8, 8)), Blobs(), return_predictions=False)

@@ -1,0 +1,185 @@
+"""README, docs and examples: what they say is run, as printed but smaller."""
+
+import contextlib
+import csv
+import glob
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sphinx.cmd.build import main as build
+from torchvision.datasets import CIFAR10
+
+from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.compare.plan import Run
+
+from .datamodules.formats import write_cifar, write_folder, write_lfw, write_mnist
+from .forked import run_on, srun, torchrun
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = dict(
+    file
+    for page in PAGES
+    for file in re.findall(r"```(?:python|yaml)\n# (\w+\.\w+)\n(.*?)```", page.read_text(), flags=re.DOTALL)
+)
+PROGRAMS = ("docker", "make", "pip", "pre-commit", "pytest", "python", "source", "srun", "tensorboard", "torchrun")
+SMALL = [
+    *("--data.batch_size=8", "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.max_epochs=1"),
+    *("--trainer.val_check_interval=1", "--trainer.limit_train_batches=2", "--trainer.num_sanity_val_steps=0"),
+    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--dashboard.every_n_epochs=0"),
+]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command on a page; its loops and variables are left to the shell."""
+    script = "".join(
+        f"{name}() {{ printf '%s\\0' {name} \"$@\"; printf '\\n\\0'; }}\n"  # which says what it was called with
+        for name in PROGRAMS
+    )
+    script += "".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE))
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    words: list[str] = []
+    for word in done.stdout.split("\0")[:-1]:
+        if word == "\n":
+            yield words
+            words = []
+        else:
+            words.append(word)
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data that the pages speak of, and a run."""
+    write_mnist(Path("data"))
+    write_cifar(Path("data"), monkeypatch, CIFAR10)
+    write_folder(Path("my_images"))
+    write_folder(Path("photos"))
+    write_folder(Path("faces"), ("train",))
+    Path("faces/train").rename("casia-webface")
+    Path("docs").mkdir()
+    write_lfw(Path("lfw"), folds=10, count=5)
+    for name in ("casia-webface", "lfw"):
+        Path("data", name).symlink_to(Path(name).absolute())
+    main(["fit", "--config", "digits.yaml", *SMALL])
+
+
+def run(words: list[str], planned: list[Run]) -> None:
+    """Runs a command of ours; of another program, what can be said of it in a moment."""
+    name, *args = words
+    if name == "make":
+        subprocess.run(["make", "-n", "-C", str(ROOT), *args], check=True, stdout=subprocess.DEVNULL)
+    elif name == "docker":
+        files = [ROOT / word for word, before in zip(args[1:], args, strict=False) if before == "-f"]
+        assert files
+        assert all(file.is_file() for file in files)
+    elif name == "python" and args[0].startswith("benchmarks/"):  # hours, all in all
+        assert (ROOT / args[0]).is_file()
+    elif name == "python" and args[0].startswith("docs/"):
+        program(ROOT / args[0], *(path for word in args[1:] for path in sorted(glob.glob(word)) or [word]))
+    elif "lsoftmax_lightning" in args:
+        run_ours(args[args.index("lsoftmax_lightning") + 1 :], name, planned)
+    else:
+        assert name in ("pip", "pre-commit", "pytest", "source", "tensorboard") or args[:2] == ["-m", "venv"]
+
+
+def run_ours(args: list[str], starter: str, planned: list[Run]) -> None:
+    """In this process, or in forks of it where there are to be several."""
+    if args[0] in ("fit", "validate", "test", "predict"):
+        args = [*args, *SMALL]
+    if "--trainer.devices" in args:
+        nodes = 2 if "--trainer.num_nodes" in args else 1
+        args[args.index("--trainer.devices") + 1] = str(2 // nodes)
+        done = run_on(2, partial(main, args), partial(srun if starter == "srun" else torchrun, nodes=nodes))
+        assert done.returncode == 0, done.stderr
+        return
+    before = len(planned)
+    with contextlib.suppress(SystemExit) if "--print_config" in args else contextlib.nullcontext():
+        main(args)
+    assert (len(planned) > before) is (args[0] == "compare")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore")  # so small a training is not what anybody would want
+def test_every_command_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(commands(page))
+    if found:
+        prepare(monkeypatch)
+    planned: list[Run] = []  # which is what is tried of a comparison; tests/compare trains some
+    monkeypatch.setattr("lsoftmax_lightning.compare.train", lambda runs, *rest: planned.extend(runs) or {})
+    monkeypatch.setattr("lsoftmax_lightning.cli.report", planned.append)
+    for words in found:
+        run(words, planned)
+
+
+def program(path: Path | str, *args: str) -> str:
+    """What it prints."""
+
+    def work() -> None:
+        sys.argv = [str(path), *args]
+        sys.path.insert(0, str(Path(path).parent))
+        runpy.run_path(str(path), run_name="__main__")
+
+    done = run_on(1, work)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def accuracy_in(printed: str) -> float:
+    found = re.search(r"(?:test/acc|accuracy)\D*([\d.]+)", printed)
+    assert found is not None
+    return float(found[1])
+
+
+def test_the_programs_run() -> None:
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    left = set(FILES)
+    for name in ("bare.py", "train.py"):
+        printed = program(name)
+        assert name == "bare.py" or accuracy_in(printed) > 0.9
+        left.remove(name)
+    done = run_on(1, partial(main, ["fit", "--config", "my.yaml"]))
+    assert accuracy_in(done.stdout) > 0.9
+    left -= {"my.yaml", "my_project.py"}
+
+    main(["fit", "--config", "digits.yaml", *SMALL])
+    checkpoint = "runs/digits/version_0/checkpoints/best.ckpt"
+    main(["export", "--ckpt_path", checkpoint, "--output", "digits.onnx"])
+    program("predict.py")
+    assert len(Path("digits.csv").read_text().splitlines()) == 361
+    assert len(np.load("digits.npy")) == 360
+    with Path("digits.csv").open() as file:
+        predicted = [row["prediction"] for row in csv.DictReader(file)]
+    assert program("use_onnx.py").split() == predicted
+    assert left == {"predict.py", "use_onnx.py"}
+
+
+@pytest.mark.parametrize(("name", "least"), [("bare_loop.py", 0.9), ("shapes.py", 0.9), ("faces.py", 0.75)])
+def test_the_examples_run(name: str, least: float) -> None:
+    assert accuracy_in(program(ROOT / "examples" / name)) > least
+
+
+def test_another_project_is_found_by_its_class_path() -> None:
+    shutil.copytree(ROOT / "examples", ".", dirs_exist_ok=True)
+    done = run_on(1, partial(main, ["fit", "--config", "shapes.yaml"]))
+    assert done.returncode == 0, done.stderr
+    assert accuracy_in(done.stdout) > 0.9
+    assert "test/f1" in done.stdout
+
+
+@pytest.mark.parametrize("builder", ["html", "doctest"])
+def test_the_pages_are_built_without_a_warning(builder: str) -> None:
+    done = run_on(1, partial(sphinx, ["-W", "--keep-going", "-b", builder, str(ROOT / "docs"), "built"]))
+    assert done.returncode == 0, done.stderr
+
+
+def sphinx(args: list[str]) -> None:
+    raise SystemExit(build(args))
