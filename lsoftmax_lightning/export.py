@@ -106,7 +106,8 @@ def export(
     }
     write = _onnx if format == "onnx" else _torch_export
     run = write(Deployed(model, datamodule.mean, datamodule.std, pixels).eval(), images, path, metadata)
-    found = run(images), run(images[:1])  # batches of any size
+    with torch.inference_mode():
+        found = run(images), run(images[:1])  # batches of any size
     differences = {}
     for at, name in enumerate(_OUTPUTS):
         difference = max(float((own[at] - expected[at][: len(own[at])]).abs().max()) for own in found)

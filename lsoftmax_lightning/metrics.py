@@ -143,6 +143,8 @@ class PairVerification(Metric):
             images, to fit on.
 
     Example:
+        >>> import torch
+        >>> from lsoftmax_lightning.metrics import PairVerification
         >>> metric = PairVerification(torch.tensor([[0, 1, 1, 1], [0, 2, 0, 1], [3, 4, 1, 2], [3, 5, 0, 2]]))
         >>> metric.update(torch.eye(4)[[0, 0, 1, 2, 2, 3]], torch.arange(6))
         >>> metric.compute()["acc"]

@@ -1,5 +1,6 @@
 """Programs in processes of their own, by forks: torch and Lightning take longer to import than most tests to run."""
 
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -73,6 +74,7 @@ def _fork(environment: dict[str, object], task: Callable[[], object], stdout: Pa
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         # as in a process that begins
+        multiprocessing.util._run_after_forkers()  # or tensors of workers go to the parent
         warnings.resetwarnings()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

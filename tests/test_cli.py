@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -125,7 +126,7 @@ def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
     predicted = main(["predict", "--config", str(run / "config.yaml"), best])
     assert predicted is not None
     rows = Path("runs/digits/version_2/predictions.csv").read_text().splitlines()
-    assert rows[0] == "index,prediction,probability"
+    assert rows[0] == "index,prediction,probability,angle"
     truth = predicted.datamodule.test_data.targets.tolist()
     right = [int(row.split(",")[1]) == label for row, label in zip(rows[1:], truth, strict=True)]
     assert sum(right) / len(right) == pytest.approx(results["test/acc"])
@@ -276,10 +277,15 @@ def test_version_and_print_config(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:No --ckpt_path")
-def test_predict_says_that_it_writes_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    write_lfw(tmp_path, folds=10)
-    args = ("--config", "lfw_fold.yaml", f"--data.root={tmp_path}", "--data.num_workers=0", *QUIET)
-    assert "VerificationModule gives embedding; have that in Python" in fails(capsys, "predict", *args)
+def test_faces_are_predicted_as_embeddings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_lfw(tmp_path / "lfw", folds=10)
+    args = ("--config", "lfw_fold.yaml", f"--data.root={tmp_path / 'lfw'}", "--data.num_workers=0", *QUIET[:3])
+    said = "VerificationModule predicts embeddings alone: ask for them by embeddings=true"
+    assert said in fails(capsys, "predict", *args)
+    main(["predict", *args, "--predictions.output=faces.csv", "--predictions.embeddings=true"])
+    _, *paths = Path("faces.csv").read_text().splitlines()
+    assert all(Path(path).is_file() for path in paths)
+    assert np.load("faces.npy").shape == (len(paths), 128)
 
 
 def test_the_data_class_may_be_another_than_the_configs(tmp_path: Path) -> None:

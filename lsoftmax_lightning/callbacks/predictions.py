@@ -77,6 +77,11 @@ class Predictions(Callback):
                 f"{type(outputs).__name__}."
             )
         figures = {name: value.tolist() for name, value in outputs.items() if value.ndim == 1}
+        if not figures and not self.embeddings:
+            raise InputError(
+                f"{type(pl_module).__name__} predicts embeddings alone: ask for them by embeddings=true, on the "
+                "command line --predictions.embeddings true."
+            )
         if self._names and "prediction" in figures:
             figures["prediction"] = [self._names[number] for number in figures["prediction"]]
         size = len(next(iter(outputs.values())))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..errors import InputError
+from ..errors import DataError, InputError
 from .images import ImageStore
 
 DRAWS = 2**24
@@ -152,6 +152,9 @@ class BatchLoader:
             num_workers=self.num_workers,
             generator=torch.Generator(),
         )
-        for images, targets, index in loader:
-            self._served += 1
-            yield (images, targets) if self.num_draws is None else (images, targets, draws[index])
+        try:
+            for images, targets, index in loader:
+                self._served += 1
+                yield (images, targets) if self.num_draws is None else (images, targets, draws[index])
+        except DataError as error:  # a worker's comes with its traceback in the message
+            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error

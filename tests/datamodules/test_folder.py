@@ -11,8 +11,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 from lsoftmax_lightning.datamodules import ImageFolderDataModule
-from lsoftmax_lightning.datamodules.images import read_image
-from lsoftmax_lightning.datamodules.loader import StoredImages
+from lsoftmax_lightning.datamodules.images import StoredImages, read_image
 from lsoftmax_lightning.errors import DataError, InputError
 
 from ..conftest import make_model, make_trainer
