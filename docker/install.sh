@@ -7,5 +7,5 @@ set -eu
 
 case $1 in
 torch) pip install torch torchvision ${2:+--index-url "https://download.pytorch.org/whl/$2"} ;;
-package) pip install "$2" ;;
+package) pip install "$2[export,parquet]" ;;
 esac

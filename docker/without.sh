@@ -20,19 +20,22 @@ short=(--trainer.accelerator=cpu --trainer.max_epochs=2 --trainer.enable_progres
 python -m lsoftmax_lightning fit --config=digits.yaml "${short[@]}"
 
 echo "== tensorboard"
-python -m tensorboard.main --logdir=runs --port=6016 &
-board=$!
-trap 'kill $board' EXIT
+free() { python -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"; }
+port=$(free)
+python -m tensorboard.main --logdir=runs --port="$port" &
+trap 'kill $(jobs -p)' EXIT
+tags=
 for _ in $(seq 60); do
-    tags=$(python -c "import urllib.request as r; print(r.urlopen('http://localhost:6016/data/plugin/scalars/tags').read())" \
+    tags=$(python -c "import urllib.request as r; print(r.urlopen('http://localhost:$port/data/plugin/scalars/tags').read())" \
         2>/dev/null) && [[ $tags == *effective_margin* ]] && break
     sleep 1
 done
 [[ $tags == *effective_margin* ]]
 
 echo "== two nodes"
+port=$(free)
 node() {
-    python -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=localhost:29516 -m lsoftmax_lightning \
+    python -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=localhost:$port -m lsoftmax_lightning \
         fit --config=digits.yaml --trainer.num_nodes=2 --trainer.devices=1 --trainer.strategy=ddp "${short[@]}" \
         --trainer.logger.name=nodes
 }

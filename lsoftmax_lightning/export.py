@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,11 +54,12 @@ def export(
     """Writes a network to a file, and checks what that gives for real images.
 
     ``onnx`` and ``torch_export`` are of :class:`Deployed`, for batches of any size, with ``class_names``, ``mean``,
-    ``std``, ``pixels`` and ``margin`` as JSON in the metadata (of torch.export: the extra file ``metadata.json``).
+    ``std``, ``pixels`` and ``margin`` in the metadata: of ONNX each as JSON, of torch.export in the extra file
+    ``metadata.json``.
     ``state_dict`` is that of the backbone alone.
 
     Args:
-        model: A module of ours, with the weights that are to be exported.
+        model: A module of ours, with the weights that are to be exported. It is put on the CPU, in evaluation mode.
         datamodule: Of the data that it was trained on; some of its test images are looked at.
         path: Of the file.
         format: What to write.
@@ -98,52 +100,47 @@ def export(
     if pixels == "float":
         images = images / 255
     metadata = {
-        "class_names": json.dumps(datamodule.class_names),
-        "mean": json.dumps(datamodule.mean),
-        "std": json.dumps(datamodule.std),
-        "pixels": pixels,
-        "margin": str(model.head.margin),
+        **{name: getattr(datamodule, name) for name in ("class_names", "mean", "std")},
+        **{"pixels": pixels, "margin": model.head.margin},
     }
+    deployed = Deployed(model, datamodule.mean, datamodule.std, pixels).eval()
+    two = torch.cat([images[:1], images[:1]])  # one would be taken for the only size there is
+    program = torch.export.export(deployed, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     write = _onnx if format == "onnx" else _torch_export
-    run = write(Deployed(model, datamodule.mean, datamodule.std, pixels).eval(), images, path, metadata)
-    with torch.inference_mode():
-        found = run(images), run(images[:1])  # batches of any size
-    differences = {}
-    for at, name in enumerate(_OUTPUTS):
-        difference = max(float((own[at] - expected[at][: len(own[at])]).abs().max()) for own in found)
-        if not difference <= _TOLERANCE * max(1.0, float(expected[at].abs().max())):
-            path.unlink()
-            raise RunError(f"{name} of the exported network differs by {difference:.3g} from that of the module.")
-        differences[name] = difference
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        run = write(program, Path(folder, path.name), metadata)
+        with torch.inference_mode():
+            found = run(images), run(images[:1])
+        differences = {}
+        for at, name in enumerate(_OUTPUTS):
+            difference = max(float((own[at] - expected[at][: len(own[at])]).abs().max()) for own in found)
+            if not difference <= _TOLERANCE * max(1.0, float(expected[at].abs().max())):
+                raise RunError(f"{name} of the exported network differs by {difference:.3g} from that of the module.")
+            differences[name] = difference
+        for file in Path(folder).iterdir():  # ONNX keeps large weights in a second one
+            file.replace(path.parent / file.name)
     return differences
 
 
 Runner = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def _torch_export(deployed: Deployed, images: Tensor, path: Path, metadata: dict[str, str]) -> Runner:
-    torch.export.save(_program(deployed, images), path, extra_files={"metadata.json": json.dumps(metadata)})
+def _torch_export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
     read_again: Runner = torch.export.load(path).module()
     return read_again
 
 
-def _onnx(deployed: Deployed, images: Tensor, path: Path, metadata: dict[str, str]) -> Runner:
+def _onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
     import onnxruntime
 
-    program = torch.onnx.export(
-        _program(deployed, images), input_names=["images"], output_names=_OUTPUTS, dynamo=True, verbose=False
-    )
-    assert program is not None
-    program.model.metadata_props.update(metadata)
-    program.save(path)
+    onnx = torch.onnx.export(program, input_names=["images"], output_names=_OUTPUTS, dynamo=True, verbose=False)
+    assert onnx is not None
+    onnx.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
+    onnx.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(torch.from_numpy, session.run(_OUTPUTS, {"images": images.numpy()})))
 
     return run
-
-
-def _program(deployed: Deployed, images: Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1)
-    return torch.export.export(deployed, (images[:2],), dynamic_shapes=({0: batch},))

@@ -61,12 +61,13 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
     """The data that the pages speak of, and a run."""
     write_mnist(Path("data"))
     write_cifar(Path("data"), monkeypatch, CIFAR10)
+    write_folder(Path("cifar10-jpeg"))
     write_folder(Path("my_images"))
     write_folder(Path("photos"))
     write_folder(Path("faces"), ("train",))
     Path("faces/train").rename("casia-webface")
     Path("docs").mkdir()
-    write_lfw(Path("lfw"), folds=10)
+    write_lfw(Path("lfw"), folds=10, count=5)
     for name in ("casia-webface", "lfw"):
         Path("data", name).symlink_to(Path(name).absolute())
     main(["fit", "--config", "digits.yaml", *SMALL])
@@ -78,9 +79,7 @@ def run(words: list[str], planned: list[Run]) -> None:
     if name == "make":
         subprocess.run(["make", "-n", "-C", str(ROOT), *args], check=True, stdout=subprocess.DEVNULL)
     elif name == "docker":
-        files = [ROOT / word for word, before in zip(args[1:], args, strict=False) if before == "-f"]
-        assert files
-        assert all(file.is_file() for file in files)
+        assert all((ROOT / word).is_file() for word, before in zip(args[1:], args, strict=False) if before == "-f")
     elif name == "python" and args[0].startswith("benchmarks/"):  # hours, all in all
         assert (ROOT / args[0]).is_file()
     elif name == "python" and args[0].startswith("docs/"):

@@ -14,7 +14,7 @@ import numpy as np
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..errors import InputError
+from ..errors import InputError, RunError
 
 _ROWS = 2**12  # taken at a time when files are put together
 
@@ -47,10 +47,10 @@ class Predictions(Callback):
         """Finds the place."""
         if stage != "predict":
             return
-        if self.output is None and not trainer.loggers:
+        folder = trainer.log_dir if trainer.loggers else None  # to be asked on every process
+        if self.output is None and folder is None:
             raise InputError("without a logger there is no folder of the run: name a file for the predictions.")
-        folder = Path(str(trainer.log_dir))  # to be asked on every process
-        self._path = Path(self.output or folder / "predictions.csv")
+        self._path = Path(self.output or Path(str(folder), "predictions.csv"))
         if self._path.suffix == ".parquet" and not find_spec("pyarrow"):
             raise InputError("to write .parquet takes pyarrow: pip install 'lsoftmax-lightning[parquet]'.")
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +60,8 @@ class Predictions(Callback):
         data = getattr(trainer.datamodule, "predict_data", None)  # type: ignore[attr-defined]
         self._paths = getattr(getattr(data, "images", None), "paths", ())
         self._names = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
-        self._count, self._columns, self._width = 0, ["path" if self._paths else "index"], 0
-        table = self._part("rows", trainer.global_rank).open("w", newline="")
+        self._count, self._columns, self._width = 0, {"path" if self._paths else "index": not self._paths}, 0
+        table = self._part("rows", trainer.global_rank).open("w", newline="", encoding="utf-8")
         self._opened = [table]
         self._writer = csv.writer(table)
         if self.embeddings:
@@ -76,7 +76,8 @@ class Predictions(Callback):
                 f"Predictions takes a dict of tensors from predict_step; {type(pl_module).__name__} gives "
                 f"{type(outputs).__name__}."
             )
-        figures = {name: value.tolist() for name, value in outputs.items() if value.ndim == 1}
+        figures = {name: value if value.is_floating_point() else value.long() for name, value in outputs.items()}
+        figures = {name: value.tolist() for name, value in figures.items() if value.ndim == 1}
         if not figures and not self.embeddings:
             raise InputError(
                 f"{type(pl_module).__name__} predicts embeddings alone: ask for them by embeddings=true, on the "
@@ -87,7 +88,7 @@ class Predictions(Callback):
         size = len(next(iter(outputs.values())))
         numbers = [trainer.global_rank + trainer.world_size * (self._count + i) for i in range(size)]
         self._count += size
-        self._columns[1:] = figures
+        self._columns |= {name: not outputs[name].is_floating_point() for name in figures}
         first = [self._paths[number] for number in numbers] if self._paths else numbers
         for row in zip(first, *figures.values(), strict=True):
             self._writer.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
@@ -103,17 +104,23 @@ class Predictions(Callback):
         self._close()
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            kinds = {"rows": self._write_rows, "embeddings": self._write_embeddings}
-            for kind in list(kinds)[: 1 + self.embeddings]:
+            kinds = [("rows", self._write_rows, self._path)]
+            if self.embeddings:
+                kinds.append(("embeddings", self._write_embeddings, self._path.with_suffix(".npy")))
+            for kind, write, path in kinds:
                 parts = [self._part(kind, rank) for rank in range(trainer.world_size)]
-                kinds[kind](parts)
-                for part in parts:
-                    part.unlink()
+                whole = path.with_name(f"{path.name}.part")
+                try:
+                    write(parts, whole)
+                    whole.replace(path)
+                finally:
+                    for part in (whole, *parts):
+                        part.unlink(missing_ok=True)
             rank_zero_info(f"The predictions are in {self._path}")
         trainer.strategy.barrier()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Leaves no parts."""
+        """Leaves no part of this process."""
         if self._opened:
             self._close()
             for kind in ("rows", "embeddings"):
@@ -127,40 +134,39 @@ class Predictions(Callback):
     def _part(self, kind: str, rank: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{kind}.{rank}")
 
-    def _write_rows(self, parts: list[Path]) -> None:
+    def _write_rows(self, parts: list[Path], whole: Path) -> None:
         if self._path.suffix == ".parquet":
-            self._write_parquet(parts)
+            self._write_parquet(parts, whole)
             return
-        with self._path.open("w", newline="") as file:
+        with whole.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(self._columns)
             writer.writerows(_in_turn(parts))
 
-    def _write_parquet(self, parts: list[Path]) -> None:
+    def _write_parquet(self, parts: list[Path], whole: Path) -> None:
         import pyarrow
         from pyarrow.parquet import ParquetWriter
 
         rows = _in_turn(parts)
-        words = ("path", *(["prediction"] if self._names else []))
-        whole = ("index", "prediction")
+        words = ("path", "prediction") if self._names else ("path",)
         kind = {
-            name: pyarrow.string() if name in words else pyarrow.int64() if name in whole else pyarrow.float32()
-            for name in self._columns
+            name: pyarrow.string() if name in words else pyarrow.int64() if whole_numbers else pyarrow.float32()
+            for name, whole_numbers in self._columns.items()
         }
-        with ParquetWriter(self._path, pyarrow.schema(kind)) as writer:
+        with ParquetWriter(whole, pyarrow.schema(kind)) as writer:
             while chunk := list(itertools.islice(rows, _ROWS)):
                 columns = zip(kind.items(), zip(*chunk, strict=True), strict=True)
                 writer.write_table(
                     pyarrow.table({name: pyarrow.array(column).cast(type_) for (name, type_), column in columns})
                 )
 
-    def _write_embeddings(self, parts: list[Path]) -> None:
+    def _write_embeddings(self, parts: list[Path], whole: Path) -> None:
         count = sum(part.stat().st_size for part in parts) // (4 * self._width)
         kind = {"descr": "<f4", "fortran_order": False, "shape": (count, self._width)}
         with ExitStack() as stack:
             file, *files = (
                 stack.enter_context(path.open(mode))
-                for path, mode in ((self._path.with_suffix(".npy"), "wb"), *((part, "rb") for part in parts))
+                for path, mode in ((whole, "wb"), *((part, "rb") for part in parts))
             )
             np.lib.format.write_array_header_1_0(file, kind)
             while True:
@@ -176,9 +182,11 @@ class Predictions(Callback):
 def _in_turn(parts: list[Path]) -> Iterator[list[str]]:
     """The rows of the whole, of which the n-th is the next one of process n modulo the number of processes."""
     with ExitStack() as stack:
-        readers = [csv.reader(stack.enter_context(part.open(newline=""))) for part in parts]
+        readers = [csv.reader(stack.enter_context(part.open(newline="", encoding="utf-8"))) for part in parts]
         for reader in itertools.cycle(readers):
             row = next(reader, None)
             if row is None:
-                return
+                break
             yield row
+        if any(next(reader, None) for reader in readers):
+            raise RunError("the processes predicted different numbers of images: their order is not known.")

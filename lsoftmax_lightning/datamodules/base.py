@@ -77,7 +77,8 @@ class BatchDataModule(LightningDataModule):
         image_shape: Channels, height and width.
         mean: Mean of each channel over the training images, in 0 .. 1.
         std: Likewise the standard deviation.
-        num_workers: Processes that read batches of images that are not in memory.
+        num_workers: Processes that read batches of images that are not in memory; by default one for each of torch's
+            threads, up to 8.
         augment: What training does to uint8 images on the device, or None; a subclass may set any
             :class:`~lsoftmax_lightning.transforms.Augmentation`.
 
@@ -104,7 +105,8 @@ class BatchDataModule(LightningDataModule):
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
         self.batch_size = batch_size
         self.predict_folder = predict_folder
-        self.num_workers = min(8, torch.get_num_threads())
+        if not hasattr(self, "num_workers"):
+            self.num_workers = min(8, torch.get_num_threads())
         self.augment = RandomCropFlip(crop_padding, flip) if crop_padding or flip else None
         self.normalize = v2.Compose(  # in place of the floats made of the bytes
             [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std), inplace=True)]

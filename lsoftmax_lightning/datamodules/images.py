@@ -102,13 +102,22 @@ def files_in(folder: str | Path) -> list[str]:
     """All files in a folder and the folders in it, sorted; hidden ones are left out.
 
     Raises:
-        DataError: If there are none.
+        DataError: If there are none, a folder cannot be read, or a name is not UTF-8.
     """
-    found = []
-    for place, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+    found: list[str] = []
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(place, name) for name in names if not name.startswith(".")]
     if not found:
         raise DataError(f"there is no image in {Path(folder).absolute()}, nor in a folder in it.")
+    for path in found:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the name of {path!a} is not UTF-8: rename it.") from error
     found.sort()
     return found

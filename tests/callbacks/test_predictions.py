@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pyarrow import parquet
+from torch import Tensor
 
-from lsoftmax_lightning import VerificationModule
+from lsoftmax_lightning import ClassificationModule, VerificationModule
 from lsoftmax_lightning.callbacks import Predictions
 from lsoftmax_lightning.datamodules.images import read_image
 from lsoftmax_lightning.errors import DataError, InputError
@@ -33,7 +34,17 @@ def predict(output: str | None, embeddings: bool = True, **settings: Any) -> Non
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     strategy = "ddp" if devices > 1 else "auto"
     trainer = make_trainer(callbacks=[Predictions(output, embeddings)], devices=devices, strategy=strategy)
-    trainer.predict(make_model(), Blobs(**settings), return_predictions=False)
+    torch.manual_seed(0)
+    model = Sure(4, "digits", image_shape=(1, 8, 8))
+    trainer.predict(model, Blobs(**settings), return_predictions=False)
+
+
+class Sure(ClassificationModule):
+    """Says a little more."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        outputs = super().predict_step(batch, batch_idx)
+        return outputs | {"sure": outputs["probability"] > 0.3}
 
 
 def read(path: str) -> list[dict[str, str]]:
@@ -43,17 +54,18 @@ def read(path: str) -> list[dict[str, str]]:
 
 def test_a_row_has_what_the_module_says_of_an_image() -> None:
     predict("out/here.csv")
-    data, model = Blobs(), make_model().eval()
+    data, model = Blobs(), make_model(margin=4).eval()
     data.setup("test")
     with torch.no_grad():
         features = model.embed(data.normalize(data.test_data.images))
         logits = model.head(features)
     rows = read("out/here.csv")
-    assert list(rows[0]) == ["index", "prediction", "probability", "angle"]
+    assert list(rows[0]) == ["index", "prediction", "probability", "angle", "sure"]
     assert [int(row["index"]) for row in rows] == list(range(50))
     probability, prediction = logits.softmax(1).max(1)
     assert [row["prediction"] for row in rows] == [data.class_names[number] for number in prediction]
     assert [float(row["probability"]) for row in rows] == pytest.approx(probability.tolist(), abs=1e-6)
+    assert [int(row["sure"]) for row in rows] == (probability > 0.3).tolist()
     angle = F.cosine_similarity(features, model.head.weight[prediction]).arccos().rad2deg()
     assert [float(row["angle"]) for row in rows] == pytest.approx(angle.tolist(), abs=1e-2)
     assert np.load("out/here.npy") == pytest.approx(features.numpy(), abs=1e-5)
@@ -61,7 +73,8 @@ def test_a_row_has_what_the_module_says_of_an_image() -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_several_processes_write_what_one_does(kind: str) -> None:
+def test_several_processes_write_what_one_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsoftmax_lightning.callbacks.predictions._ROWS", 3)
     write_folder(Path("photos/more"), count=10)
     write_image(Path("photos/a.png"), (10, 200, 30))
     Path("photos/.hidden").write_text("no image")
@@ -76,11 +89,11 @@ def test_several_processes_write_what_one_does(kind: str) -> None:
         rows = read("1.csv")
     else:
         table = parquet.read_table("1.parquet")
-        assert list(map(str, table.schema.types)) == ["string", "string", "float", "float"]
+        assert list(map(str, table.schema.types)) == ["string", "string", "float", "float", "int64"]
         rows = table.to_pylist()
     paths = [row["path"] for row in rows]
     assert paths == sorted(map(str, Path("photos").rglob("*.png")))
-    data, model = Blobs(), make_model().eval()
+    data, model = Blobs(), make_model(margin=4).eval()
     image = read_image(paths[3], (8, 8), channels=1)
     with torch.no_grad():
         probability = model(data.normalize(image[None])).softmax(1).max()
@@ -95,6 +108,10 @@ def test_more_images_take_no_more_memory() -> None:
             os.link("one.png", f"{count}/{number}.png")
         predict(f"{count}.csv", predict_folder=str(count), batch_size=500)
         Path(f"{count}.peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        rows, embeddings = read(f"{count}.csv"), np.load(f"{count}.npy")
+        assert [row["path"] for row in rows] == sorted(f"{count}/{number}.png" for number in range(count))
+        assert embeddings.shape == (count, 64)
+        assert (embeddings == embeddings[0]).all()  # of one image
 
     write_image(Path("one.png"), size=(8, 8))
     peaks = []
@@ -127,8 +144,14 @@ def test_what_cannot_be_written_is_an_error() -> None:
     with pytest.raises(DataError, match=r"^photos/broken\.png is no readable image"):
         predict("x.csv", predict_folder="photos")
     assert not list(Path().glob("x.*"))
-    with pytest.raises(DataError, match="there is no image in"):
+    with pytest.raises(DataError, match=r"^nowhere cannot be read: No such file or directory\."):
         predict("x.csv", predict_folder="nowhere")
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match="there is no image in"):
+        predict("x.csv", predict_folder="empty")
+    Path("empty", os.fsdecode(b"caf\xe9.png")).touch()
+    with pytest.raises(DataError, match="is not UTF-8: rename it"):
+        predict("x.csv", predict_folder="empty")
 
     class Other(type(make_model())):  # type: ignore[misc]
         def predict_step(self, batch: Any, batch_idx: int) -> int:
