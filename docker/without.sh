@@ -35,9 +35,9 @@ done
 echo "== two nodes"
 port=$(free)
 node() {
-    python -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=localhost:$port -m lsoftmax_lightning \
-        fit --config=digits.yaml --trainer.num_nodes=2 --trainer.devices=1 --trainer.strategy=ddp "${short[@]}" \
-        --trainer.logger.name=nodes
+    python -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint="localhost:$port" \
+        -m lsoftmax_lightning fit --config=digits.yaml --trainer.num_nodes=2 --trainer.devices=1 --trainer.strategy=ddp \
+        --trainer.logger.name=nodes "${short[@]}"
 }
 node &
 other=$!
