@@ -93,7 +93,7 @@ def run(words: list[str], planned: list[Run]) -> None:
 def run_ours(args: list[str], starter: str, planned: list[Run]) -> None:
     """In this process, or in forks of it where there are to be several."""
     if args[0] in ("fit", "validate", "test", "predict"):
-        args = [*args, *SMALL]
+        args = [*args, *SMALL, *(["--data.image_size=32"] if "lfw.yaml" in args else [])]
     if "--trainer.devices" in args:
         nodes = 2 if "--trainer.num_nodes" in args else 1
         args[args.index("--trainer.devices") + 1] = str(2 // nodes)
