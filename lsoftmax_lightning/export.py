@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -70,7 +71,7 @@ def export(
 
     Raises:
         InputError: If the data do not say how to normalise, or a package is missing.
-        RunError: If what was written gives something else than the module.
+        RunError: If the network cannot be written so, or what was written gives something else than the module.
     """
     for name, value, known in (("format", format, get_args(Format)), ("pixels", pixels, get_args(Pixels))):
         if value not in known:
@@ -134,10 +135,16 @@ def _torch_export(program: torch.export.ExportedProgram, path: Path, metadata: d
 def _onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
     import onnxruntime
 
-    onnx = torch.onnx.export(program, input_names=["images"], output_names=_OUTPUTS, dynamo=True, verbose=False)
-    assert onnx is not None
-    onnx.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
-    onnx.save(path)
+    try:
+        onnx = torch.onnx.export(program, input_names=["images"], output_names=_OUTPUTS, dynamo=True, verbose=False)
+        assert onnx is not None
+        onnx.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
+        onnx.save(path)
+    except Exception as error:  # whatever their converters meet
+        raise RunError(
+            f"torch {torch.__version__} and onnxscript {version('onnxscript')} cannot write this network as ONNX "
+            f"({str(error).strip().splitlines()[0]}). Newer ones may; torch_export does without them."
+        ) from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
