@@ -89,7 +89,7 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
         assert said in fails(capsys, "export", *args)
 
 
-def test_mirrored_faces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirrored_faces() -> None:
     torch.manual_seed(0)
     model = VerificationModule(4, "digits", image_shape=(1, 8, 8), mirror=True).eval()
     data = BlobsDataModule()

@@ -170,10 +170,11 @@ class FileDataModule(BatchDataModule):
                 first = part.paths[part.targets.index(min(lost))].parent
                 raise DataError(f"no readable image is left in {first} (and {len(lost) - 1} other class folders).")
             images: ImageStore
+            own = [path for path, _ in kept]
             if in_memory:
-                images = StoredImages(store, torch.tensor([rows[path] for path, _ in kept]), [path for path, _ in kept])
+                images = StoredImages(store, torch.tensor([rows[path] for path in own]), own)
             else:
-                images = ImageFiles([path for path, _ in kept], self.image_shape)
+                images = ImageFiles(own, self.image_shape)
             data.append(Images(images, torch.tensor([target for _, target in kept])))
         return data
 

@@ -139,7 +139,7 @@ def test_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (embeddings == embeddings[0]).all()  # of one image
 
 
-def test_embeddings_alone(tmp_path: Path) -> None:
+def test_embeddings_alone() -> None:
     torch.manual_seed(0)
     model = VerificationModule(4, "digits", image_shape=(1, 8, 8))
     make_trainer(callbacks=[Predictions("faces.csv", embeddings=True)]).predict(
