@@ -104,6 +104,7 @@ def training_step(m: int, images: Tensor, target: Tensor) -> Callable[[], None]:
     """Of the paper's CIFAR10 network: forward, loss, backward, SGD."""
     torch.manual_seed(0)
     model = ClassificationModule(10, "cifar10", margin=m, image_shape=(3, 32, 32))
+    model.head.lambda_ = LAMBDA
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
     def run() -> None:

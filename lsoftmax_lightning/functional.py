@@ -16,6 +16,7 @@ and 4 (arXiv 1612.02295).
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -226,12 +227,44 @@ def separation(directions: Tensor) -> Separation:
     return Separation(total / (count * (count - 1)), least.mean(), least.min())
 
 
+def promote(*tensors: Tensor) -> list[Tensor]:
+    """Converts tensors to float32, or to float64 if one of them is float64."""
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    # Exported graphs show every call of Tensor.to, also one that does nothing.
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
+
+
+def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
+    """Disables autocast on the type of ``device``; a null context, which exported graphs do not show, if it is off."""
+    kind = device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
+
+
+def plain_logits(features: Tensor, weight: Tensor) -> Tensor:
+    """Logits without a margin, :func:`torch.nn.functional.linear` of features and weight.
+
+    Computed in float32, with autocast disabled; in float64 if an input is float64.
+
+    Args:
+        features: x, (N, D).
+        weight: W, (C, D).
+
+    Returns:
+        Logits, (N, C).
+    """
+    with autocast_disabled(features.device):
+        return F.linear(*promote(features, weight))
+
+
 def margin_logits(
     logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, margin: int, lambda_: float | Tensor = 0.0
 ) -> Tensor:
     """Logits with the margin on each sample's own class: feed them to any cross-entropy.
 
-    Computed in float32 at least, whatever the precision of the inputs.
+    Computed in float32, or in float64 if an input is float64. The margin amplifies the rounding of the target logit, by
+    up to m^2. Logits of a lower precision than that therefore only supply the other classes, and the target logit is
+    computed anew from ``features`` and ``weight``.
 
     Args:
         logits: Plain logits ``features @ weight.T``, [N, C].
@@ -251,12 +284,14 @@ def margin_logits(
     plain, target = own_logits(logits, target)
     if margin == 1:
         return logits
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    features, weight = features.to(dtype), weight.to(dtype)
+    rounded = logits
+    logits, features, weight = promote(logits, features, weight)
+    if rounded.dtype != logits.dtype:
+        plain = (features * weight[target]).sum(dim=1)
     weight_norm = _own_norm(weight, target)
     feature_norm = torch.linalg.vector_norm(features, dim=1)
-    own = margin_target(plain.to(dtype), feature_norm, weight_norm, margin, lambda_)
-    return logits.to(dtype).scatter(1, target.unsqueeze(1), own.unsqueeze(1))
+    own = margin_target(plain, feature_norm, weight_norm, margin, lambda_)
+    return logits.scatter(1, target.unsqueeze(1), own.unsqueeze(1))
 
 
 def margin_linear(
@@ -266,6 +301,8 @@ def margin_linear(
 
     As :func:`margin_logits` of :func:`torch.nn.functional.linear`, with the same gradients. Here these are written out,
     which of few classes, where every operation counts, saves a third of the time.
+
+    Computed in float32, with autocast disabled; in float64 if an input is float64.
 
     Args:
         features: x, [N, D].
@@ -281,17 +318,17 @@ def margin_linear(
         InputError: As :func:`margin_logits`.
     """
     check_margin(margin)
-    exact = features.dtype == weight.dtype and features.dtype in (torch.float32, torch.float64)
-    by_hand = margin > 1 and exact and not torch.is_autocast_enabled(features.device.type)
-    if by_hand and not torch.compiler.is_compiling():  # a compiler does better by itself
+    features, weight = promote(features, weight)
+    if margin > 1 and not torch.compiler.is_compiling():  # a compiler does better by itself
         target = check_target(target, len(features))
         try:
-            return _MarginLinear.apply(features, weight, target, margin, lambda_)  # type: ignore[no-any-return]
+            with autocast_disabled(features.device):
+                return _MarginLinear.apply(features, weight, target, margin, lambda_)  # type: ignore[no-any-return]
         except (RuntimeError, IndexError) as error:
             # let the other path name the classes; and transforms of functions are beyond what is written out
             if not any(said in str(error) for said in ("out of bounds", "out of range", "functorch transforms")):
                 raise
-    logits = F.linear(features, weight)
+    logits = plain_logits(features, weight)
     return margin_logits(logits, features, weight, target, margin, lambda_), logits
 
 
@@ -332,14 +369,16 @@ class _MarginLinear(torch.autograd.Function):
             return (None,) * 5
         x, weight, target, of_z, of_x, of_w = ctx.saved_tensors
         if torch.is_grad_enabled():  # it is to be differentiated in its turn, which is left to autograd
-            logits = margin_logits(F.linear(x, weight), x, weight, *ctx.settings)
+            logits = margin_logits(plain_logits(x, weight), x, weight, *ctx.settings)
             return *torch.autograd.grad(logits, (x, weight), gradient, create_graph=True), None, None, None
         at = target.unsqueeze(1)
         own = gradient.gather(1, at)
         gradient = gradient.scatter(1, at, own * of_z)
         of_rows = torch.zeros_like(weight[:, :1]).scatter_add(0, at, own * of_w)
-        of_x = torch.addmm(x * (own * of_x), gradient, weight)
-        return of_x, torch.addmm(weight * of_rows, gradient.T, x), None, None, None
+        with autocast_disabled(x.device):  # backward may run where autocast is enabled
+            of_x = torch.addmm(x * (own * of_x), gradient, weight)
+            of_weight = torch.addmm(weight * of_rows, gradient.T, x)
+        return of_x, of_weight, None, None, None
 
 
 def _own_norm(weight: Tensor, target: Tensor) -> Tensor:

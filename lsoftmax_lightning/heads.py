@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from .errors import InputError
-from .functional import check_margin, margin_linear, margin_logits
+from .functional import check_margin, margin_linear, margin_logits, plain_logits
 from .losses import LEAN_FROM, ClassShard, LeanLoss, lean_cross_entropy, lsoftmax_cross_entropy
 
 
@@ -24,12 +24,16 @@ class LSoftmaxLinear(nn.Module):
     faster and takes less memory. The state dict holds ``weight`` [num_classes, in_features] and nothing else, as
     ``nn.Linear(bias=False)``.
 
+    Logits are computed in float32 and returned in float32, with autocast disabled and also for half-precision features
+    or weight: the margin amplifies the rounding of the target logit by up to m^2. They are float64 if an input is
+    float64.
+
     Args:
         in_features: D, the width of a feature.
         num_classes: C, at least 2.
         margin: m, an integer >= 1; 1 is plain softmax.
         lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax). Anneal it by setting the
-            attribute of the same name.
+            attribute of the same name. None is 0, and the first training step warns if the attribute is still not set.
         device: Where the weight is made.
         dtype: Type of the weight.
 
@@ -44,12 +48,14 @@ class LSoftmaxLinear(nn.Module):
         >>> loss = F.cross_entropy(head(features, target), target)
     """
 
+    _warn_if_trained = False  # also of heads that an earlier release pickled
+
     def __init__(
         self,
         in_features: int,
         num_classes: int,
         margin: int,
-        lambda_: float = 0.0,
+        lambda_: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,7 +69,9 @@ class LSoftmaxLinear(nn.Module):
         # A plain tensor on the CPU: as an input of the graph it moves without a recompile, a GPU kernel takes it as a
         # number without a copy, and what averages, broadcasts, casts or saves buffers leaves it alone.
         self._lambda = torch.zeros((), dtype=torch.float64, device="cpu")
-        self.lambda_ = lambda_
+        if lambda_ is not None:
+            self.lambda_ = lambda_
+        self._warn_if_trained = lambda_ is None
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self._gathered: Tensor | None = None
         self.reset_parameters()
@@ -82,6 +90,7 @@ class LSoftmaxLinear(nn.Module):
         if math.isnan(value) or value < 0:
             raise InputError(f"lambda must be 0 (the pure loss) to infinity (plain softmax), got {value}.")
         self._lambda.fill_(value)
+        self._warn_if_trained = False
 
     @property
     def sharded(self) -> bool:
@@ -128,12 +137,14 @@ class LSoftmaxLinear(nn.Module):
         Raises:
             InputError: If ``target`` does not fit ``x`` and ``num_classes``, or the head is sharded and to be trained.
         """
+        if target is not None:  # the level is that of the caller of head(...), or of head.cross_entropy(...)
+            self._check_lambda(stacklevel=5 if label_smoothing is None else 6)
         if label_smoothing is not None:
             self._gathered = None  # the weight is about to move
             own, shard = self._own()
             return lean_cross_entropy(x, own, target, self.margin, self._lambda, label_smoothing, shard)
         if target is None:
-            return F.linear(x, self.full_weight)
+            return plain_logits(x, self.full_weight)
         logits = margin_linear(x, self.full_weight, target, self.margin, self._lambda)
         return logits if with_plain else logits[0]
 
@@ -168,7 +179,21 @@ class LSoftmaxLinear(nn.Module):
         Raises:
             InputError: If ``target`` does not fit ``x`` and ``num_classes``.
         """
+        self._check_lambda(stacklevel=3)
         return margin_logits(logits, x, self.full_weight, target, self.margin, self._lambda)
+
+    def _check_lambda(self, stacklevel: int) -> None:
+        """Warns once if the head trains with a margin and lambda was never set."""
+        if torch.compiler.is_compiling():  # no graph break, and no guard on the flag
+            return
+        if self._warn_if_trained and self.margin > 1 and self.training and torch.is_grad_enabled():
+            self._warn_if_trained = False
+            warnings.warn(
+                f"lambda_: not set, so training starts with the full margin {self.margin}, which often costs accuracy; "
+                "add LambdaAnnealing() to the callbacks of the Lightning Trainer, or set head.lambda_ before each step "
+                "of your own loop. To train with the full margin on purpose, pass lambda_=0.0.",
+                stacklevel=stacklevel,
+            )
 
     @property
     def full_weight(self) -> Tensor:
@@ -210,14 +235,16 @@ class LSoftmaxLinear(nn.Module):
 
     @torch.no_grad()
     def plain_cross_entropy(self, x: Tensor, target: Tensor) -> Tensor:
-        """The loss without a margin, in the precision of the weight, without a graph.
+        """The loss without a margin and without a graph.
+
+        Computed in the wider of the dtypes of ``x`` and the weight; with few classes in at least float32.
 
         Args:
             x: Features, [N, in_features].
             target: Class of each sample, [N], an integer type.
         """
         own, shard = self._own()
-        return lsoftmax_cross_entropy(x.to(own.dtype), own, target, margin=1, shard=shard)
+        return lsoftmax_cross_entropy(x, own, target, margin=1, shard=shard)
 
     def _own(self) -> tuple[Tensor, ClassShard | None]:
         """The weight of this process, and which classes these are."""

@@ -9,7 +9,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import check_margin, check_target, margin_logits, margin_target, out_of_range
+from .functional import (
+    autocast_disabled,
+    check_margin,
+    check_target,
+    margin_linear,
+    margin_target,
+    out_of_range,
+    promote,
+)
 
 LEAN_FROM = 4000
 """Classes from which on the loss by chunks is the default (docs/performance.md)."""
@@ -23,6 +31,8 @@ class LeanLoss(NamedTuple):
     """Mean over the batch, a scalar; 0 for an empty batch."""
     prediction: Tensor
     """Class of the highest plain logit of each sample, int64 [N]."""
+    correct: Tensor
+    """Whether the logit with the margin is the highest, for each sample, bool [N]."""
 
 
 class ClassShard(NamedTuple):
@@ -72,7 +82,8 @@ def lsoftmax_cross_entropy(
 ) -> Tensor:
     """The L-Softmax loss (section 3.2), averaged over the batch.
 
-    Of :data:`LEAN_FROM` classes or more, and of divided ones, it is that of :func:`lean_cross_entropy`.
+    Of :data:`LEAN_FROM` classes or more, and of divided ones, it is that of :func:`lean_cross_entropy`. Otherwise it is
+    computed in float32, with autocast disabled; in float64 if an input is float64.
 
     Args:
         features: x, [N, D].
@@ -92,7 +103,7 @@ def lsoftmax_cross_entropy(
     if shard or len(weight) >= LEAN_FROM:
         loss: Tensor = lean_cross_entropy(features, weight, target, margin, lambda_, label_smoothing, shard).loss
         return loss
-    logits = margin_logits(F.linear(features, weight), features, weight, target, margin, lambda_)
+    logits, _ = margin_linear(features, weight, target, margin, lambda_)
     if logits.shape[0] == 0:
         return logits.sum()  # the mean over nothing would be NaN
     return F.cross_entropy(logits, target.long(), label_smoothing=label_smoothing)
@@ -116,6 +127,10 @@ def lean_cross_entropy(
     With a ``shard`` each process gives its own samples, as many as the others, and the weight of its own classes. The
     loss is that of all samples over all classes, the same on every process. The gradient of the weight is whole; that
     of the features is multiplied by the number of processes, over which DDP and FSDP2 will take the mean.
+
+    The matrix products run in the dtype of autocast, or else in the wider of the two input dtypes; in float32 where
+    this is float16. The target logit and its gradient are computed in float32 from the inputs as given, and so is the
+    softmax; in float64 if an input is float64.
 
     Args:
         features: x, [N, D].
@@ -142,22 +157,24 @@ def lean_cross_entropy(
 
 class _Lean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
         kind = features.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+        dtype = torch.promote_types(features.dtype, weight.dtype)
+        if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         if dtype == torch.float16:  # whose range does not hold the gradient of one logit among many
             dtype = torch.float32
         differentiate = any(ctx.needs_input_grad)
-        with torch.autocast(kind, enabled=False):
-            loss, prediction, *ctx.gradients = _by_chunks(
-                differentiate, features.detach().to(dtype), weight.detach().to(dtype), *settings
+        with autocast_disabled(features.device):
+            loss, prediction, correct, *ctx.gradients = _by_chunks(
+                differentiate, dtype, features.detach(), weight.detach(), *settings
             )
         ctx.dtypes = features.dtype, weight.dtype
-        ctx.mark_non_differentiable(prediction)
-        return loss, prediction
+        ctx.mark_non_differentiable(prediction, correct)
+        return loss, prediction, correct
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "lean_cross_entropy has no second derivatives (create_graph); F.cross_entropy of margin_logits has."
@@ -173,6 +190,7 @@ class _Lean(torch.autograd.Function):
 
 def _by_chunks(
     differentiate: bool,
+    product_dtype: torch.dtype,
     features: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -181,30 +199,31 @@ def _by_chunks(
     label_smoothing: float,
     shard: ClassShard,
 ) -> tuple[Tensor, ...]:
-    """Loss, predictions of this process's samples and, if asked for, the gradients of features and weight."""
+    """Loss, predictions and correctness of this rank's samples; to differentiate, gradients of features and weight."""
     classes = len(weight)
     if not classes:  # one that is never of use, so that this process goes along with the others
         weight = weight.new_zeros(1, weight.shape[1])
     features, target = shard.gather(features), shard.gather(target)
     size = max(len(features), 1)
-    dtype = torch.promote_types(features.dtype, torch.float32)
 
     # the logit with the margin, where the class of a sample is here: the code, and the autograd, of the whole head
     own = target - shard.start
     here = (own >= 0) & (own < classes)
     own = own.clamp(0, len(weight) - 1)
-    x, w = (of.to(dtype).detach().requires_grad_(differentiate) for of in (features, weight[own]))
+    x, w = (of.detach().requires_grad_(differentiate) for of in promote(features, weight[own]))
     with torch.set_grad_enabled(differentiate):
         own_logit = (x * w).sum(dim=1)
         if margin > 1:
             x_norm, w_norm = (torch.linalg.vector_norm(of, dim=1) for of in (x, w))
             own_logit = margin_target(own_logit, x_norm, w_norm, margin, lambda_)
+    dtype, features, weight = x.dtype, features.to(product_dtype), weight.to(product_dtype)
 
     # so that logits take no more than half of what the weight does, or than is nothing: fewer rows are slower
     rows = max(64, features.shape[1] // 2, _FEW // len(weight))
     product = features.new_empty(min(rows, len(features)), len(weight))
     smooth = label_smoothing / shard.num_classes
     losses, of_own, predictions = x.new_empty(len(x)), x.new_empty(len(x)), torch.empty_like(target)
+    correct = torch.empty_like(target, dtype=torch.bool)
     if differentiate:
         of_features, of_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=dtype)
     for first in range(0, len(x), rows):
@@ -214,7 +233,7 @@ def _by_chunks(
         logits[:, classes:] = -torch.inf
         plain = torch.where(inside, logits.gather(1, at).squeeze(1), -torch.inf)
         ours = torch.where(inside, own_logit.detach()[part], -torch.inf)
-        stats = logits.new_zeros(3, len(at))
+        stats = logits.new_zeros(4, len(at))
         stats[1] = torch.where(inside, ours, 0)
         if label_smoothing:
             stats[2] = logits[:, :classes].sum(dim=1) + torch.where(inside, ours - plain, 0)
@@ -227,10 +246,11 @@ def _by_chunks(
         best = torch.where(local[0] == highest, best, shard.num_classes)  # the first one, of several
         predictions[part] = shard.reduce(best, dist.ReduceOp.MIN).clamp_max(shard.num_classes - 1)  # where it is NaN
 
+        stats[3] = ours == shift
         logits.sub_(shift.unsqueeze(1)).exp_()
         ours = (ours - shift).exp()
         stats[0] = logits.sum(dim=1) + ours
-        partition, own_value, sums = shard.reduce(stats)
+        partition, own_value, sums, correct[part] = shard.reduce(stats)
         losses[part] = partition.log() + shift - (1 - label_smoothing) * own_value - smooth * sums
         if not differentiate:
             continue
@@ -248,13 +268,14 @@ def _by_chunks(
             of_weight += of_logits.T @ features[part]
 
     loss = losses.sum() / size
-    predictions = shard.share(predictions)
+    predictions, correct = shard.share(predictions), shard.share(correct)
     if not differentiate:
-        return loss, predictions
+        return loss, predictions, correct
     x_rest, w_rest = torch.autograd.grad(own_logit, (x, w), of_own)
     of_features += x_rest
     of_weight.index_add_(0, own, w_rest)
-    return loss, predictions, shard.share(shard.reduce(of_features)) * shard.processes, of_weight[:classes]
+    of_features = shard.share(shard.reduce(of_features)) * shard.processes
+    return loss, predictions, correct, of_features, of_weight[:classes]
 
 
 def _set_own(logits: Tensor, at: Tensor, inside: Tensor, value: float) -> None:

@@ -64,6 +64,7 @@ def compare_losses() -> float:
                 assert part.grad is not None
                 assert rows.grad is not None
                 assert torch.equal(divided.prediction, F.linear(x, weight)[share].argmax(1))
+                assert torch.equal(divided.correct, (logits.argmax(1) == target)[share])
                 pairs = [(divided.loss, loss), (part.grad / count, x.grad[share]), (rows.grad, weight.grad[own])]
                 differences += [(a - b).abs().max() for a, b in pairs if b.numel()]
     return float(torch.stack(differences).max().detach())

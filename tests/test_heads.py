@@ -4,7 +4,7 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -107,28 +107,42 @@ def test_lambda_outlives_casts_averages_and_meta(head: LSoftmaxLinear) -> None:
     assert made.to_empty(device="cpu").lambda_ == 2.0
 
 
-@pytest.mark.parametrize("margin", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype, margin: int, x: Tensor, target: Tensor) -> None:
-    head = LSoftmaxLinear(6, 4, margin)
+def test_autocast_changes_no_bit(dtype: torch.dtype, head: LSoftmaxLinear, x: Tensor, target: Tensor) -> None:
+    x.requires_grad_()
+
+    def outputs() -> list[Tensor]:
+        margin, plain = head(x, target, with_plain=True)
+        gradients = torch.autograd.grad(F.cross_entropy(margin, target), (x, head.weight))
+        return [head(x), head.apply_margin(head(x), x, target), margin, plain, *gradients]
+
+    expected = outputs()
     with torch.autocast("cpu", dtype):
-        loss = F.cross_entropy(head(x, target), target)
-        assert head(x).dtype == dtype
-    loss.backward()
-    assert head.weight.dtype == torch.float32
-    assert head.weight.grad is not None
-    assert head.weight.grad.dtype == torch.float32
-    half = head.weight.grad.clone()
-    head.weight.grad = None
-    exact = F.cross_entropy(head(x, target), target)
-    exact.backward()
-    assert loss.item() == pytest.approx(exact.item(), rel=0.1)
-    assert F.cosine_similarity(half.flatten(), head.weight.grad.flatten(), dim=0) > 0.99
+        assert all(torch.equal(*pair) for pair in zip(outputs(), expected, strict=True))
 
 
-def test_double_precision(x: Tensor, target: Tensor) -> None:
-    head = LSoftmaxLinear(6, 4, margin=4, dtype=torch.float64)
-    assert head(x.double(), target).dtype == torch.float64
+def test_margin_one_gives_the_plain_logits(x: Tensor, target: Tensor) -> None:
+    head = LSoftmaxLinear(6, 4, margin=1)
+    plain = F.linear(x, head.weight)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(head(x, target), plain)
+            assert torch.equal(head(x), plain)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_logits_are_single_or_double_precision(
+    dtype: torch.dtype, weight_dtype: torch.dtype, x: Tensor, target: Tensor
+) -> None:
+    head = LSoftmaxLinear(6, 4, margin=4, lambda_=0.0, dtype=weight_dtype)
+    expected = torch.float64 if torch.float64 in (dtype, weight_dtype) else torch.float32
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = head(x.to(dtype), target)
+            assert logits.dtype == head(x.to(dtype)).dtype == expected
+            (gradient,) = torch.autograd.grad(logits.sum(), head.weight)
+            assert gradient.dtype == weight_dtype
 
 
 @pytest.mark.parametrize("margin", [1, 2, 4])
@@ -141,6 +155,51 @@ def test_compiles_whole_and_once_while_lambda_moves(margin: int, x: Tensor, targ
         for lambda_ in (1000.0, 5.0, 0.3, 0.0, math.inf):
             head.lambda_ = lambda_
             torch.testing.assert_close(compiled(x, target), F.cross_entropy(head(x, target), target))
+
+
+@pytest.mark.parametrize("margin", [1, 4])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiles_whole_under_autocast(margin: int, x: Tensor, target: Tensor) -> None:
+    head = LSoftmaxLinear(6, 4, margin, lambda_=0.3)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x, target), head(x, target))
+
+
+TRAINING_STEPS: dict[str, Callable[[LSoftmaxLinear, Tensor, Tensor], object]] = {
+    "call": lambda head, x, target: head(x, target),
+    "apply_margin": lambda head, x, target: head.apply_margin(head(x), x, target),
+    "cross_entropy": lambda head, x, target: head.cross_entropy(x, target),
+}
+
+
+@pytest.mark.parametrize("step", TRAINING_STEPS.values(), ids=TRAINING_STEPS)
+def test_training_without_lambda_warns_once(
+    step: Callable[[LSoftmaxLinear, Tensor, Tensor], object], x: Tensor, target: Tensor
+) -> None:
+    unset = LSoftmaxLinear(6, 4, margin=3)
+    for head in (copy.deepcopy(unset), pickle.loads(pickle.dumps(unset)), unset):
+        assert head.lambda_ == 0.0
+        with pytest.warns(UserWarning, match=r"LambdaAnnealing\(\).* head\.lambda_ .*lambda_=0\.0") as caught:
+            step(head, x, target)
+        assert [warning.filename for warning in caught] == [__file__]
+        step(head, x, target)  # another warning would be an error
+        step(copy.deepcopy(head), x, target)
+
+
+@pytest.mark.parametrize("step", TRAINING_STEPS.values(), ids=TRAINING_STEPS)
+def test_no_warning_when_lambda_is_set_or_not_needed(
+    step: Callable[[LSoftmaxLinear, Tensor, Tensor], object], x: Tensor, target: Tensor
+) -> None:
+    step(LSoftmaxLinear(6, 4, margin=3, lambda_=0.0), x, target)
+    step(LSoftmaxLinear(6, 4, margin=1), x, target)
+    head = LSoftmaxLinear(6, 4, margin=3)
+    head(x)
+    step(head.eval(), x, target)
+    with torch.no_grad():
+        step(head.train(), x, target)
+    head.lambda_ = 0.0
+    step(head, x, target)
 
 
 def test_exports_without_the_margin(head: LSoftmaxLinear, x: Tensor) -> None:

@@ -27,10 +27,12 @@ def batch(size: int, width: int, classes: int, dtype: torch.dtype = torch.float6
 def test_values_and_gradients_are_those_of_the_logits(m: int, size: int, smoothing: float) -> None:
     x, weight, target = batch(size, 16, 37)
     plain = F.linear(x, weight)
-    loss = F.cross_entropy(margin_logits(plain, x, weight, target, m, 0.3), target, label_smoothing=smoothing)
+    logits = margin_logits(plain, x, weight, target, m, 0.3)
+    loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
     lean = lean_cross_entropy(x, weight, target.int(), m, 0.3, smoothing)
     torch.testing.assert_close(lean.loss, loss, rtol=0, atol=1e-12)
     assert torch.equal(lean.prediction, plain.argmax(1))
+    assert torch.equal(lean.correct, logits.argmax(1) == target)
     whole, chunked = (torch.autograd.grad(2.5 * each, (x, weight)) for each in (loss, lean.loss))
     torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
 
@@ -70,9 +72,10 @@ def test_logits_far_apart() -> None:
 
 def test_nan_is_handed_on_and_a_class_is_predicted_all_the_same() -> None:
     x, weight, target = batch(70, 16, 5)
-    loss, prediction = lean_cross_entropy(x * torch.nan, weight, target, 4)
+    loss, prediction, correct = lean_cross_entropy(x * torch.nan, weight, target, 4)
     assert loss.isnan()
     assert ((prediction >= 0) & (prediction < 5)).all()
+    assert not correct.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -92,10 +95,10 @@ def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:
 
 def test_an_empty_batch() -> None:
     x, weight, target = batch(0, 16, 5)
-    loss, prediction = lean_cross_entropy(x, weight, target, 3)
+    loss, prediction, correct = lean_cross_entropy(x, weight, target, 3)
     loss.backward()
     assert loss == 0
-    assert prediction.shape == (0,)
+    assert prediction.shape == correct.shape == (0,)
     assert weight.grad is not None
     assert not weight.grad.any()
 
@@ -119,6 +122,7 @@ def test_it_is_the_default_of_many_classes() -> None:
 def test_a_module_of_many_classes_takes_it() -> None:
     model = make_model(num_classes=LEAN_FROM, label_smoothing=0.1)
     x, target = torch.randn(70, 64), torch.randint(LEAN_FROM, (70,))
+    model.head.lambda_ = 0.0
     loss, prediction = model.margin_loss(x, target)
     logits = model.head(x)
     torch.testing.assert_close(loss, model.criterion(model.head.apply_margin(logits, x, target), target))

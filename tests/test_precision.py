@@ -1,5 +1,6 @@
 """Half precision trains as well as single, and nothing makes NaN."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lsoftmax_lightning import LSoftmaxLinear
 from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.functional import margin_linear
 
 from .test_cli import QUIET
 
@@ -47,6 +49,60 @@ def test_the_whole_margin_at_once_makes_no_nan(device: str, m: int, dtype: torch
     for gradient in (x.grad, head.weight.grad):
         assert gradient is not None
         assert gradient.isfinite().all()
+
+
+def one_class_in_every_segment() -> tuple[Tensor, Tensor]:
+    """Samples of class 0 at all angles, and a weight.
+
+    The features and the weight of class 0 have norm 8. The logits of the other classes are 128 exactly in any
+    precision, so that every error of the loss is one of the target logit.
+    """
+    torch.manual_seed(0)
+    theta = torch.linspace(0.15, math.pi - 0.15, 48, dtype=torch.float64).unsqueeze(1)
+    target_weight, other = torch.linalg.qr(torch.randn(15, 2, dtype=torch.float64)).Q.T
+    rest = (63 / 64 - theta.cos() ** 2).sqrt() * other
+    features = torch.cat([8 * (theta.cos() * target_weight + rest), torch.ones_like(theta)], dim=1)
+    weight = torch.zeros(5, 16)
+    weight[0, :15] = 8 * target_weight
+    weight[1:, 15] = 128
+    return features.float(), weight
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["dense", "chunked"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "half inputs"])
+@pytest.mark.parametrize("lambda_", [0.0, 5.0])
+@pytest.mark.parametrize("m", range(1, 7))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("chunks")
+def test_half_precision_does_not_round_the_target_logit(
+    dtype: torch.dtype, m: int, lambda_: float, autocast: bool, chunked: bool
+) -> None:
+    x, weight = (each if autocast else each.to(dtype) for each in one_class_in_every_segment())
+    x.requires_grad_()
+    target = torch.zeros(len(x), dtype=torch.long)
+    head = LSoftmaxLinear(16, 5, m, lambda_, dtype=weight.dtype)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+
+    def loss_of(rows: slice) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            if chunked:
+                return head.cross_entropy(x[rows], target[rows]).loss
+            return F.cross_entropy(head(x[rows], target[rows]), target[rows])
+
+    exact_x, exact_weight = (each.detach().double().requires_grad_() for each in (x, weight))
+    logits, _ = margin_linear(exact_x, exact_weight, target, m, lambda_)
+    exact = F.cross_entropy(logits, target, reduction="none")
+    losses = torch.stack([loss_of(slice(row, row + 1)) for row in range(len(x))])
+    assert losses.dtype == torch.float32
+    assert (losses - exact).abs().max() < 1e-3
+
+    gradients = torch.autograd.grad(loss_of(slice(None)), (x, head.weight))
+    exact_gradients = torch.autograd.grad(exact.mean(), (exact_x, exact_weight))
+    tolerance = 1e-4 if autocast else torch.finfo(dtype).eps  # half-precision inputs have half-precision gradients
+    for found, expected, rows in zip(gradients, exact_gradients, (len(x), 1), strict=True):
+        found, expected = (each[:rows, :15] for each in (found, expected))  # what flows through the target logit
+        assert (found - expected).norm() < tolerance * expected.norm()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Call
         found = read(f"difference {count}")
         record_property(f"difference of losses and gradients in float64, {count} processes", found)
         assert found < 1e-12
-    for name, tolerance in (("plain", 1e-6), ("clipped and accumulated", 1e-6), ("bf16-mixed", 0.02)):
+    # In bf16 the sharded head rounds the products that the whole head computes in float32. Over 30 steps this moves
+    # most weights by less than 0.01, and by up to 0.1 where it changes the side of a ReLU.
+    for name, tolerance in (("plain", 1e-6), ("clipped and accumulated", 1e-6), ("bf16-mixed", 0.2)):
         one = read(f"{name} 1")
         for count in COUNTS[1:]:
             other = read(f"{name} {count}")

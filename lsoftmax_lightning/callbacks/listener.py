@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+
+from ..functional import plain_logits
 
 
 class HeadListener(Callback):
@@ -90,7 +91,7 @@ class HeadListener(Callback):
         if taken := self._take(batch):
             features, logits, target = taken
             if logits is None:
-                logits = F.linear(features, pl_module.head.full_weight.to(features.dtype))
+                logits = plain_logits(features, pl_module.head.full_weight)
             self.read_evaluation(pl_module, batch[0], features, logits, target)
 
     on_test_batch_end = on_validation_batch_end
