@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # the names that a YAML may use without their path
-from . import datamodules, modules, schedules  # noqa: F401
+from . import datamodules, lr_schedulers, modules, schedules  # noqa: F401
 from .callbacks import Dashboard, ExactResume, LastCheckpoint, MarginMonitor, Predictions
 from .checkpoints import read
 from .errors import InputError, LSoftmaxError

@@ -1,6 +1,6 @@
-"""lambda as a pure function of the optimiser step, so that a resumed run needs nothing saved.
+"""Schedules of lambda: pure functions of the optimiser step, the length of the run and the training accuracy.
 
-Any callable ``(step, total_steps) -> lambda`` is a schedule, ``step`` being the optimiser steps already taken.
+Any callable ``(step, total_steps) -> lambda`` is a schedule, where ``step`` counts the optimiser steps already taken.
 """
 
 from __future__ import annotations
@@ -13,16 +13,80 @@ from .errors import InputError
 
 
 class LambdaSchedule(ABC):
-    """What the annealing callback and the command line take: ``schedule(step, total_steps)`` gives lambda."""
+    """Base of the schedules: ``schedule(step, total_steps)`` returns lambda for the next optimiser step.
+
+    Attributes:
+        accuracy_decay: None for a schedule of the step alone. A schedule that sets it, from 0 to below 1, is called as
+            ``schedule(step, total_steps, accuracy)``, where ``accuracy`` is the exponential mean, with this decay per
+            optimiser step, of the accuracy of the training logits. The mean starts at 0.
+    """
+
+    accuracy_decay: float | None = None
 
     @abstractmethod
     def __call__(self, step: int, total_steps: float) -> float:
-        """Gives lambda for the next optimiser step.
+        """Returns lambda for the next optimiser step.
 
         Args:
             step: Optimiser steps already taken, 0 at the start of a run.
             total_steps: Optimiser steps of the whole run; infinite or -1 where it is not known.
         """
+
+
+@dataclass(frozen=True)
+class AccuracyFeedback(LambdaSchedule):
+    """lambda that follows the network: ``gain * ((1 - accuracy) / accuracy) ** power``, bounded.
+
+    ``accuracy`` is that of the training logits, which carry the margin at the present lambda. The margin tightens only
+    as far as the network satisfies it on its training samples, and loosens when accuracy falls (negative feedback).
+    So neither the length of the run nor ``lambda_min`` has to be chosen. The rule is ours; the paper's lambda depends
+    on the step alone.
+
+    Args:
+        gain: lambda at an accuracy of 1/2. A larger gain lets the margin in later.
+        power: Steepness. The larger it is, the narrower the range of accuracies over which lambda changes.
+        lambda_min: Lower bound of lambda.
+        base: Upper bound of lambda, and its value before the first step.
+        accuracy_decay: Decay of the mean accuracy per optimiser step: 0.95 averages about 20 steps.
+
+    Raises:
+        InputError: If an argument is out of range.
+
+    Example:
+        >>> from lsoftmax_lightning.schedules import AccuracyFeedback
+        >>> schedule = AccuracyFeedback(gain=50)
+        >>> schedule(0), schedule(100, accuracy=0.5), schedule(200, accuracy=1.0)
+        (1000.0, 50.0, 0.0)
+    """
+
+    gain: float = 50.0
+    power: float = 3.0
+    lambda_min: float = 0.0
+    base: float = 1000.0
+    accuracy_decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check_non_negative(self)
+        if self.lambda_min > self.base:
+            raise InputError(
+                f"lambda_min: must not exceed base, got {self.lambda_min} and {self.base}; lower lambda_min."
+            )
+        if self.accuracy_decay >= 1:
+            raise InputError(f"accuracy_decay: must be below 1, got {self.accuracy_decay}; the usual value is 0.95.")
+
+    def __call__(self, step: int, total_steps: float = math.inf, accuracy: float = 0.0) -> float:
+        """Returns lambda for the next optimiser step.
+
+        Args:
+            step: Not used.
+            total_steps: Not used.
+            accuracy: Mean accuracy of the training logits, 0 to 1.
+        """
+        odds = accuracy / (1 - accuracy) if accuracy < 1 else math.inf
+        divisor = math.pow(odds, self.power)
+        if self.base * divisor <= self.gain:
+            return self.base
+        return max(self.lambda_min, self.gain / divisor)
 
 
 @dataclass(frozen=True)
@@ -117,7 +181,7 @@ class RunFraction(LambdaSchedule):
         return math.pow(1 + self.base, 1 - progress) * math.pow(1 + self.lambda_min, progress) - 1
 
 
-def _check_non_negative(schedule: PowerLaw | RunFraction) -> None:
+def _check_non_negative(schedule: AccuracyFeedback | PowerLaw | RunFraction) -> None:
     for name, value in vars(schedule).items():
         if not 0 <= value < math.inf:
             raise InputError(f"{type(schedule).__name__} takes a finite {name} >= 0, got {value}.")

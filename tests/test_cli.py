@@ -182,7 +182,7 @@ def test_resuming_goes_on() -> None:
     assert cli is not None
     assert cli.trainer.global_step == 6
     assert cli.model.lambda_schedule == RunFraction(lambda_min=1.0)  # what a checkpoint does not hold, the config says
-    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.05
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0005)
 
 
 @RESUMED

@@ -190,4 +190,4 @@ def test_what_the_optimizer_cannot_go_on_with_is_refused_and_what_has_no_effect_
     with pytest.warns(UserWarning, match="others have no effect"):
         cli = main([*fit, "--trainer.max_epochs=2", "--model.optimizer.lr=0.01"])
     assert cli is not None
-    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.05
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0005)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lsoftmax_lightning.errors import InputError
-from lsoftmax_lightning.schedules import Constant, LambdaSchedule, PowerLaw, RunFraction
+from lsoftmax_lightning.schedules import AccuracyFeedback, Constant, LambdaSchedule, PowerLaw, RunFraction
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,29 @@ def test_run_fraction_needs_an_end() -> None:
             RunFraction()(0, unknown)
 
 
+def test_feedback_is_the_published_rule() -> None:
+    assert AccuracyFeedback()(0) == 1000
+    assert AccuracyFeedback()(7, accuracy=0.8) == pytest.approx(50 * 0.25**3)
+    assert AccuracyFeedback(gain=20, power=1)(7, 100, 0.9) == pytest.approx(20 / 9)
+    assert AccuracyFeedback()(7, accuracy=1.0) == 0
+    assert AccuracyFeedback(lambda_min=2.0)(7, accuracy=1.0) == 2
+
+
+@given(
+    gain=st.floats(0, 1e6),
+    power=st.floats(0, 10),
+    base=st.floats(0, 1e6),
+    fraction=st.floats(0, 1),
+    accuracies=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_feedback_falls_with_accuracy_within_its_bounds(
+    gain: float, power: float, base: float, fraction: float, accuracies: tuple[float, float]
+) -> None:
+    schedule = AccuracyFeedback(gain, power, fraction * base, base)
+    lower, higher = (schedule(0, accuracy=accuracy) for accuracy in sorted(accuracies))
+    assert base >= lower >= higher >= fraction * base
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "said"),
     [
@@ -66,6 +89,10 @@ def test_run_fraction_needs_an_end() -> None:
         (PowerLaw, {"lambda_min": math.nan}, "lambda_min"),
         (Constant, {"value": -1}, "Constant"),
         (Constant, {"value": math.nan}, "Constant"),
+        (AccuracyFeedback, {"gain": -1}, "gain"),
+        (AccuracyFeedback, {"power": math.nan}, "power"),
+        (AccuracyFeedback, {"accuracy_decay": 1.0}, "accuracy_decay"),
+        (AccuracyFeedback, {"base": 1, "lambda_min": 2}, "lambda_min"),
         (RunFraction, {"fraction": 0}, "fraction"),
         (RunFraction, {"fraction": 1.1}, "fraction"),
         (RunFraction, {"base": 1, "lambda_min": 2}, "from base to lambda_min"),
@@ -76,6 +103,6 @@ def test_bad_settings_are_refused(kind: type[LambdaSchedule], settings: dict[str
         kind(**settings)
 
 
-@pytest.mark.parametrize("schedule", [PowerLaw(), Constant(math.inf), RunFraction()])
+@pytest.mark.parametrize("schedule", [AccuracyFeedback(), PowerLaw(), Constant(math.inf), RunFraction()])
 def test_schedules_are_values(schedule: LambdaSchedule) -> None:
     assert pickle.loads(pickle.dumps(schedule)) == schedule

@@ -3,62 +3,106 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from ..errors import DivergenceError, InputError
-from ..schedules import LambdaSchedule
+from ..schedules import AccuracyFeedback, LambdaSchedule
+from .running_accuracy import RunningAccuracy
 
 _NEVER = torch.iinfo(torch.int64).max
 
 
 class LambdaAnnealing(Callback):
-    """Sets lambda of the module's head before each training batch; shows it and logs it as ``lambda``.
+    """Sets lambda of the module's head before each training batch and logs it as ``lambda``.
 
-    lambda is a function of the Trainer's optimiser steps, so gradient accumulation does not speed it up and a resumed
-    run goes on where it stopped. The annealing is that of the paper, section 4.
+    Works with any LightningModule whose ``head`` is an :class:`~lsoftmax_lightning.LSoftmaxLinear`. lambda is a
+    function of optimiser steps, so gradient accumulation does not speed it up and a resumed run continues where it
+    stopped. A schedule with an ``accuracy_decay`` also gets the mean accuracy of the training logits, which is logged
+    as ``train/margin_acc``, is the same on every rank, is part of the checkpoint, and costs no wait for the device.
+    Source: section 4 of the paper.
 
-    A loss that is NaN or infinite stops the run before another checkpoint is written. It is looked for on the device
+    A NaN or infinite loss stops the run before another checkpoint is written. The loss is checked on the device
     and read every ``log_every_n_steps`` steps, before a validation or a checkpoint and at the end of an epoch, so that
     it costs no wait per step.
 
     Args:
-        schedule: lambda as a function of the step; by default the module's own ``lambda_schedule``.
+        schedule: Schedule of lambda. Default: the ``lambda_schedule`` of the module, or
+            :class:`~lsoftmax_lightning.schedules.AccuracyFeedback` if the module has none.
 
     Raises:
-        InputError: At the start of ``fit``, if the module offers no head, or nobody a schedule.
+        InputError: At the start of ``fit``, if the module has no head, or ``lambda_schedule`` is not a schedule.
         DivergenceError: When the training loss is not finite.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from lsoftmax_lightning.callbacks import LambdaAnnealing
+        >>> trainer = Trainer(callbacks=[LambdaAnnealing()], logger=False)
     """
 
     def __init__(self, schedule: LambdaSchedule | None = None) -> None:
         self.schedule = schedule
+        self._accuracy_state: dict[str, Any] = {}
+        self._module_id = 0  # of the module that the accuracy belongs to
+        self._accuracy: RunningAccuracy | None = None
+        self._hook: RemovableHandle | None = None
         self._first_bad_step: Tensor | None = None
+        self._lambdas: dict[int, float] = {}  # by step, since the loss was last checked
 
+    @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Forgets the loss of an earlier call."""
         self._first_bad_step = None
+        if stage == "fit" and (trainer.global_step == 0 or id(pl_module) != self._module_id):
+            self._accuracy_state = {}
+            self._module_id = id(pl_module)
+
+    def schedule_for(self, pl_module: Any) -> LambdaSchedule:
+        """Returns the schedule that applies to a module."""
+        schedule: LambdaSchedule = self.schedule or getattr(pl_module, "lambda_schedule", None) or AccuracyFeedback()
+        return schedule
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Checks what is needed, before any work."""
+        """Checks the module and its schedule, and starts to measure the accuracy if the schedule uses it."""
         name = type(pl_module).__name__
         if not hasattr(getattr(pl_module, "head", None), "lambda_"):
             raise InputError(f"LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}.")
-        if not callable(self.schedule or getattr(pl_module, "lambda_schedule", None)):
-            raise InputError(f"LambdaAnnealing needs a schedule, as its argument or as {name}.lambda_schedule.")
+        schedule = self.schedule_for(pl_module)
+        if not callable(schedule):
+            raise InputError(f"{name}.lambda_schedule: must be a schedule of lambda, got {schedule!r}.")
+        self._remove_hook()
+        self._accuracy = None
+        decay = getattr(schedule, "accuracy_decay", None)
+        if decay is not None:
+            self._accuracy = RunningAccuracy(decay, pl_module.device)
+            if self._accuracy_state:
+                self._accuracy.load_state_dict(self._accuracy_state)
+            self._hook = pl_module.head.register_forward_hook(self._accuracy.forward_hook, with_kwargs=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
         """Sets lambda."""
-        pl_module.head.lambda_ = self._lambda_at(trainer, pl_module, trainer.global_step)
+        accuracy = () if self._accuracy is None else (self._accuracy.update(),)
+        schedule: Callable[..., float] = self.schedule_for(pl_module)
+        lambda_ = schedule(trainer.global_step, trainer.estimated_stepping_batches, *accuracy)
+        pl_module.head.lambda_ = self._lambdas[trainer.global_step] = lambda_
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        """Notes the first step whose loss is not finite, without waiting for the device."""
+        """Records the first step whose loss is not finite, without waiting for the device."""
         if self._first_bad_step is None:
             self._first_bad_step = torch.full((), _NEVER, device=loss.device)
         step = torch.where(loss.detach().isfinite(), _NEVER, trainer.global_step)
         self._first_bad_step = torch.minimum(self._first_bad_step, step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+        """Adds the accuracy of the step."""
+        if self._accuracy is not None:
+            self._accuracy.end_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: object, batch_idx: int
@@ -70,7 +114,10 @@ class LambdaAnnealing(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.is_last_batch or trainer.should_stop or (every and trainer.global_step % every == 0):
             pl_module.log("lambda", pl_module.head.lambda_, prog_bar=True)  # no more often: it costs half a millisecond
+            if self._accuracy is not None:
+                pl_module.log("train/margin_acc", self._accuracy.value)
             self._stop_if_diverged(trainer, pl_module)
+            self._lambdas.clear()
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Stops a diverged run before a validation can choose it."""
@@ -80,10 +127,28 @@ class LambdaAnnealing(Callback):
         """Stops a diverged run before it overwrites a good checkpoint."""
         self._stop_if_diverged(trainer, pl_module)
 
-    def _lambda_at(self, trainer: Trainer, pl_module: Any, step: int) -> float:
-        schedule = self.schedule or pl_module.lambda_schedule
-        lambda_: float = schedule(step, trainer.estimated_stepping_batches)
-        return lambda_
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._accuracy is None else self._accuracy.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._accuracy_state = state_dict
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if self._accuracy is not None:
+            self._accuracy_state = self._accuracy.state_dict()
+        self._remove_hook()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._remove_hook()
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _stop_if_diverged(self, trainer: Trainer, pl_module: Any) -> None:
         if self._first_bad_step is None:
@@ -100,7 +165,7 @@ class LambdaAnnealing(Callback):
         kept = next(filter(os.path.exists, paths), "none was saved yet")
         raise DivergenceError(
             f"The training loss was NaN or infinite at optimiser step {step}, where lambda was "
-            f"{self._lambda_at(trainer, pl_module, step):.4g} (margin {pl_module.head.margin}). Try slower annealing "
-            "(a larger `fraction`, or a smaller `gamma`), a `lambda_min` above 0, or a lower learning rate. "
+            f"{self._lambdas[step]:.4g} (margin {pl_module.head.margin}). Try a lower learning rate, slower annealing "
+            "(a larger `gain` or `fraction`, or a smaller `gamma`), or a `lambda_min` above 0. "
             f"Last good checkpoint: {kept}."
         )

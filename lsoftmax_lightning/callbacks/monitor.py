@@ -16,11 +16,12 @@ from torch.utils.tensorboard.summary import hparams
 
 from ..functional import effective_margin, evenly_spaced, separation, target_angles
 from ..metrics import ClassAngles, MeanLoss, segment_counts
+from ..schedules import LambdaSchedule
 from .annealing import LambdaAnnealing
 from .listener import HeadListener, classes_of, tensorboards
 
 
-def _layout(pairs: bool) -> dict[str, dict[str, tuple[str, list[str]]]]:
+def _layout(pairs: bool, follows_accuracy: bool) -> dict[str, dict[str, tuple[str, list[str]]]]:
     """Of the tab of custom scalars: categories of charts, each of the tags that its regular expressions match."""
     charts = {
         "Learning": {
@@ -35,6 +36,7 @@ def _layout(pairs: bool) -> dict[str, dict[str, tuple[str, list[str]]]]:
         },
         "Annealing": {
             "lambda": ["lambda$"],
+            "accuracy with the margin, which sets lambda": ["train/margin_acc$"],
             "effective margin": ["effective_margin$"],
             "learning rate": ["lr$"],
         },
@@ -49,6 +51,8 @@ def _layout(pairs: bool) -> dict[str, dict[str, tuple[str, list[str]]]]:
         },
         "Speed": {"images a second": ["images_per_second$"]},
     }
+    if not follows_accuracy:
+        del charts["Annealing"]["accuracy with the margin, which sets lambda"]
     if pairs:
         del charts["Separability"]["angle between class centres"]
     else:
@@ -93,7 +97,8 @@ class MarginMonitor(HeadListener):
         metrics = dict.fromkeys(["val/acc", "test/acc", "train/angle" if pairs else "val/angle"])
         for logger in tensorboards(trainer):
             if trainer.is_global_zero:
-                logger.experiment.add_custom_scalars(_layout(pairs))
+                follows_accuracy = getattr(_schedule(trainer, pl_module), "accuracy_decay", None) is not None
+                logger.experiment.add_custom_scalars(_layout(pairs, follows_accuracy))
                 # the tab finds the values by these names; Lightning's way would log some now, before there are any
                 for summary in hparams(_settings(trainer, pl_module), metrics):  # type: ignore[no-untyped-call]
                     logger.experiment._get_file_writer().add_summary(summary)
@@ -197,10 +202,15 @@ def _has_pairs(trainer: Trainer, stage: str) -> bool:
     return hasattr(trainer.datamodule, f"{stage}_pairs")  # type: ignore[attr-defined]
 
 
+def _schedule(trainer: Trainer, pl_module: Any) -> LambdaSchedule | None:
+    """Returns the schedule of lambda, if the Trainer anneals it."""
+    annealing = (callback for callback in trainer.callbacks if isinstance(callback, LambdaAnnealing))  # type: ignore[attr-defined]
+    return next((callback.schedule_for(pl_module) for callback in annealing), None)
+
+
 def _settings(trainer: Trainer, pl_module: Any) -> dict[str, bool | float | str]:
     """What tells one run from another; named so that the first five, which TensorBoard shows at once, matter most."""
-    annealing = next((c for c in trainer.callbacks if isinstance(c, LambdaAnnealing) and c.schedule), pl_module)  # type: ignore[attr-defined]
-    schedule = getattr(annealing, "schedule", None) or getattr(pl_module, "lambda_schedule", None)
+    schedule = _schedule(trainer, pl_module)
     plain = {name: value for name, value in pl_module.hparams.items() if isinstance(value, bool | int | float | str)}
     optimizer = {
         name: value for name, value in trainer.optimizers[0].defaults.items() if name in ("lr", "weight_decay")

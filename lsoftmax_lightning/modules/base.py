@@ -26,7 +26,8 @@ from ..checkpoints import check_format, stamp
 from ..checkpoints import warm_start as start_from
 from ..errors import InputError
 from ..heads import LSoftmaxLinear
-from ..schedules import LambdaSchedule, RunFraction
+from ..lr_schedulers import FractionalMultiStepLR
+from ..schedules import AccuracyFeedback, LambdaSchedule
 
 
 class LSoftmaxModule(LightningModule):
@@ -49,10 +50,12 @@ class LSoftmaxModule(LightningModule):
         image_shape: Channels, height and width of the images, for a backbone by name. The command line takes it from
             the data.
         backbone_args: Further arguments of a backbone by name.
-        lambda_schedule: lambda as a function of the optimiser step.
+        lambda_schedule: Schedule of lambda. By default lambda follows the training accuracy, see
+            :class:`~lsoftmax_lightning.schedules.AccuracyFeedback`.
         optimizer: Makes the optimiser from parameter groups; by default the paper's SGD (section 5). Weight decay
             is kept off biases, normalisation layers and PReLU slopes.
-        lr_scheduler: Makes the learning rate scheduler from the optimiser.
+        lr_scheduler: Makes the learning rate scheduler from the optimiser. The milestones of a
+            :class:`~lsoftmax_lightning.lr_schedulers.FractionalMultiStepLR` are fractions of the run.
         lr_scheduler_interval: Whether the scheduler moves with the optimiser, as in the paper, or by epoch.
         label_smoothing: As in :class:`torch.nn.CrossEntropyLoss`.
         channels_last: Whether images lie in memory pixel by pixel, which some devices prefer.
@@ -74,7 +77,7 @@ class LSoftmaxModule(LightningModule):
         margin: int = 4,
         image_shape: tuple[int, int, int] | None = None,
         backbone_args: dict[str, Any] | None = None,
-        lambda_schedule: LambdaSchedule = RunFraction(),  # noqa: B008 (a frozen value)
+        lambda_schedule: LambdaSchedule = AccuracyFeedback(),  # noqa: B008 (a frozen value)
         optimizer: OptimizerCallable = lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
@@ -177,7 +180,8 @@ class LSoftmaxModule(LightningModule):
             target: Class of each sample, [N], an integer type.
         """
         if self.head.lean and _is_cross_entropy(self.criterion):
-            return self.head.cross_entropy(features, target, self.criterion.label_smoothing)
+            result = self.head.cross_entropy(features, target, self.criterion.label_smoothing)
+            return result.loss, result.prediction
         logits, plain = self.head(features, target, with_plain=True)
         return self.criterion(logits, target.long()), plain
 
@@ -260,6 +264,29 @@ class LSoftmaxModule(LightningModule):
             monitor=getattr(scheduler, "monitor", "val/loss"),
         )
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=config)
+
+    def on_train_start(self) -> None:
+        """Set the length of the run in a scheduler whose milestones are fractions of it.
+
+        ``configure_optimizers`` is too early: Lightning would create the data loaders to compute the length, and then
+        ignore their state in the checkpoint (https://github.com/Lightning-AI/pytorch-lightning/issues/20550).
+
+        Raises:
+            InputError: If the run has no known length, or the scheduler is not stepped once per optimizer step.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            if not isinstance(config.scheduler, FractionalMultiStepLR):
+                continue
+            if (config.interval, config.frequency) != ("step", 1):
+                raise InputError(
+                    "lr_scheduler_interval: FractionalMultiStepLR must be stepped once per optimizer step, got "
+                    f"interval {config.interval!r} and frequency {config.frequency}; set the interval to 'step' and "
+                    "the frequency to 1."
+                )
+            if config.scheduler.total_steps is None:
+                # they differ after a second call of fit, and in checkpoints of a MultiStepLR that counted epochs
+                config.scheduler.last_epoch = self.trainer.global_step
+                config.scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes the release and the format."""

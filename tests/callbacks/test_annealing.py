@@ -98,7 +98,7 @@ def test_a_fraction_of_the_run_knows_the_run() -> None:
 
 def test_a_run_without_an_end_is_refused_a_fraction() -> None:
     with pytest.raises(InputError, match="max_steps or max_epochs"):
-        fit(make_model(), max_epochs=-1)
+        fit(make_model(lambda_schedule=RunFraction()), max_epochs=-1)
 
 
 def test_the_trainers_own_annealing_wins() -> None:
@@ -126,12 +126,12 @@ class Headless(LightningModule):
         return torch.optim.SGD(self.parameters())
 
 
-def test_a_module_without_a_head_or_a_schedule_is_refused() -> None:
+def test_a_module_without_a_head_or_with_a_wrong_schedule_is_refused() -> None:
     with pytest.raises(InputError, match=r"self\.head` of Headless"):
         make_trainer(callbacks=[LambdaAnnealing()]).fit(Headless(), BlobsDataModule())
     model = Headless()
-    model.head = make_model().head
-    with pytest.raises(InputError, match=r"Headless\.lambda_schedule"):
+    model.head, model.lambda_schedule = make_model().head, 5.0
+    with pytest.raises(InputError, match=r"Headless\.lambda_schedule: must be a schedule of lambda, got 5\.0"):
         make_trainer(callbacks=[LambdaAnnealing()]).fit(model, BlobsDataModule())
 
 

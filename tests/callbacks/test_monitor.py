@@ -17,7 +17,7 @@ from lsoftmax_lightning import ClassificationModule, VerificationModule
 from lsoftmax_lightning.callbacks import LambdaAnnealing, MarginMonitor
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.functional import effective_margin, margin_logits
-from lsoftmax_lightning.schedules import Constant, PowerLaw, RunFraction
+from lsoftmax_lightning.schedules import AccuracyFeedback, Constant, PowerLaw
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
 from ..datamodules.formats import write_lfw
@@ -113,9 +113,9 @@ def test_the_run_has_a_row_among_the_hyperparameters(own: bool, monkeypatch: pyt
     row = content["_hparams_/session_start_info"].session_start_info.hparams
     assert row["margin"].number_value == 2
     assert row["backbone"].string_value == "digits"
-    schedule = PowerLaw(base=9.0) if own else RunFraction()
+    schedule = PowerLaw(base=9.0) if own else AccuracyFeedback()
     assert row["lambda"].string_value == repr(schedule)
-    assert row["lambda_min"].number_value == (0 if own else 5)
+    assert row["lambda_min"].number_value == 0
     assert row["seed"].string_value == "7"
     assert row["settings/lr"].number_value == 0.1
     assert row["settings/label_smoothing"].number_value == 0.1

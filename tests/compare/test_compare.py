@@ -128,10 +128,10 @@ def test_a_run_may_take_several_devices_under_a_progress_bar() -> None:
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_there(capsys: pytest.CaptureFixture[str]) -> None:
-    sweep = {"model.optimizer.lr": ["1e30", "5e-2"], "model.lr_scheduler.milestones": [[1, 2]]}
+    sweep = {"model.optimizer.lr": ["1e30", "5e-2"], "model.lr_scheduler.milestones": [[0.5, 0.75]]}
     with pytest.raises(RunError, match="1 of 2 runs failed") as caught:
         compare("digits", [1], [0], [*SHORT, "--checkpoint.monitor=val/acc"], sweep, jobs=2)
-    name = "m1-lr=1e30-milestones=_1,_2_-s0"
+    name = "m1-lr=1e30-milestones=_0.5,_0.75_-s0"
     for part in (f"{name}: error: The training loss was NaN or infinite", "log.txt"):
         assert part in str(caught.value)
     assert f"{name}: failed" in capsys.readouterr().out

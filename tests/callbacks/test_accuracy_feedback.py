@@ -1,0 +1,268 @@
+"""A schedule that follows the training accuracy, whatever the Trainer does around it."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+
+from lsoftmax_lightning import LSoftmaxLinear
+from lsoftmax_lightning.callbacks import ExactResume, LambdaAnnealing
+from lsoftmax_lightning.schedules import AccuracyFeedback, LambdaSchedule
+from lsoftmax_lightning.strategies import ClassShardedStrategy
+
+from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..forked import run_on
+
+FEEDBACK = AccuracyFeedback(gain=10, power=1)
+
+
+class Recorder(Callback):
+    """lambda of each optimiser step, and the accuracy of the margin logits, computed from the head's parts."""
+
+    def __init__(self) -> None:
+        self.lambdas: dict[int, float] = {}
+        self.correct: dict[int, list[int]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batch = batch
+        self.correct.setdefault(trainer.global_step, [0, 0])
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        self.lambdas[trainer.global_step] = pl_module.head.lambda_
+
+    def count(self, step: int, correct: int, total: int) -> None:
+        self.correct[step][0] += correct
+        self.correct[step][1] += total
+
+
+def record(model: Any, recorder: Recorder, trainer: Trainer) -> None:
+    """Count the samples of each training step by a hook of the test's own."""
+
+    def hook(head: Any, args: Any, output: Any) -> None:
+        if len(args) > 1 and torch.is_grad_enabled():
+            logits = head.apply_margin(F.linear(args[0], head.weight), *args).detach()
+            recorder.count(trainer.global_step, int((logits.argmax(1) == args[1]).sum()), len(args[1]))
+
+    model.head.register_forward_hook(hook)
+
+
+def expected(correct: dict[int, list[int]], decay: float = 0.95, delay: int = 2) -> list[float]:
+    """lambda of each step by the rule of the docstrings: the mean of the steps up to two before the last one."""
+    lambdas, mean = [], 0.0
+    for step in sorted(correct):
+        if step > delay:
+            right, total = correct[step - delay - 1]
+            mean = decay * mean + (1 - decay) * right / total
+        lambdas.append(FEEDBACK(step, accuracy=mean))
+    return lambdas
+
+
+def fit(model: Any = None, ckpt_path: Path | None = None, **settings: Any) -> tuple[Trainer, Recorder]:
+    model, recorder = model or make_model(margin=3, lambda_schedule=FEEDBACK), Recorder()
+    trainer = make_trainer(callbacks=[recorder, *settings.pop("callbacks", [])], **settings)
+    record(model, recorder, trainer)
+    trainer.fit(model, BlobsDataModule(), ckpt_path=ckpt_path)
+    return trainer, recorder
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_lambda_follows_the_accuracy_of_the_margin_logits(accumulate: int) -> None:
+    _, recorder = fit(max_epochs=8, accumulate_grad_batches=accumulate)
+    lambdas = list(recorder.lambdas.values())
+    assert len(lambdas) == 64 // accumulate
+    assert lambdas == pytest.approx(expected(recorder.correct))
+    assert lambdas[0] == 1000
+    assert lambdas[-1] < 100
+    assert {total for _, total in recorder.correct.values()} == {20 * accumulate}
+
+
+@pytest.mark.usefixtures("chunks")
+def test_the_chunked_loss_gives_the_same_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {}
+    for chunked_from in (4, 5):  # classes; there are 4
+        monkeypatch.setattr("lsoftmax_lightning.heads.LEAN_FROM", chunked_from)
+        model, recorder = make_model(margin=3, lambda_schedule=FEEDBACK), Recorder()
+        seed_everything(0)
+        make_trainer(callbacks=[recorder], max_epochs=4).fit(model, BlobsDataModule())
+        runs[model.head.lean] = list(recorder.lambdas.values())
+    assert runs[True] == pytest.approx(runs[False])
+    assert runs[True][-1] < 1000
+
+
+def test_evaluations_do_not_count() -> None:
+    model, data, recorder = make_model(margin=3, lambda_schedule=FEEDBACK), BlobsDataModule(), Recorder()
+    trainer = make_trainer(callbacks=[recorder], num_sanity_val_steps=2, val_check_interval=2, max_epochs=2)
+    record(model, recorder, trainer)
+    trainer.validate(model, data, verbose=False)
+    trainer.fit(model, data)
+    assert list(recorder.lambdas.values()) == pytest.approx(expected(recorder.correct))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("stop", [1, 5, 11, 18])
+def test_a_resumed_run_has_the_same_lambda(stop: int, tmp_path: Path) -> None:
+    seed_everything(0)
+    settings: dict[str, Any] = {"max_epochs": 3, "num_sanity_val_steps": 0}
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, before = fit(callbacks=[ExactResume(), checkpoint], enable_checkpointing=True, **settings)
+    path = tmp_path / f"step={stop}.ckpt"
+    again = ModelCheckpoint(tmp_path / "resumed", every_n_train_steps=1, save_top_k=-1)
+    resumed, after = fit(callbacks=[ExactResume(), again], enable_checkpointing=True, ckpt_path=path, **settings)
+    assert after.lambdas == {step: lambda_ for step, lambda_ in before.lambdas.items() if step >= stop}
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):  # type: ignore[union-attr]
+        assert torch.equal(one, other)
+
+
+def test_a_second_fit_goes_on_and_another_model_begins_anew() -> None:
+    model, data, recorder = make_model(margin=3, lambda_schedule=FEEDBACK), BlobsDataModule(), Recorder()
+    trainer = make_trainer(callbacks=[recorder], max_epochs=4)
+    trainer.fit(model, data)
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(model, data)
+    assert recorder.lambdas[32] <= recorder.lambdas[31] < 1000
+    trainer.fit_loop.max_epochs = 6
+    trainer.fit(make_model(margin=3, lambda_schedule=FEEDBACK), data)
+    assert recorder.lambdas[40] == 1000
+
+
+def test_a_run_of_unknown_length_is_annealed() -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 30
+
+    _, recorder = fit(max_epochs=-1, callbacks=[Stop()])
+    assert len(recorder.lambdas) == 30
+    assert recorder.lambdas[29] < recorder.lambdas[0] == 1000
+
+
+def test_lambda_rises_again_when_the_accuracy_falls() -> None:
+    class Shuffle(Callback):
+        """Labels that mean nothing, from a step on."""
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step >= 40:
+                batch[1].copy_(torch.randint(4, batch[1].shape))
+
+    model = make_model(margin=3, lambda_schedule=FEEDBACK)
+    _, recorder = fit(model, max_epochs=8, callbacks=[Shuffle()])
+    assert recorder.lambdas[63] > 2 * recorder.lambdas[42]
+
+
+def test_lambda_and_its_accuracy_are_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    _, recorder = fit(logger=logger, log_every_n_steps=1, max_epochs=2)
+    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()]
+    step, *columns = (rows[0].index(name) for name in ("step", "lambda", "train/margin_acc"))
+    logged = {int(row[step]): [float(row[column]) for column in columns] for row in rows[1:] if row[columns[0]]}
+    assert {at: lambda_ for at, (lambda_, _) in logged.items()} == pytest.approx(recorder.lambdas, rel=1e-4)
+    for lambda_, accuracy in logged.values():
+        assert FEEDBACK(0, accuracy=accuracy) == pytest.approx(lambda_, rel=1e-3)
+
+
+class Own(LightningModule):
+    """A user's module, in which an LSoftmaxLinear has replaced a linear layer."""
+
+    def __init__(self, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network = network or nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
+        self.head = LSoftmaxLinear(16, 4, margin=3)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.head(self.network(x), y), y)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val/acc", (self.head(self.network(x)).argmax(1) == y).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_head_in_a_users_own_module() -> None:
+    model, recorder = Own(), Recorder()
+    trainer = make_trainer(callbacks=[LambdaAnnealing(), recorder], max_epochs=8)
+    trainer.fit(model, BlobsDataModule())
+    assert recorder.lambdas[0] == 1000
+    assert recorder.lambdas[63] < 100
+    assert trainer.callback_metrics["val/acc"] > 0.9
+    assert not model.head._forward_hooks
+
+
+def test_without_annealing_it_is_warned_once() -> None:
+    with pytest.warns(UserWarning, match="LambdaAnnealing") as caught:
+        make_trainer(max_epochs=2).fit(Own(), BlobsDataModule())
+    assert sum("LambdaAnnealing" in str(warning.message) for warning in caught) == 1
+
+
+class AccuracyItself(LambdaSchedule):
+    """A user's schedule of accuracy."""
+
+    accuracy_decay = 0.0
+
+    def __call__(self, step: int, total_steps: float, accuracy: float = -1.0) -> float:
+        return accuracy + 5
+
+
+def test_a_users_own_schedule_gets_the_accuracy_of_a_step() -> None:
+    _, recorder = fit(make_model(margin=3, lambda_schedule=AccuracyItself()), max_epochs=2)
+    shares = [right / total for right, total in recorder.correct.values()]
+    assert [recorder.lambdas[step] - 5 for step in range(3, 16)] == pytest.approx(shares[:13])
+    assert recorder.lambdas[0] == 5
+
+
+def test_a_failed_run_leaves_no_hook() -> None:
+    class Fail(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise RuntimeError("stop here")
+
+    model = make_model(lambda_schedule=FEEDBACK)
+    with pytest.raises(RuntimeError, match="stop here"):
+        make_trainer(callbacks=[Fail()]).fit(model, BlobsDataModule())
+    assert not model.head._forward_hooks
+    copy.deepcopy(model)
+
+
+def train_on(strategy: str) -> None:
+    """Print lambda of each step, on the ranks there are."""
+    seed_everything(0)
+    recorder = Recorder()
+    model = make_model(margin=3, lambda_schedule=FEEDBACK, backbone=Flat())
+    chosen = ClassShardedStrategy() if strategy == "class_sharded" else strategy
+    trainer = make_trainer(callbacks=[recorder], max_epochs=6, strategy=chosen, devices=1 if strategy == "auto" else 2)
+    trainer.fit(model, BlobsDataModule())
+    print("lambdas", *recorder.lambdas.values())
+
+
+class Flat(nn.Sequential):
+    """A network without batch normalisation, whose batches would be smaller on two ranks."""
+
+    num_features = 16
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 16))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "class_sharded"])
+def test_every_rank_has_the_lambda_of_one_process(strategy: str) -> None:
+    if strategy == "class_sharded" and torch.__version__ < "2.9":
+        pytest.skip("gloo sums gradients here")
+    lines = []
+    for count, name in ((1, "auto"), (2, strategy)):
+        done = run_on(count, partial(train_on, name))
+        assert done.returncode == 0, done.stderr
+        found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("lambdas")]
+        assert len(found) == count
+        lines += found
+    one, *ranks = [[float(value) for value in line] for line in lines]
+    assert ranks[0] == ranks[1]
+    assert ranks[0] == pytest.approx(one, rel=0.05)  # a sample at the boundary may round to the other side
+    assert one[-1] < 100
