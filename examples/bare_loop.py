@@ -1,4 +1,4 @@
-"""The head in a bare PyTorch loop: three lines of it are L-Softmax.
+"""The head in a bare PyTorch loop, with a lambda that follows the training accuracy.
 
 Run: python bare_loop.py
 """
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsoftmax_lightning import LSoftmaxLinear
-from lsoftmax_lightning.schedules import RunFraction
+from lsoftmax_lightning.schedules import AccuracyFeedback
 
 STEPS = 400
 CENTRES = torch.randn(10, 32, generator=torch.Generator().manual_seed(0))
@@ -23,13 +23,15 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
 torch.manual_seed(0)
 network = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64))
 head = LSoftmaxLinear(in_features=64, num_classes=10, margin=4)
-schedule = RunFraction(base=1000, lambda_min=1)
+schedule, accuracy = AccuracyFeedback(), 0.0
 optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], lr=0.05, momentum=0.9)
 
 for step in range(STEPS):
     x, target = batch(64)
-    head.lambda_ = schedule(step, STEPS)  # from plain softmax to the margin
-    loss = F.cross_entropy(head(network(x), target), target)  # the logits carry the margin
+    head.lambda_ = schedule(step, STEPS, accuracy)  # from plain softmax to the margin
+    logits = head(network(x), target)  # these carry the margin
+    accuracy += 0.05 * ((logits.argmax(1) == target).float().mean().item() - accuracy)
+    loss = F.cross_entropy(logits, target)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -39,5 +41,5 @@ for step in range(STEPS):
 network.eval()
 with torch.no_grad():
     x, target = batch(2000)
-    accuracy = (head(network(x)).argmax(1) == target).float().mean().item()  # without classes they carry none
-print(f"accuracy {accuracy:.3f}")
+    test_accuracy = (head(network(x)).argmax(1) == target).float().mean().item()  # plain logits, without the margin
+print(f"accuracy {test_accuracy:.3f}")

@@ -14,7 +14,6 @@ from PIL import Image
 
 from lsoftmax_lightning import VerificationModule
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
-from lsoftmax_lightning.schedules import RunFraction
 
 FOLDS, COUNT = 10, 8  # folds, of as many pairs of a kind
 
@@ -47,7 +46,6 @@ def main(root: str) -> None:
         image_shape=data.image_shape,
         margin=2,
         mirror=True,
-        lambda_schedule=RunFraction(lambda_min=5),
     )
     trainer = Trainer(max_epochs=4, accelerator="cpu", log_every_n_steps=5)
     trainer.fit(model, data)

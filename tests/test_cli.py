@@ -46,6 +46,8 @@ def small_data(config: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> list
     """Writes a little of a config's data in its own format; the arguments that point to it."""
     if config.startswith("mnist"):
         write_mnist(root)
+    elif config == "fashion_mnist.yaml":
+        write_mnist(root, folder="FashionMNIST")
     elif config.startswith("cifar"):
         write_cifar(root, monkeypatch, CIFAR100 if config == "cifar100.yaml" else CIFAR10)
     elif config == "folder.yaml":
@@ -58,6 +60,8 @@ def small_data(config: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> list
     if config == "lfw.yaml":
         write_folder(root / "faces", ("train",))
         arguments += [f"--data.train_root={root / 'faces' / 'train'}", "--model.pca_components=4"]
+    if config in ("fashion_mnist.yaml", "mnist_1000.yaml"):
+        arguments += ["--data.train_size=100"]
     return arguments
 
 

@@ -33,6 +33,7 @@ PROGRAMS = ("docker", "make", "pip", "pre-commit", "pytest", "python", "source",
 SMALL = [
     *("--data.batch_size=8", "--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.max_epochs=1"),
     *("--trainer.val_check_interval=1", "--trainer.limit_train_batches=1", "--trainer.num_sanity_val_steps=0"),
+    "--data.train_size=null",  # the generated data are smaller than what a page asks for
     "--trainer.precision=32-true",  # elsewhere than on the newest processors bf16 takes minutes
     *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--dashboard.every_n_epochs=0"),
 ]
@@ -152,11 +153,20 @@ def accuracy_in(printed: str) -> float:
 
 
 def test_the_programs_run() -> None:
-    assert set(FILES) == {"my_project.py", "train.py", "my.yaml", "bare.py", "predict.py", "use_onnx.py"}
+    assert set(FILES) == {
+        "my_project.py",
+        "train.py",
+        "my.yaml",
+        "bare.py",
+        "predict.py",
+        "use_onnx.py",
+        "existing_module.py",
+    }
     for name, text in FILES.items():
         Path(name).write_text(text)
     program("bare.py")
     assert accuracy_in(program("train.py")) > 0.9
+    assert accuracy_in(program("existing_module.py")) > 0.95
     done = run_on(1, partial(main, ["fit", "--config", "my.yaml"]))
     assert done.returncode == 0, done.stderr
     assert accuracy_in(done.stdout) > 0.9

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .results import train_settings
+
 # Accuracies in %, by margin. A star marks those that a second source confirms; the rest are recalled of the paper.
 _ACCURACIES = {
     "MNIST": {1: "99.60*", 2: "99.68*", 3: "99.69*", 4: "99.69*"},
@@ -29,13 +31,13 @@ def paper_accuracies(config: Mapping[str, Any]) -> tuple[dict[int, str], str] | 
 
     Returns:
         By margin, the accuracy in % with a star where it is confirmed, and a line on their source; nothing for
-        experiments that are not the paper's.
+        experiments that are not the paper's, or with fewer training images or label noise.
     """
     data, model = (config[part].get("init_args", {}) for part in ("data", "model"))
     name = _EXPERIMENTS.get((config["data"]["class_path"].rpartition(".")[2], str(model.get("backbone"))))
     if name == "CIFAR10" and (data.get("crop_padding") or data.get("flip")):
         name = "CIFAR10+"
-    if name is None:
+    if name is None or train_settings(config):
         return None
     return _ACCURACIES[name], (
         f"Paper: Liu et al., ICML 2016, {name} column of its results, from 18,000 steps of 256 images (LFW: trained on "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import InputError
 from .figures import draw
 from .paper import paper_accuracies
 from .provenance import PACKAGES
-from .results import Done, file_name, read
+from .results import Done, file_name, read, train_settings
 
 # figure, its heading, what it is multiplied by, decimals; those that no run has are left out
 _COLUMNS = (
@@ -91,18 +92,25 @@ def _table(runs: Sequence[Done]) -> str:
 
     validated = any(monitor in run.results for run in runs)
     chosen = f"the checkpoint with the {mode}imum of {monitor}" if validated else "the last checkpoint"
-    facts = {name: " / ".join(dict.fromkeys(str(run.facts.get(name, "?")) for run in runs)) for name in runs[-1].facts}
-    batch = " / ".join(dict.fromkeys(str(run.config["data"].get("init_args", {}).get("batch_size")) for run in runs))
+    facts = {name: _distinct(run.facts.get(name, "?") for run in runs) for name in runs[-1].facts}
+    data = f"batch_size {_distinct(run.config['data'].get('init_args', {}).get('batch_size') for run in runs)}"
+    settings = [train_settings(run.config) for run in runs]
+    for name in dict.fromkeys(itertools.chain.from_iterable(settings)):
+        data += f", {name} {_distinct(format(values[name], 'g') if name in values else 'not set' for values in settings)}"
     packages = ", ".join(f"{name} {facts[name]}" for name in ("python", *PACKAGES) if name in facts)
     notes = [
         f"Test figures are of {chosen}, mean ± standard deviation over seeds; angles in degrees. Differences are of "
         "the same seeds, in percentage points, their interval is Student's.",
-        f"{facts['steps']} steps, batch_size {batch}, on {facts['machine']} (threads a run: {facts['threads']}); "
-        f"{packages}.",
+        f"{facts['steps']} steps, {data}, on {facts['machine']} (threads a run: {facts['threads']}); {packages}.",
         *dict.fromkeys(paper[1] for paper in papers if paper),
     ]
     commands = "\n".join(dict.fromkeys(run.facts["command"] for run in runs))
     return "\n\n".join([table, *notes, f"```sh\n{commands}\n```"]) + "\n"
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    """Join the distinct values of the runs."""
+    return " / ".join(dict.fromkeys(map(str, values)))
 
 
 def _mean(runs: Sequence[Done], name: str, factor: float, digits: int) -> str:

@@ -67,6 +67,16 @@ def read(folder: Path) -> Iterator[Done]:
         )
 
 
+def train_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``train_size`` and ``label_noise`` of a run, where they are set.
+
+    Args:
+        config: All settings of the run.
+    """
+    data = config["data"].get("init_args", {})
+    return {name: data[name] for name in ("train_size", "label_noise") if data.get(name)}
+
+
 def file_name(text: str) -> str:
     """A text that is fit to name a file."""
     return re.sub(r"[^\w.,+=-]", "_", text)

@@ -31,6 +31,7 @@ from rich.progress import (
 from ..errors import InputError
 from .plan import Run
 from .provenance import provenance
+from .results import train_settings
 
 _PATIENCE = 60  # seconds for a run to end when it is asked to
 
@@ -70,6 +71,7 @@ class _Work:
             "seconds": None if self.resumed else round(time.monotonic() - self.began, 1),
             "threads": self.threads,
             "command": command,
+            **train_settings(self.run.config),
             **provenance(),
         }
         (self.run.folder / "progress").unlink(missing_ok=True)

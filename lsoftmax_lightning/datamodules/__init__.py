@@ -5,12 +5,13 @@ from .cifar import CIFAR10DataModule, CIFAR100DataModule
 from .digits import DigitsDataModule
 from .folder import ImageFolderDataModule
 from .lfw import LFWDataModule, LFWFoldDataModule
-from .mnist import MNISTDataModule
+from .mnist import FashionMNISTDataModule, MNISTDataModule
 
 __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "DigitsDataModule",
+    "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "LFWDataModule",

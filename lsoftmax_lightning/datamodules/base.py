@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.transforms import v2
 
 from ..errors import DataError, InputError
 from ..transforms import Augmentation, RandomCropFlip
-from .images import ImageFiles, ImageStore, StoredImages, files_in
-from .loader import DRAWS, BatchLoader, BatchSampler
+from .images import ImageFiles, ImageStore, ImageSubset, files_in, select
+from .loader import DRAWS, BatchLoader, BatchSampler, seeded_generator
+from .subsets import check_size, random_labels, stratified_subset, subset_length
 
 
 class Images(NamedTuple):
@@ -23,19 +26,6 @@ class Images(NamedTuple):
 
     images: ImageStore
     targets: Tensor
-
-
-def check_val_size(val_size: float) -> float:
-    """Returns ``val_size`` as what scikit-learn takes it for: a share below 1, or an integer.
-
-    Raises:
-        InputError: If it is neither a share nor a number of images.
-    """
-    if 0 < val_size < 1:
-        return val_size
-    if val_size >= 1 and float(val_size).is_integer():
-        return int(val_size)
-    raise InputError(f"val_size must be a share between 0 and 1 or a number of images, got {val_size}.")
 
 
 def stratified_split(targets: Tensor, val_size: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +48,11 @@ def stratified_split(targets: Tensor, val_size: float, seed: int) -> tuple[Tenso
     return train, val
 
 
+def _global_seed() -> int:
+    """Return the seed of ``seed_everything``, which the Trainer also uses for its own samplers."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
 class BatchDataModule(LightningDataModule):
     """Images served by the batch as uint8, augmented and normalised on the device.
 
@@ -71,6 +66,12 @@ class BatchDataModule(LightningDataModule):
         flip: In training, whether half of the images are mirrored left and right.
         predict_folder: Folder of images to predict, in folders or not, in the place of the test images. Each is scaled
             to cover ``image_shape`` and its middle cut out.
+        train_size: Training images to keep, stratified by class: a number, or a fraction below 1 of those left after
+            the validation split. Subsets of one seed are nested. None keeps all images.
+        label_noise: Fraction of the training labels, after ``train_size``, that are replaced by labels drawn uniformly
+            over all classes. A drawn label may equal the one it replaces. Validation and test labels do not change.
+        train_seed: Seed of the subset and of the label noise. None uses the seed of ``seed_everything``, so that runs
+            with one seed train on the same images and labels.
 
     Attributes:
         class_names: Name of each class.
@@ -99,12 +100,24 @@ class BatchDataModule(LightningDataModule):
         crop_padding: int = 0,
         flip: bool = False,
         predict_folder: str | None = None,
+        train_size: float | None = None,
+        label_noise: float = 0.0,
+        train_seed: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+        if not 0 <= label_noise <= 1:
+            raise InputError(
+                f"label_noise: must be a fraction from 0 to 1, got {label_noise}; use 0.2 to replace a fifth of the "
+                "training labels."
+            )
         self.batch_size = batch_size
         self.predict_folder = predict_folder
+        self.train_size = None if train_size is None else check_size("train_size", train_size)
+        self.label_noise = label_noise
+        self.train_seed = train_seed
+        self._train_summary = ""
         if not hasattr(self, "num_workers"):
             self.num_workers = min(8, torch.get_num_threads())
         self.augment = RandomCropFlip(crop_padding, flip) if crop_padding or flip else None
@@ -136,7 +149,10 @@ class BatchDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads, once; ``stage`` is that of the Trainer."""
         if stage in ("fit", "validate") and not hasattr(self, "train_data"):
-            self.train_data, self.val_data = self.load_train_val()
+            train_data, self.val_data = self.load_train_val()
+            self.train_data = self._apply_train_settings(train_data)
+        if stage == "fit" and self._train_summary:
+            rank_zero_info(self._train_summary)
         if stage == "predict" and self.predict_folder is not None:
             paths = files_in(self.predict_folder)
             unknown = torch.zeros(len(paths), dtype=torch.int64)
@@ -146,6 +162,31 @@ class BatchDataModule(LightningDataModule):
             self.test_data = self.load_test()
         if stage == "predict":
             self.predict_data = self.test_data
+
+    def _apply_train_settings(self, data: Images) -> Images:
+        """Apply ``train_size`` and ``label_noise``."""
+        if self.train_size is None and not self.label_noise:
+            return data
+        images, targets = data
+        seed = _global_seed() if self.train_seed is None else self.train_seed
+        if self.train_size is not None:
+            length = subset_length(targets, self.train_size)
+            index = stratified_subset(targets, length, seeded_generator(f"{seed} train_size"))
+            images, targets = select(images, index), targets[index]
+        self._train_summary = f"Training on {len(targets):,} of {len(data.targets):,} images"
+        if self.label_noise:
+            count = round(self.label_noise * len(targets))
+            targets = random_labels(targets, count, self.num_classes, seeded_generator(f"{seed} label_noise"))
+            self._train_summary += (
+                f"; {count:,} of {len(targets):,} training labels drawn at random (label_noise {self.label_noise:g})"
+            )
+        self._train_summary += f"; seed {seed}."
+        return Images(images, targets)
+
+    def _check_train_size(self, targets: Sequence[int]) -> None:
+        """Check ``train_size`` before the images are read."""
+        if self.train_size is not None:
+            subset_length(torch.tensor(targets), self.train_size)
 
     def _checked(self, data: Images) -> Images:
         if len(data.images) != len(data.targets) or len(data.targets) == 0:
@@ -183,10 +224,9 @@ class BatchDataModule(LightningDataModule):
         self, data: Images, shuffle: bool = False, drop_last: bool = False, num_draws: int | None = None
     ) -> BatchLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        # the seed of seed_everything, as the Trainer takes it for its own samplers
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        sampler = BatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, seed)
-        num_workers = 0 if isinstance(data.images, Tensor | StoredImages) else self.num_workers
+        sampler = BatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, _global_seed())
+        store = data.images.store if isinstance(data.images, ImageSubset) else data.images
+        num_workers = 0 if isinstance(store, Tensor) else self.num_workers
         return BatchLoader(data.images, data.targets, sampler, num_draws, num_workers)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -210,7 +250,8 @@ class ImageDataModule(BatchDataModule):
             paper's choice is a tenth (section 5).
         split_seed: Seed of that split; it does not follow ``seed_everything``, so that every run validates on the
             same images.
-        **kwargs: As :class:`BatchDataModule`: ``crop_padding``, ``flip``, ``predict_folder``.
+        **kwargs: As :class:`BatchDataModule`: ``crop_padding``, ``flip``, ``predict_folder``, ``train_size``,
+            ``label_noise``, ``train_seed``.
 
     Raises:
         InputError: If a setting is out of range.
@@ -218,7 +259,7 @@ class ImageDataModule(BatchDataModule):
 
     def __init__(self, batch_size: int = 256, val_size: float = 0.1, split_seed: int = 0, **kwargs: Any) -> None:
         super().__init__(batch_size, **kwargs)
-        self.val_size = check_val_size(val_size)
+        self.val_size = check_size("val_size", val_size)
         self.split_seed = split_seed
 
     @abstractmethod

@@ -17,7 +17,8 @@ class DownloadedDataModule(ImageDataModule):
     Args:
         root: Folder of the files, which are downloaded into it where they are missing, and checked by checksum where
             torchvision has one for them.
-        **kwargs: As :class:`ImageDataModule`: ``batch_size``, ``val_size``, ``split_seed``, ``crop_padding``, ``flip``.
+        **kwargs: As :class:`ImageDataModule`: ``batch_size``, ``val_size``, ``split_seed``, ``crop_padding``, ``flip``,
+            ``train_size``, ``label_noise``, ``train_seed``.
 
     Attributes:
         reader: The class of torchvision.

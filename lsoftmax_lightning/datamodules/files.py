@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import DataError, InputError
 from .base import BatchDataModule, Images
-from .images import ImageFiles, ImageStore, StoredImages, read_image
+from .images import ImageFiles, ImageStore, ImageSubset, read_image
 
 _NAMED = 10  # files that an error names
 
@@ -99,7 +99,9 @@ class FileDataModule(BatchDataModule):
         num_workers: Processes that read the files; by default one for each of torch's threads, up to 8.
         skip_unreadable: Whether to leave out, and count in a warning, files for training that are no readable images,
             instead of naming them in an error.
-        **kwargs: As :class:`BatchDataModule`: ``batch_size``, ``crop_padding``, ``flip``, ``predict_folder``.
+        **kwargs: As :class:`BatchDataModule`: ``batch_size``, ``crop_padding``, ``flip``, ``predict_folder``,
+            ``train_size``, ``label_noise``, ``train_seed``. Every training file is decoded once, whatever the
+            ``train_size``.
 
     Raises:
         InputError: If a setting is out of range.
@@ -172,7 +174,7 @@ class FileDataModule(BatchDataModule):
             images: ImageStore
             own = [path for path, _ in kept]
             if in_memory:
-                images = StoredImages(store, torch.tensor([rows[path] for path in own]), own)
+                images = ImageSubset(store, torch.tensor([rows[path] for path in own]), own)
             else:
                 images = ImageFiles(own, self.image_shape)
             data.append(Images(images, torch.tensor([target for _, target in kept])))

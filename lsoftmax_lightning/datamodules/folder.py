@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..errors import DataError
-from .base import Images, check_val_size, stratified_split
+from .base import Images, stratified_split
 from .files import FileDataModule, Files, class_folders, list_files
+from .subsets import check_size
 
 
 class ImageFolderDataModule(FileDataModule):
@@ -40,7 +41,7 @@ class ImageFolderDataModule(FileDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(image_size, **kwargs)
-        self.val_size = check_val_size(val_size)
+        self.val_size = check_size("val_size", val_size)
         self.split_seed = split_seed
         self.root = Path(root)
         self.class_names = tuple(folder.name for folder in class_folders(self.root / "train"))
@@ -69,6 +70,7 @@ class ImageFolderDataModule(FileDataModule):
                 Files([train.paths[i] for i in index], [train.targets[i] for i in index])
                 for index in stratified_split(torch.tensor(train.targets), self.val_size, self.split_seed)
             ]
+        self._check_train_size(parts[0].targets)
         train_data, val_data, self.test_data = map(self._checked, self.read(*parts, self.files["test"]))
         return train_data, val_data
 

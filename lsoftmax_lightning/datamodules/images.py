@@ -25,16 +25,16 @@ class ImageStore(Protocol):
         """Images [N, C, H, W] for an index [N]."""
 
 
-class StoredImages:
-    """Some of the images of a tensor, without a copy of them.
+class ImageSubset:
+    """Some images of a store, without a copy of them.
 
     Args:
-        store: Images, [M, ...].
-        rows: Which of them, [N].
-        paths: The files that they are of.
+        store: All images, ``(M, ...)``.
+        rows: Indices of the subset's images in the store, ``(N,)``.
+        paths: File of each image of the subset, where there are files.
     """
 
-    def __init__(self, store: Tensor, rows: Tensor, paths: Sequence[str | Path]) -> None:
+    def __init__(self, store: ImageStore, rows: Tensor, paths: Sequence[str | Path] = ()) -> None:
         self.store, self.rows, self.paths = store, rows, paths
 
     def __len__(self) -> int:
@@ -96,6 +96,23 @@ class ImageFiles:
             return read_image(path, (size[0], size[1]), channels)
         except Exception as error:  # decoders raise whatever they meet in a damaged file
             raise DataError(f"{path} is no readable image: {error or type(error).__name__}") from error
+
+
+def select(images: ImageStore, index: Tensor) -> ImageStore:
+    """Return the images at ``index``; only images in a plain tensor are copied.
+
+    Args:
+        images: Images, ``(M, ...)``.
+        index: Indices of the images to select, ``(N,)``.
+    """
+    if isinstance(images, Tensor):
+        return images[index]
+    if isinstance(images, ImageFiles):
+        return ImageFiles([images.paths[i] for i in index.tolist()], images.image_shape)
+    if isinstance(images, ImageSubset):
+        paths = [images.paths[i] for i in index.tolist()] if images.paths else ()
+        return ImageSubset(images.store, images.rows[index], paths)
+    return ImageSubset(images, index)
 
 
 def files_in(folder: str | Path) -> list[str]:

@@ -136,6 +136,7 @@ class PairsDataModule(FileDataModule):
 
     def load_train_val(self) -> tuple[Images, Images]:
         """Reads all parts, the test images too, so that one error before any work names all bad files."""
+        self._check_train_size(self.train_files.targets)
         train_data, val_data, self.test_data = self.read(self.train_files, self.val_files, self.test_files)
         return self._checked(train_data), val_data
 

@@ -17,6 +17,14 @@ DRAWS = 2**24
 """A draw over this is exact in float32, and uniform on [0, 1)."""
 
 
+def seeded_generator(key: str) -> torch.Generator:
+    """Return a generator with a seed made from ``key``.
+
+    The key is hashed: with the sum of seed and epoch, epoch 1 of seed 0 would equal epoch 0 of seed 1.
+    """
+    return torch.Generator().manual_seed(random.Random(key).getrandbits(32))
+
+
 class BatchSampler:
     """Index tensors of this process's share of every global batch.
 
@@ -68,9 +76,7 @@ class BatchSampler:
 
     def generator(self, purpose: str = "") -> torch.Generator:
         """A generator for this epoch and purpose, the same on every process."""
-        # hashed: with a sum, epoch 1 of seed 0 would be epoch 0 of seed 1
-        seed = random.Random(f"{self.seed} {self.epoch}{purpose}").getrandbits(32)
-        return torch.Generator().manual_seed(seed)
+        return seeded_generator(f"{self.seed} {self.epoch}{purpose}")
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size)

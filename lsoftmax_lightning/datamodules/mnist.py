@@ -1,8 +1,8 @@
-"""MNIST."""
+"""MNIST and Fashion-MNIST."""
 
 from __future__ import annotations
 
-from torchvision.datasets import MNIST
+from torchvision.datasets import MNIST, FashionMNIST
 
 from .downloaded import DownloadedDataModule
 
@@ -20,3 +20,30 @@ class MNISTDataModule(DownloadedDataModule):
     image_shape = (1, 28, 28)
     mean = (0.1307,)
     std = (0.3081,)
+
+
+class FashionMNISTDataModule(DownloadedDataModule):
+    """60,000 + 10,000 grey images of clothing of 28x28 pixels in ten classes, read and downloaded by torchvision.
+
+    Xiao et al., "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms", 2017. Arguments
+    are those of :class:`DownloadedDataModule`.
+    """
+
+    reader = FashionMNIST
+    files = "the four *-ubyte files of Fashion-MNIST"
+    folder = "FashionMNIST/raw"
+    class_names = (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    )
+    image_shape = (1, 28, 28)
+    mean = (0.2860,)
+    std = (0.3530,)

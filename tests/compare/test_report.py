@@ -189,3 +189,19 @@ def test_unfinished_runs_are_left_out(tmp_path: Path) -> None:
 def test_a_folder_of_no_comparison_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no run in .* is finished"):
         report(tmp_path / "gone")
+
+
+def test_the_notes_say_how_many_images_and_which_labels(tmp_path: Path) -> None:
+    data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": 1000.0, "label_noise": 0.2}}
+    for margin in (1, 2):
+        write_run(tmp_path, margin, 0, 0.9, data=data, backbone="mnist")
+    report(tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "batch_size 8, train_size 1000, label_noise 0.2, on M" in table
+    assert "Paper:" not in table  # its results are of all images
+
+
+def test_without_them_the_notes_say_nothing_of_them(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.9)
+    report(tmp_path)
+    assert "train_size" not in (tmp_path / "table.md").read_text()

@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 
-def write_mnist(root: Path, train: int = 400, test: int = 100) -> None:
-    raw = root / "MNIST" / "raw"
+def write_mnist(root: Path, train: int = 400, test: int = 100, folder: str = "MNIST") -> None:
+    raw = root / folder / "raw"
     raw.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     for part, count in (("train", train), ("t10k", test)):

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 from lsoftmax_lightning.datamodules import ImageFolderDataModule
-from lsoftmax_lightning.datamodules.images import StoredImages, read_image
+from lsoftmax_lightning.datamodules.images import ImageSubset, read_image
 from lsoftmax_lightning.errors import DataError, InputError
 
 from ..conftest import make_model, make_trainer
@@ -62,7 +62,7 @@ def test_files_and_memory_give_the_same_batches(num_workers: int, tmp_path: Path
     for memory_gib in (1, 0):
         data = make(tmp_path, crop_padding=2, flip=True, memory_gib=memory_gib, num_workers=num_workers)
         data.setup("fit")
-        assert isinstance(data.train_data.images, StoredImages) == bool(memory_gib)
+        assert isinstance(data.train_data.images, ImageSubset) == bool(memory_gib)
         found.append([data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()])
     assert len(found[0]) == 4
     for (images, targets), (same_images, same_targets) in zip(*found, strict=True):
@@ -76,7 +76,7 @@ def test_the_budget_is_of_all_images(tmp_path: Path) -> None:
     for memory_gib, in_memory in ((size, True), (size * 0.999, False)):
         data = make(tmp_path, memory_gib=memory_gib)
         data.setup("fit")
-        assert isinstance(data.test_data.images, StoredImages) == in_memory
+        assert isinstance(data.test_data.images, ImageSubset) == in_memory
 
 
 def test_augmentation_is_reproducible_and_new_each_epoch(tmp_path: Path) -> None:

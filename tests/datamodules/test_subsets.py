@@ -1,0 +1,269 @@
+"""Fewer training images and noisy labels, for every datamodule."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import seed_everything
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.datamodules import (
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    DigitsDataModule,
+    FashionMNISTDataModule,
+    ImageFolderDataModule,
+    LFWDataModule,
+    LFWFoldDataModule,
+    MNISTDataModule,
+)
+from lsoftmax_lightning.datamodules.base import BatchDataModule, Images
+from lsoftmax_lightning.datamodules.images import ImageFiles, ImageSubset, select
+from lsoftmax_lightning.errors import InputError
+
+from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..forked import run_on
+from ..test_cli import QUIET
+from .formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
+
+
+class ManyDataModule(BlobsDataModule):
+    """2,000 training images of four classes, 400 of them for validation; each image holds its index."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super(BlobsDataModule, self).__init__(20, 0.2, 0, **kwargs)
+
+    def load(self, train: bool) -> Images:
+        index = torch.arange(2000 if train else 40)
+        images = torch.stack([index // 256, index % 256], dim=1).to(torch.uint8)
+        return Images(images.repeat(1, 32).view(-1, 1, 8, 8), index % 4)
+
+
+def indices(images: Any) -> Tensor:
+    pixels = images[torch.arange(len(images))].flatten(1).long()
+    return 256 * pixels[:, 0] + pixels[:, 1]
+
+
+def draw(**settings: Any) -> tuple[list[int], Tensor]:
+    """Indices and labels of the training images."""
+    data = ManyDataModule(**settings)
+    data.setup("fit")
+    return indices(data.train_data.images).tolist(), data.train_data.targets
+
+
+@pytest.mark.parametrize("train_size", [400, 0.25])
+def test_the_classes_keep_their_proportions(train_size: float) -> None:
+    index, targets = draw(train_size=train_size)
+    assert len(set(index)) == 400
+    assert targets.bincount().tolist() == [100] * 4
+    assert targets.tolist() == [i % 4 for i in index]
+
+
+def test_uneven_classes_keep_theirs_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [1000, 600, 398, 2]
+    targets = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+    images = torch.zeros(2000, 1, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(
+        ManyDataModule, "load_train_val", lambda self: (Images(images, targets), Images(images, targets))
+    )
+    _, kept = draw(train_size=100)
+    assert kept.bincount().tolist() == [pytest.approx(count, abs=1) for count in (50, 30, 19, 1)]
+    _, kept = draw(train_size=4)
+    assert kept.bincount().tolist() == [1] * 4
+
+
+def test_subsets_of_a_seed_are_nested_and_those_of_others_differ() -> None:
+    small, large, other = (
+        draw(**settings)[0]
+        for settings in (
+            {"train_size": 100, "train_seed": 5},
+            {"train_size": 800, "train_seed": 5},
+            {"train_size": 800, "train_seed": 6},
+        )
+    )
+    assert set(small) < set(large)
+    assert set(large) != set(other)
+
+
+def test_the_seed_is_that_of_seed_everything_unless_one_is_given() -> None:
+    settings = {"train_size": 400, "label_noise": 0.5}
+    found = []
+    for seed, given in ((1, None), (1, None), (2, None), (1, 3), (2, 3)):
+        seed_everything(seed)
+        index, targets = draw(**settings, train_seed=given)
+        found.append((index, targets.tolist()))
+    assert found[0] == found[1]
+    assert found[3] == found[4]
+    for one, other in ((0, 2), (0, 3)):
+        assert found[one][0] != found[other][0]
+        assert found[one][1] != found[other][1]
+
+
+def test_draws_do_not_touch_the_split_or_the_generators() -> None:
+    torch.manual_seed(0)
+    plain, drawn = ManyDataModule(), ManyDataModule(train_size=100, label_noise=0.3)
+    state = torch.get_rng_state()
+    for data in (plain, drawn):
+        data.setup("fit")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(indices(plain.val_data.images), indices(drawn.val_data.images))
+    assert set(indices(drawn.train_data.images).tolist()) < set(indices(plain.train_data.images).tolist())
+
+
+def test_by_default_nothing_changes() -> None:
+    index, targets = draw()
+    assert len(index) == 1600
+    assert targets.tolist() == [i % 4 for i in index]
+
+
+def test_label_noise_is_uniform_and_only_in_training() -> None:
+    data = ManyDataModule(label_noise=0.4)
+    data.setup("fit")
+    data.setup("test")
+    true = indices(data.train_data.images) % 4
+    wrong = (data.train_data.targets != true).sum().item()
+    assert wrong == pytest.approx(0.75 * 640, abs=5 * (640 * 0.75 * 0.25) ** 0.5)  # a quarter draws its own class
+    counts = data.train_data.targets[data.train_data.targets != true].bincount(minlength=4)
+    assert counts.min() > 0.7 * counts.max()
+    for part in (data.val_data, data.test_data):
+        assert torch.equal(part.targets, indices(part.images) % 4)
+
+
+def test_all_labels_drawn_means_none_is_kept_on_purpose() -> None:
+    index, targets = draw(label_noise=1.0)
+    share = sum(int(target) == i % 4 for i, target in zip(index, targets, strict=True)) / len(index)
+    assert share == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_noise_does_not_depend_on_the_images_drawn() -> None:
+    assert draw(train_size=400, label_noise=0.2)[0] == draw(train_size=400)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train_size": 0}, "train_size: must be a number of images or a fraction between 0 and 1, got 0"),
+        ({"train_size": -5}, "got -5"),
+        ({"train_size": 1.5}, r"got 1\.5"),
+        ({"train_size": float("nan")}, "got nan"),
+        ({"label_noise": -0.1}, r"label_noise: must be a fraction from 0 to 1, got -0\.1"),
+        ({"label_noise": 20}, "got 20"),
+        ({"label_noise": float("nan")}, "got nan"),
+        ({"train_size": 1601}, "train_size: more than the 1600 training images .* got 1601; use at most 1600"),
+        ({"train_size": 3}, "cannot cover 4 classes, got 3; use at least 4"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        draw(**settings)
+
+
+def test_a_batch_larger_than_the_subset_is_refused() -> None:
+    data = ManyDataModule(train_size=16)
+    with pytest.raises(InputError, match="16 samples are too few for batch_size 20"):
+        make_trainer().fit(make_model(), data)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "subset", "files", "own"])
+def test_images_and_labels_stay_paired_in_every_store(kind: str, tmp_path: Path) -> None:
+    class Own:
+        """A user's store, which reads by index alone."""
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: Tensor) -> Tensor:
+            return pixels[index]
+
+    pixels = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 4, 4) * 40
+    stores: dict[str, Any] = {
+        "tensor": pixels,
+        "subset": ImageSubset(pixels.flip(0), torch.arange(5, -1, -1), [f"{i}" for i in range(6)]),
+        "own": Own(),
+    }
+    if kind == "files":
+        for i in range(6):
+            write_image(tmp_path / f"{i}.png", (40 * i,) * 3, (4, 4))
+        stores["files"] = ImageFiles([tmp_path / f"{i}.png" for i in range(6)], (3, 4, 4))
+    chosen = select(select(stores[kind], torch.tensor([0, 2, 3, 5])), torch.tensor([1, 3]))
+    assert torch.equal(chosen[torch.arange(2)], pixels[[2, 5]])
+    if kind in ("subset", "files"):
+        assert [Path(path).stem for path in chosen.paths] == ["2", "5"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DigitsDataModule,
+        MNISTDataModule,
+        FashionMNISTDataModule,
+        CIFAR10DataModule,
+        CIFAR100DataModule,
+        ImageFolderDataModule,
+        LFWDataModule,
+        LFWFoldDataModule,
+    ],
+)
+def test_every_datamodule_takes_them(
+    kind: type[BatchDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {} if kind is DigitsDataModule else {"root": str(tmp_path)}
+    if kind in (MNISTDataModule, FashionMNISTDataModule):
+        write_mnist(tmp_path, folder=kind.__name__.removesuffix("DataModule"))
+    elif kind in (CIFAR10DataModule, CIFAR100DataModule):
+        write_cifar(tmp_path, monkeypatch, CIFAR10 if kind is CIFAR10DataModule else CIFAR100)
+    elif kind is not DigitsDataModule:
+        settings["image_size"] = 12
+        write_folder(tmp_path) if kind is ImageFolderDataModule else write_lfw(tmp_path, folds=10)
+    if kind is LFWDataModule:
+        write_folder(tmp_path / "faces", ("train",))
+        settings["train_root"] = str(tmp_path / "faces" / "train")
+    whole, half = (kind(**settings, **more) for more in ({}, {"train_size": 0.5, "label_noise": 0.5, "train_seed": 1}))
+    for data in (whole, half):
+        data.setup("fit")
+    assert len(half.train_data.images) == len(half.train_data.targets) == round(len(whole.train_data.targets) / 2)
+    assert torch.equal(half.val_data.targets, whole.val_data.targets)
+    assert len(half.train_data.targets.unique()) > 1
+
+
+def test_fashion_mnist_states_its_classes(tmp_path: Path) -> None:
+    write_mnist(tmp_path, folder="FashionMNIST")
+    data = FashionMNISTDataModule(root=str(tmp_path))
+    data.prepare_data()
+    data.setup("fit")
+    assert data.train_data.images.shape == (360, 1, 28, 28)
+    assert (data.num_classes, data.class_names[0], data.class_names[9]) == (10, "T-shirt/top", "Ankle boot")
+
+
+def test_fit_says_what_is_trained_on(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        data = ManyDataModule(train_size=100, label_noise=0.2, train_seed=3)
+        make_trainer().fit(make_model(), data)
+    said = "Training on 100 of 1,600 images; 20 of 100 training labels drawn at random (label_noise 0.2); seed 3."
+    assert caplog.messages.count(said) == 1
+
+
+def test_the_command_line_takes_them() -> None:
+    settings = ["--data.train_size=200", "--data.label_noise=0.1", "--data.train_seed=4"]
+    cli = main(["fit", "--config=digits.yaml", *QUIET, "--trainer.fast_dev_run=true", *settings])
+    assert cli is not None
+    assert len(cli.datamodule.train_data.targets) == 200
+
+
+def print_labels() -> None:
+    data = ManyDataModule(train_size=80, label_noise=0.5)
+    make_trainer(devices=2, strategy="ddp", fast_dev_run=True).fit(make_model(), data)
+    print("labels", *indices(data.train_data.images).tolist(), *data.train_data.targets.tolist())
+
+
+def test_every_rank_draws_the_same() -> None:
+    done = run_on(2, partial(print_labels))
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("labels")]
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
