@@ -34,7 +34,7 @@ def configs(args: list[str]) -> None:
     if name is None:
         for path in sorted(CONFIGS.glob("*.yaml")):
             first_line = path.read_text().splitlines()[0].removeprefix("# ")
-            print(f"{path.name:18}{first_line}")
+            print(f"{path.name:20}{first_line}")
         return
     source = find_config(name)
     if Path(source.name).exists():

@@ -43,8 +43,10 @@ class FractionalMultiStepLR(LRScheduler):
         InputError: If an argument is out of range, or ``total_steps`` is unknown when the first step is taken.
 
     Example:
-        >>> ClassificationModule(10, "mnist", lr_scheduler=lambda optimizer: FractionalMultiStepLR(optimizer, [0.5]))
-        >>> FractionalMultiStepLR(optimizer, [0.5, 0.75], total_steps=800)  # in a loop without a Trainer
+        >>> import torch
+        >>> from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
+        >>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+        >>> scheduler = FractionalMultiStepLR(optimizer, [0.5, 0.75], total_steps=800)  # a loop without a Trainer
     """
 
     def __init__(

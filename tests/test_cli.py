@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 import lsoftmax_lightning
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.cli import CONFIGS, main
-from lsoftmax_lightning.schedules import RunFraction
+from lsoftmax_lightning.schedules import AccuracyFeedback
 
 from .datamodules.formats import write_cifar, write_folder, write_lfw, write_mnist
 from .forked import run_on
@@ -185,7 +185,7 @@ def test_resuming_goes_on() -> None:
     cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", last])
     assert cli is not None
     assert cli.trainer.global_step == 6
-    assert cli.model.lambda_schedule == RunFraction(lambda_min=1.0)  # what a checkpoint does not hold, the config says
+    assert cli.model.lambda_schedule == AccuracyFeedback()  # what a checkpoint does not hold, the config says
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0005)
 
 
@@ -261,8 +261,8 @@ def test_configs_lists_them_with_a_line_each(capsys: pytest.CaptureFixture[str])
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("cifar10.yaml", "cifar100.yaml", "cifar10plus.yaml", "digits.yaml", "folder.yaml"),
-        *("lfw.yaml", "lfw_fold.yaml", "mnist.yaml", "mnist_2d.yaml"),
+        *("cifar10.yaml", "cifar100.yaml", "cifar10plus.yaml", "digits.yaml", "fashion_mnist.yaml"),
+        *("folder.yaml", "lfw.yaml", "lfw_fold.yaml", "mnist.yaml", "mnist_1000.yaml", "mnist_2d.yaml"),
     ]
     assert all(len(line.split()) > 4 for line in lines)
 
@@ -314,7 +314,7 @@ def test_random_weights_are_not_scored_in_silence() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["fit", "--config", "nope.yaml"], ["no config 'nope.yaml'", "digits.yaml, folder.yaml, lfw.yaml"]),
+        (["fit", "--config", "nope.yaml"], ["no config 'nope.yaml'", "digits.yaml, fashion_mnist.yaml, folder.yaml"]),
         (["configs", "--copy", "nope"], ["no config 'nope'", "digits.yaml"]),
         (["fit", "--config", "digits.yaml", "--model", "Nope"], ["Nope"]),
         (["fit", "--config", "digits.yaml", "--model.margni", "2"], ["margni"]),
@@ -322,7 +322,7 @@ def test_random_weights_are_not_scored_in_silence() -> None:
         (["fit", "--config", "digits.yaml", "--model.margin", "0"], ["integer >= 1", "got 0"]),
         (["fit", "--config", "digits.yaml", "--model.margin", "2.5"], ["2.5"]),
         (["fit", "--config", "digits.yaml", "--model.backbone", "resnet"], ["no backbone is named 'resnet'"]),
-        (["fit", "--config", "digits.yaml", "--model.lambda_schedule.fraction", "2"], ["fraction", "at most 1"]),
+        (["fit", "--config", "digits.yaml", "--model.lambda_schedule.gain", "-2"], ["gain", "got -2"]),
         (["fit", "--config", "digits.yaml", "--data.batch_size", "5000"], ["1293 samples are too few"]),
         (["fit", "--config", "digits.yaml", "--data.val_size", "0"], ["val_size"]),
         (["fit", "--config", "digits.yaml", "--trainer.precision", "3"], ["precision"]),

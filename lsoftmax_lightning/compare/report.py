@@ -96,7 +96,7 @@ def _table(runs: Sequence[Done]) -> str:
     data = f"batch_size {_distinct(run.config['data'].get('init_args', {}).get('batch_size') for run in runs)}"
     settings = [train_settings(run.config) for run in runs]
     for name in dict.fromkeys(itertools.chain.from_iterable(settings)):
-        data += f", {name} {_distinct(format(values[name], 'g') if name in values else 'not set' for values in settings)}"
+        data += f", {name} {_distinct(values.get(name, 'not set') for values in settings)}"
     packages = ", ".join(f"{name} {facts[name]}" for name in ("python", *PACKAGES) if name in facts)
     notes = [
         f"Test figures are of {chosen}, mean ± standard deviation over seeds; angles in degrees. Differences are of "
@@ -110,7 +110,7 @@ def _table(runs: Sequence[Done]) -> str:
 
 def _distinct(values: Iterable[Any]) -> str:
     """Join the distinct values of the runs."""
-    return " / ".join(dict.fromkeys(map(str, values)))
+    return " / ".join(dict.fromkeys(f"{value:g}" if isinstance(value, float) else str(value) for value in values))
 
 
 def _mean(runs: Sequence[Done], name: str, factor: float, digits: int) -> str:

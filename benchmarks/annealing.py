@@ -1,0 +1,253 @@
+"""Compare the default schedule of lambda with hand-set ones, over margins, seeds and data sets.
+
+Each run trains a small network with the modules, datamodules and Trainer of this package, and tests the weights of the
+last step. Every schedule and margin uses the same settings; the learning rate and the weight decay are those that
+``--tune`` found best for m = 1 on validation images. Finished runs are kept in the file ``--results`` and not repeated,
+so an interrupted command can be run again, and several processes can share the work by data set.
+
+Usage: python benchmarks/annealing.py --data ROOT [--tune] digits mnist noisy fashion
+       python benchmarks/annealing.py [--tune] --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import logging
+import math
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from common import machine, table
+from filelock import FileLock
+from lightning import Trainer, seed_everything
+from scipy.stats import t
+from torch.optim import SGD
+
+from lsoftmax_lightning import ClassificationModule
+from lsoftmax_lightning.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
+from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
+from lsoftmax_lightning.schedules import AccuracyFeedback, LambdaSchedule, RunFraction
+
+SEEDS = range(5)
+TUNING_SEEDS = (10, 11)
+MARGINS = (2, 3, 4, 6)
+HAND_SET = {f"to {lambda_min}": RunFraction(lambda_min=lambda_min) for lambda_min in (0, 1, 5, 20)}
+SCHEDULES: dict[str, LambdaSchedule] = {"feedback": AccuracyFeedback(), **HAND_SET}
+LEARNING_RATES = (0.02, 0.05, 0.1, 0.2)
+WEIGHT_DECAYS = (5e-4, 5e-3, 1e-2)
+SMALL = {"stem": 16, "blocks": [(16, 1), (32, 1), (64, 1)], "num_features": 64}
+FIELDS = ("data", "margin", "schedule", "seed", "lr", "weight_decay", "val_acc", "test_acc", "train_acc", "machine")
+
+
+class DataSet(NamedTuple):
+    """What is trained on, and how."""
+
+    title: str
+    datamodule: type[Any]
+    settings: dict[str, Any]
+    backbone: dict[str, Any]
+    steps: int
+    precision: str
+    lr: float
+    weight_decay: float = 0.01
+
+
+DATA = {
+    "digits": DataSet("digits, 1,293 images", DigitsDataModule, {}, {"backbone": "digits"}, 600, "32-true", lr=0.05),
+    "mnist": DataSet(
+        "MNIST, 1,000 images",
+        MNISTDataModule,
+        {"train_size": 1000},
+        {"backbone": "mnist", "backbone_args": SMALL},
+        600,
+        "bf16-mixed",
+        lr=0.2,
+    ),
+    "noisy": DataSet(
+        "MNIST, 1,000 images, 20 % noisy labels",
+        MNISTDataModule,
+        {"train_size": 1000, "label_noise": 0.2},
+        {"backbone": "mnist", "backbone_args": SMALL},
+        600,
+        "bf16-mixed",
+        lr=0.02,
+    ),
+    "fashion": DataSet(
+        "Fashion-MNIST, 2,000 images",
+        FashionMNISTDataModule,
+        {"train_size": 2000},
+        {"backbone": "mnist", "backbone_args": SMALL},
+        800,
+        "bf16-mixed",
+        lr=0.2,
+    ),
+}
+
+
+def train(
+    name: str, root: str, margin: int, schedule: LambdaSchedule, seed: int, lr: float, weight_decay: float
+) -> dict[str, float]:
+    """Train and test one network."""
+    data = DATA[name]
+    seed_everything(seed, verbose=False)
+    settings = data.settings if name == "digits" else {**data.settings, "root": root}
+    datamodule = data.datamodule(batch_size=64, **settings)
+    model = ClassificationModule(
+        num_classes=datamodule.num_classes,
+        image_shape=datamodule.image_shape,
+        margin=margin,
+        lambda_schedule=schedule,
+        optimizer=lambda params: SGD(params, lr=lr, momentum=0.9, weight_decay=weight_decay),
+        lr_scheduler=lambda optimizer: FractionalMultiStepLR(optimizer, [2 / 3, 5 / 6]),
+        channels_last=data.precision != "32-true",
+        **data.backbone,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=data.steps,
+        precision=data.precision,  # type: ignore[arg-type]
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule)
+    train_acc = float(trainer.callback_metrics["train/acc"])
+    trainer.limit_val_batches = 1.0
+    (val,) = trainer.validate(model, datamodule, verbose=False)
+    (test,) = trainer.test(model, datamodule, verbose=False)
+    return {"val_acc": val["val/acc"], "test_acc": test["test/acc"], "train_acc": train_acc}
+
+
+def jobs(names: list[str], seeds: Sequence[int], tune: bool) -> Iterator[tuple[str, int, str, int, float, float]]:
+    """Data set, margin, schedule, seed, learning rate and weight decay of each run, the default schedule first."""
+    if tune:
+        for seed, name, lr, weight_decay in itertools.product(TUNING_SEEDS, names, LEARNING_RATES, WEIGHT_DECAYS):
+            yield name, 1, "none", seed, lr, weight_decay
+        return
+    default = [(1, "none"), *((margin, "feedback") for margin in MARGINS)]
+    for runs in (default, [*itertools.product(MARGINS, HAND_SET)]):
+        for seed, name, (margin, schedule) in itertools.product(seeds, names, runs):
+            yield name, margin, schedule, seed, DATA[name].lr, DATA[name].weight_decay
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Finished runs."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a run."""
+    with FileLock(f"{path}.lock"):
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def mean_and_interval(values: list[float]) -> str:
+    """Mean with the 95 % interval of Student's t."""
+    mean = statistics.fmean(values)
+    reach = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
+
+
+def tables(rows: list[dict[str, str]]) -> Iterator[str]:
+    """Results as Markdown."""
+    for name, data in DATA.items():
+        runs = {
+            (int(row["margin"]), row["schedule"], int(row["seed"])): 100 * float(row["test_acc"])
+            for row in rows
+            if row["data"] == name and int(row["seed"]) in SEEDS
+        }
+        seeds = sorted({seed for *_, seed in runs})
+        base = [runs[1, "none", seed] for seed in seeds]
+        if len(base) < 2:
+            continue
+        lines = [["1", f"{statistics.fmean(base):.2f} ± {statistics.stdev(base):.2f}", "-", *["-"] * 6]]
+        for margin in MARGINS:
+            accuracy = {schedule: [runs[margin, schedule, seed] for seed in seeds] for schedule in SCHEDULES}
+            collapses = sum(own < plain - 2 for own, plain in zip(accuracy["feedback"], base, strict=True))
+            means = {schedule: statistics.fmean(own) for schedule, own in accuracy.items()}
+            best = max(HAND_SET, key=lambda schedule: means[schedule])
+            error = statistics.stdev(accuracy["feedback"]) / math.sqrt(len(seeds))
+            gap = means["feedback"] - means[best]
+            lines.append(
+                [
+                    str(margin),
+                    f"{means['feedback']:.2f} ± {statistics.stdev(accuracy['feedback']):.2f}",
+                    mean_and_interval([own - plain for own, plain in zip(accuracy["feedback"], base, strict=True)]),
+                    str(collapses),
+                    *(f"**{means[key]:.2f}**" if key == best else f"{means[key]:.2f}" for key in HAND_SET),
+                    f"{gap:+.2f} (standard error {error:.2f})",
+                ]
+            )
+        header = ["m", "default, %", "difference to m = 1 (95 % interval)", "collapses", *HAND_SET, "default - best"]
+        yield f"{data.title}, {len(seeds)} seeds, lr {data.lr:g}, weight decay {data.weight_decay:g}\n\n" + table(
+            header, lines
+        )
+
+
+def tuning(rows: list[dict[str, str]]) -> str:
+    """Mean validation accuracy of m = 1 by learning rate and weight decay as Markdown, the best in bold."""
+    lines = []
+    for name, data in DATA.items():
+        grid = {
+            (lr, weight_decay): statistics.fmean(
+                100 * float(row["val_acc"])
+                for row in rows
+                if (row["data"], float(row["lr"]), float(row["weight_decay"])) == (name, lr, weight_decay)
+            )
+            for lr, weight_decay in itertools.product(LEARNING_RATES, WEIGHT_DECAYS)
+        }
+        best = max(grid.values())
+        for lr in LEARNING_RATES:
+            values = [grid[lr, weight_decay] for weight_decay in WEIGHT_DECAYS]
+            cells = [f"**{value:.2f}**" if value == best else f"{value:.2f}" for value in values]
+            lines.append([data.title, f"{lr:g}", *cells])
+    return table(
+        ["validation accuracy at m = 1, %", "lr", *(f"weight decay {value:g}" for value in WEIGHT_DECAYS)], lines
+    )
+
+
+def main() -> None:
+    """Run what is not finished, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*DATA, []], metavar="DATA", help=", ".join(DATA))
+    parser.add_argument("--data", default="data", help="folder of MNIST and FashionMNIST")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2 3 4")
+    parser.add_argument("--tune", action="store_true", help="try learning rates and weight decays at m = 1")
+    parser.add_argument("--table", action="store_true", help="print the table of the finished runs")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".csv"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    for job in jobs(given.names, given.seeds, given.tune):
+        name, margin, schedule, seed, lr, weight_decay = job
+        row = dict(zip(FIELDS, map(str, job), strict=False))
+        if any(row.items() <= done.items() for done in read(given.results)):
+            continue
+        found = train(name, given.data, margin, SCHEDULES.get(schedule, SCHEDULES["feedback"]), seed, lr, weight_decay)
+        append(given.results, row | {key: round(value, 5) for key, value in found.items()} | {"machine": machine()})
+        print(*job, *(f"{value:.4f}" for value in found.values()), flush=True)
+    if given.table:
+        rows = read(given.results)
+        print(tuning(rows) if given.tune else "\n".join(tables(rows)))
+
+
+if __name__ == "__main__":
+    main()
