@@ -33,7 +33,7 @@ class LSoftmaxLinear(nn.Module):
         num_classes: C, at least 2.
         margin: m, an integer >= 1; 1 is plain softmax.
         lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax). Anneal it by setting the
-            attribute of the same name. None is 0, and the first training step warns if the attribute is still not set.
+            attribute of the same name. None means 0; the first training step then warns, except while compiling.
         device: Where the weight is made.
         dtype: Type of the weight.
 
@@ -48,7 +48,7 @@ class LSoftmaxLinear(nn.Module):
         >>> loss = F.cross_entropy(head(features, target), target)
     """
 
-    _warn_if_trained = False  # also of heads that an earlier release pickled
+    _warn_if_trained = False  # default for heads unpickled from an earlier release
 
     def __init__(
         self,

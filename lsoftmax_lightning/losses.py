@@ -32,7 +32,7 @@ class LeanLoss(NamedTuple):
     prediction: Tensor
     """Class of the highest plain logit of each sample, int64 [N]."""
     correct: Tensor
-    """Whether the logit with the margin is the highest, for each sample, bool [N]."""
+    """Whether the logit with the margin is the highest, ties included, for each sample, bool ``(N,)``."""
 
 
 class ClassShard(NamedTuple):
@@ -128,8 +128,8 @@ def lean_cross_entropy(
     loss is that of all samples over all classes, the same on every process. The gradient of the weight is whole; that
     of the features is multiplied by the number of processes, over which DDP and FSDP2 will take the mean.
 
-    The matrix products run in the dtype of autocast, or else in the wider of the two input dtypes; in float32 where
-    this is float16. The target logit and its gradient are computed in float32 from the inputs as given, and so is the
+    The matrix products run in the dtype of autocast, or else in the wider of the two input dtypes; float16 is replaced
+    by float32. The target logit and its gradient are computed in float32 from the unconverted inputs, and so is the
     softmax; in float64 if an input is float64.
 
     Args:

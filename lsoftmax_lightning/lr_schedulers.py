@@ -27,8 +27,9 @@ class FractionalMultiStepLR(LRScheduler):
     :class:`torch.optim.lr_scheduler.ChainedScheduler` and a training loop without a Trainer need ``total_steps`` as an
     argument.
 
-    The state dict contains the milestones and ``gamma``, but not ``total_steps``. A run that is resumed with another
-    length continues with the learning rate that a run of the new length has at this step. The state of a
+    The state dict contains the milestones and ``gamma``, but not ``total_steps``. Under the modules of this
+    package, a run that is resumed with another length continues with the learning rate that a run of the new length has
+    at this step. The state of a
     ``MultiStepLR`` is accepted; its milestones, which are absolute, are replaced by those of this scheduler.
 
     Args:

@@ -44,7 +44,7 @@ class AccuracyFeedback(LambdaSchedule):
 
     Args:
         gain: lambda at an accuracy of 1/2. A larger gain lets the margin in later.
-        power: Steepness. The larger it is, the narrower the range of accuracies over which lambda changes.
+        power: Steepness, at most 10. The larger it is, the narrower the range of accuracies over which lambda changes.
         lambda_min: Lower bound of lambda.
         base: Upper bound of lambda, and its value before the first step.
         accuracy_decay: Decay of the mean accuracy per optimiser step: 0.95 averages about 20 steps.
@@ -71,6 +71,8 @@ class AccuracyFeedback(LambdaSchedule):
             raise InputError(
                 f"lambda_min: must not exceed base, got {self.lambda_min} and {self.base}; lower lambda_min."
             )
+        if self.power > 10:
+            raise InputError(f"power: must be at most 10, got {self.power}; the usual value is 3.")
         if self.accuracy_decay >= 1:
             raise InputError(f"accuracy_decay: must be below 1, got {self.accuracy_decay}; the usual value is 0.95.")
 
@@ -82,11 +84,10 @@ class AccuracyFeedback(LambdaSchedule):
             total_steps: Not used.
             accuracy: Mean accuracy of the training logits, 0 to 1.
         """
-        odds = accuracy / (1 - accuracy) if accuracy < 1 else math.inf
-        divisor = math.pow(odds, self.power)
-        if self.base * divisor <= self.gain:
+        if accuracy == 0:
             return self.base
-        return max(self.lambda_min, self.gain / divisor)
+        odds = min((1 - accuracy) / accuracy, 1e9)  # of an error; bounded, so that no power overflows
+        return min(self.base, max(self.lambda_min, self.gain * math.pow(odds, self.power)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class PowerLaw(LambdaSchedule):
         _check_non_negative(self)
 
     def __call__(self, step: int, total_steps: float = math.inf) -> float:
-        """Gives lambda for the next optimiser step; the length of the run does not matter."""
+        """Returns lambda for the next optimiser step; the length of the run has no effect."""
         return max(self.lambda_min, self.base * math.pow(1 + self.gamma * (step + 1), -self.power))
 
 
@@ -184,4 +185,4 @@ class RunFraction(LambdaSchedule):
 def _check_non_negative(schedule: AccuracyFeedback | PowerLaw | RunFraction) -> None:
     for name, value in vars(schedule).items():
         if not 0 <= value < math.inf:
-            raise InputError(f"{type(schedule).__name__} takes a finite {name} >= 0, got {value}.")
+            raise InputError(f"{name}: must be finite and at least 0, got {value}; set another {name}.")

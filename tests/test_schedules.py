@@ -91,6 +91,7 @@ def test_feedback_falls_with_accuracy_within_its_bounds(
         (Constant, {"value": math.nan}, "Constant"),
         (AccuracyFeedback, {"gain": -1}, "gain"),
         (AccuracyFeedback, {"power": math.nan}, "power"),
+        (AccuracyFeedback, {"power": 35}, "power"),
         (AccuracyFeedback, {"accuracy_decay": 1.0}, "accuracy_decay"),
         (AccuracyFeedback, {"base": 1, "lambda_min": 2}, "lambda_min"),
         (RunFraction, {"fraction": 0}, "fraction"),

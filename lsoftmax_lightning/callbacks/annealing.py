@@ -10,7 +10,6 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from ..errors import DivergenceError, InputError
@@ -23,11 +22,12 @@ _NEVER = torch.iinfo(torch.int64).max
 class LambdaAnnealing(Callback):
     """Sets lambda of the module's head before each training batch and logs it as ``lambda``.
 
-    Works with any LightningModule whose ``head`` is an :class:`~lsoftmax_lightning.LSoftmaxLinear`. lambda is a
-    function of optimiser steps, so gradient accumulation does not speed it up and a resumed run continues where it
-    stopped. A schedule with an ``accuracy_decay`` also gets the mean accuracy of the training logits, which is logged
-    as ``train/margin_acc``, is the same on every rank, is part of the checkpoint, and costs no wait for the device.
-    Source: section 4 of the paper.
+    Works with any LightningModule whose ``head`` is an :class:`~lsoftmax_lightning.LSoftmaxLinear`. lambda changes once
+    per optimiser step, so gradient accumulation does not speed it up, and a resumed run continues where it stopped. A
+    schedule with an ``accuracy_decay`` also gets the mean accuracy of the training logits, which is logged as
+    ``train/margin_acc``, is the same on every rank, is part of the checkpoint, and costs no wait for the device. It
+    needs a ``training_step`` that calls ``head(x, target)`` or ``head.cross_entropy(x, target)``. The paper anneals
+    lambda in its section 4.
 
     A NaN or infinite loss stops the run before another checkpoint is written. The loss is checked on the device
     and read every ``log_every_n_steps`` steps, before a validation or a checkpoint and at the end of an epoch, so that
@@ -38,7 +38,8 @@ class LambdaAnnealing(Callback):
             :class:`~lsoftmax_lightning.schedules.AccuracyFeedback` if the module has none.
 
     Raises:
-        InputError: At the start of ``fit``, if the module has no head, or ``lambda_schedule`` is not a schedule.
+        InputError: At the start of ``fit``, if the module has no head or its schedule is not callable. After ten
+            steps, if the schedule needs the accuracy and the head got no classes.
         DivergenceError: When the training loss is not finite.
 
     Example:
@@ -49,19 +50,21 @@ class LambdaAnnealing(Callback):
 
     def __init__(self, schedule: LambdaSchedule | None = None) -> None:
         self.schedule = schedule
-        self._accuracy_state: dict[str, Any] = {}
-        self._module_id = 0  # of the module that the accuracy belongs to
         self._accuracy: RunningAccuracy | None = None
-        self._hook: RemovableHandle | None = None
+        self._module_id = 0  # of the module that the accuracy belongs to
         self._first_bad_step: Tensor | None = None
-        self._lambdas: dict[int, float] = {}  # by step, since the loss was last checked
+        self._lambdas: dict[int, float] = {}  # lambda of each step since the last check of the loss
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self._first_bad_step = None
-        if stage == "fit" and (trainer.global_step == 0 or id(pl_module) != self._module_id):
-            self._accuracy_state = {}
-            self._module_id = id(pl_module)
+        if stage != "fit":
+            return
+        if trainer.global_step == 0 or id(pl_module) != self._module_id:
+            self._accuracy, self._module_id = None, id(pl_module)
+        decay = getattr(self.schedule_for(pl_module), "accuracy_decay", None)
+        if decay is not None and self._accuracy is None:
+            self._accuracy = RunningAccuracy(decay)
 
     def schedule_for(self, pl_module: Any) -> LambdaSchedule:
         """Returns the schedule that applies to a module."""
@@ -75,15 +78,12 @@ class LambdaAnnealing(Callback):
             raise InputError(f"LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}.")
         schedule = self.schedule_for(pl_module)
         if not callable(schedule):
-            raise InputError(f"{name}.lambda_schedule: must be a schedule of lambda, got {schedule!r}.")
-        self._remove_hook()
-        self._accuracy = None
-        decay = getattr(schedule, "accuracy_decay", None)
-        if decay is not None:
-            self._accuracy = RunningAccuracy(decay, pl_module.device)
-            if self._accuracy_state:
-                self._accuracy.load_state_dict(self._accuracy_state)
-            self._hook = pl_module.head.register_forward_hook(self._accuracy.forward_hook, with_kwargs=True)
+            raise InputError(
+                f"lambda_schedule: must be callable, got {schedule!r}; pass a LambdaSchedule, or a function of (step, "
+                "total_steps)."
+            )
+        if self._accuracy is not None:
+            self._accuracy.attach(pl_module.head, pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
         """Sets lambda."""
@@ -133,22 +133,17 @@ class LambdaAnnealing(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._accuracy_state = state_dict
+        if self._accuracy is not None and state_dict:
+            self._accuracy.load_state_dict(state_dict)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if self._accuracy is not None:
-            self._accuracy_state = self._accuracy.state_dict()
-        self._remove_hook()
+            self._accuracy.detach()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._remove_hook()
-
-    def _remove_hook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self.teardown(trainer, pl_module, "fit")
 
     def _stop_if_diverged(self, trainer: Trainer, pl_module: Any) -> None:
         if self._first_bad_step is None:

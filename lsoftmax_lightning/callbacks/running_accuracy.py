@@ -7,10 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import InputError
 
 _DELAY = 2
 """Optimiser steps between a count and its use, in which an accelerator finishes the copy to the host."""
+_EMPTY_STEPS = 10
+"""Optimiser steps without a sample after which the head is assumed to be called in a way that cannot be counted."""
 
 
 class RunningAccuracy:
@@ -22,19 +27,44 @@ class RunningAccuracy:
 
     Args:
         decay: Decay of the mean per optimiser step, from 0 to below 1.
-        device: Device of the logits.
+
+    Attributes:
+        value: The mean, 0 before the first step.
+
+    Raises:
+        InputError: If ``decay`` is out of range.
     """
 
-    def __init__(self, decay: float, device: torch.device) -> None:
+    def __init__(self, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"accuracy_decay: must be at least 0 and below 1, got {decay}; the usual value is 0.95.")
         self.decay = decay
         self.value = 0.0
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # correct samples, samples
+        self._empty_steps = 0
+        self._counts: Tensor | None = None  # correct samples and all samples of the current step
         self._pending: deque[tuple[Tensor, torch.Event | None]] = deque()
+        self._hook: RemovableHandle | None = None
 
-    def forward_hook(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Counts a training batch; register it with ``head.register_forward_hook(hook, with_kwargs=True)``."""
+    def attach(self, head: nn.Module, device: torch.device) -> None:
+        """Start to count the training batches of a head.
+
+        Args:
+            head: An :class:`~lsoftmax_lightning.LSoftmaxLinear`.
+            device: Device of its logits.
+        """
+        self.detach()
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self._hook = head.register_forward_hook(self._forward_hook, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Stop to count."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _forward_hook(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         target = args[1] if len(args) > 1 else kwargs.get("target")
-        if target is None or not torch.is_grad_enabled():
+        if target is None or not torch.is_grad_enabled() or self._counts is None:
             return
         if hasattr(output, "correct"):  # the chunked loss, which holds no logits
             correct = output.correct
@@ -45,7 +75,8 @@ class RunningAccuracy:
         self._counts[1] += len(target)
 
     def end_step(self) -> None:
-        """Adds the counts of an optimiser step; call it on every rank."""
+        """Queue the counts of an optimiser step; call it on every rank."""
+        assert self._counts is not None
         counts, self._counts = self._counts, torch.zeros_like(self._counts)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
@@ -57,25 +88,42 @@ class RunningAccuracy:
         self._pending.append((copy, copied))
 
     def update(self) -> float:
-        """Returns the mean for the next optimiser step."""
+        """Return the mean for the next optimiser step.
+
+        Raises:
+            InputError: If no sample was counted in the first ten steps.
+        """
         while len(self._pending) > _DELAY:
             correct, total = _wait(*self._pending.popleft())
             if total:
                 self.value += (1 - self.decay) * (correct / total - self.value)
+                self._empty_steps = -1
+            elif self._empty_steps >= 0:
+                self._empty_steps += 1
+        if self._empty_steps == _EMPTY_STEPS:
+            raise InputError(
+                "lambda_schedule: needs the training accuracy, but the head got no classes in training; call "
+                "self.head(x, target) or self.head.cross_entropy(x, target) in training_step, or use a schedule of the "
+                "step such as RunFraction."
+            )
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """Mean and pending counts, as plain values."""
+        """Return the mean and the queued counts, as plain values."""
         return {"value": self.value, "pending": [_wait(*pending) for pending in self._pending]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the mean and the pending counts."""
+        """Restore the mean and the queued counts.
+
+        Args:
+            state: Result of :meth:`state_dict`.
+        """
         self.value = state["value"]
         self._pending = deque((torch.tensor(counts), None) for counts in state["pending"])
 
 
 def _wait(copy: Tensor, copied: torch.Event | None) -> list[int]:
-    """Returns counts once they have reached the host."""
+    """Return counts once they have reached the host."""
     if copied is not None:
         copied.synchronize()
     counts: list[int] = copy.tolist()

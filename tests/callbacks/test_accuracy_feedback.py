@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lsoftmax_lightning import LSoftmaxLinear
 from lsoftmax_lightning.callbacks import ExactResume, LambdaAnnealing
+from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.schedules import AccuracyFeedback, LambdaSchedule
 from lsoftmax_lightning.strategies import ClassShardedStrategy
 
@@ -219,6 +220,42 @@ def test_a_users_own_schedule_gets_the_accuracy_of_a_step() -> None:
     assert recorder.lambdas[0] == 5
 
 
+class Rewritten(Own):
+    """A module whose head gets the classes in a way that cannot be counted."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        features = self.network(x)
+        return F.cross_entropy(self.head.apply_margin(self.head(features), features, y), y)
+
+
+def test_a_head_without_classes_is_refused() -> None:
+    with pytest.raises(InputError, match=r"call self\.head\(x, target\)"):
+        make_trainer(callbacks=[LambdaAnnealing()], max_epochs=3).fit(Rewritten(), BlobsDataModule())
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_schedule_with_an_impossible_decay_is_refused(decay: float) -> None:
+    schedule = AccuracyItself()
+    schedule.accuracy_decay = decay
+    with pytest.raises(InputError, match="accuracy_decay"):
+        make_trainer().fit(make_model(lambda_schedule=schedule), BlobsDataModule())
+
+
+def test_a_second_fit_after_an_exception_goes_on() -> None:
+    class Fail(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 30:
+                raise RuntimeError("stop here")
+
+    model, recorder = make_model(margin=3, lambda_schedule=FEEDBACK), Recorder()
+    trainer = make_trainer(callbacks=[recorder, Fail()], max_epochs=5)
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer.fit(model, BlobsDataModule())
+    trainer.fit(model, BlobsDataModule())
+    assert recorder.lambdas[30] <= 1.1 * recorder.lambdas[29] < 1000
+
+
 def test_a_failed_run_leaves_no_hook() -> None:
     class Fail(Callback):
         def on_train_batch_end(self, *args: Any) -> None:
@@ -249,6 +286,34 @@ class Flat(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), nn.Linear(64, 16))
+
+
+def resume_sharded(folder: Path) -> None:
+    """Print lambda of a run on two ranks, and of its continuation from step 11."""
+    for max_epochs, name in ((3, None), (3, "step=11.ckpt")):
+        seed_everything(0)
+        recorder = Recorder()
+        checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=11, save_top_k=-1)
+        trainer = make_trainer(
+            callbacks=[recorder, checkpoint, ExactResume()],
+            enable_checkpointing=True,
+            max_epochs=max_epochs,
+            num_sanity_val_steps=0,
+            strategy=ClassShardedStrategy(),
+            devices=2,
+        )
+        model = make_model(margin=3, lambda_schedule=FEEDBACK, backbone=Flat())
+        trainer.fit(model, BlobsDataModule(), ckpt_path=name and folder / name)
+        print("lambdas", *(recorder.lambdas[step] for step in range(11, 24)))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="gloo sums gradients here")
+def test_a_resumed_sharded_run_has_the_same_lambda(tmp_path: Path) -> None:
+    done = run_on(2, partial(resume_sharded, tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("lambdas")]
+    assert len(lines) == 4
+    assert len(set(lines)) == 1
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "class_sharded"])
