@@ -186,7 +186,8 @@ def tables(rows: list[dict[str, str]]) -> Iterator[str]:
             for row in rows
             if row["data"] == name
         }
-        seeds = [seed for seed in SEEDS if all((margin, "feedback", seed) in runs for margin in MARGINS)]
+        default_runs = [(1, "none"), *((margin, "feedback") for margin in MARGINS)]
+        seeds = [seed for seed in SEEDS if all((*key, seed) in runs for key in default_runs)]
         hand_set = list(itertools.product(MARGINS, HAND_SET))
         compared = [seed for seed in seeds if all((*key, seed) in runs for key in hand_set)]
         if len(compared) < 2:

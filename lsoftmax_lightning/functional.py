@@ -262,9 +262,9 @@ def margin_logits(
 ) -> Tensor:
     """Logits with the margin on each sample's own class: feed them to any cross-entropy.
 
-    With a margin above 1 computed in float32, or in float64 if an input is float64. The margin amplifies the rounding of the target logit, by
-    up to m^2. Logits of a lower precision than that therefore only supply the other classes, and the target logit is
-    computed anew from ``features`` and ``weight``.
+    With a margin above 1 the result is computed in float32, or in float64 if an input is float64. The margin amplifies
+    the rounding of the target logit by up to m^2. Logits of a lower precision than that therefore only supply the other
+    classes, and the target logit is computed anew from ``features`` and ``weight``.
 
     Args:
         logits: Plain logits ``features @ weight.T``, [N, C].
