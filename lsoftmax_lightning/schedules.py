@@ -84,10 +84,12 @@ class AccuracyFeedback(LambdaSchedule):
             total_steps: Not used.
             accuracy: Mean accuracy of the training logits, 0 to 1.
         """
-        if accuracy == 0:
+        if accuracy <= 0:
             return self.base
-        odds = min((1 - accuracy) / accuracy, 1e9)  # of an error; bounded, so that no power overflows
-        return min(self.base, max(self.lambda_min, self.gain * math.pow(odds, self.power)))
+        if accuracy >= 1:
+            return self.lambda_min
+        odds = max(accuracy / (1 - accuracy), 1e-9)  # bounded, so that no power underflows to 0
+        return min(self.base, max(self.lambda_min, self.gain / math.pow(odds, self.power)))
 
 
 @dataclass(frozen=True)

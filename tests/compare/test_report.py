@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.progress import TaskID
 from torch.utils.tensorboard import SummaryWriter
 
 from lsoftmax_lightning.compare import report
 from lsoftmax_lightning.compare.figures import draw
+from lsoftmax_lightning.compare.plan import Run
 from lsoftmax_lightning.compare.results import read
+from lsoftmax_lightning.compare.train import _Work
 from lsoftmax_lightning.errors import InputError
 
 
@@ -199,6 +202,17 @@ def test_the_notes_say_how_many_images_and_which_labels(tmp_path: Path) -> None:
     table = (tmp_path / "table.md").read_text()
     assert "batch_size 8, train_size 1000, label_noise 0.2, on M" in table
     assert "Paper:" not in table  # its results are of all images
+
+
+def test_the_facts_of_a_run_state_them(tmp_path: Path) -> None:
+    for name, settings in (("plain", {"label_noise": 0.0}), ("noisy", {"train_size": 0.5, "label_noise": 0.2})):
+        (tmp_path / name).mkdir()
+        run = Run(tmp_path / name, {"margin": 2, "seed": 0}, {"data": {"init_args": {"batch_size": 8} | settings}})
+        process: Any = None
+        _Work(run, place=0, threads=1, process=process, task=TaskID(0), resumed=False).finish("the command")
+        facts = json.loads((tmp_path / name / "run.json").read_text())
+        stated = {key: facts[key] for key in ("train_size", "label_noise") if key in facts}
+        assert stated == (settings if name == "noisy" else {})
 
 
 def test_without_them_the_notes_say_nothing_of_them(tmp_path: Path) -> None:

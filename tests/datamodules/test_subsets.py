@@ -1,13 +1,16 @@
 """Fewer training images and noisy labels, for every datamodule."""
 
 import logging
+import random
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning import seed_everything
+from lightning import LightningDataModule, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -119,6 +122,22 @@ def test_by_default_nothing_changes() -> None:
     index, targets = draw()
     assert len(index) == 1600
     assert targets.tolist() == [i % 4 for i in index]
+    data = ManyDataModule()
+    train_data = data.load_train_val()[0]
+    data.load_train_val = lambda: (train_data, train_data)  # type: ignore[method-assign]
+    data.setup("fit")
+    assert data.train_data is train_data
+
+
+def test_the_shuffle_of_a_seed_stays_what_it_was() -> None:
+    seed_everything(3)
+    data = ManyDataModule()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(1)
+    generator = torch.Generator().manual_seed(random.Random("3 1").getrandbits(32))
+    order = torch.randperm(1600, generator=generator)
+    assert torch.equal(torch.cat([targets for _, targets in loader]), data.train_data.targets[order])
 
 
 def test_label_noise_is_uniform_and_only_in_training() -> None:
@@ -132,6 +151,15 @@ def test_label_noise_is_uniform_and_only_in_training() -> None:
     assert counts.min() > 0.7 * counts.max()
     for part in (data.val_data, data.test_data):
         assert torch.equal(part.targets, indices(part.images) % 4)
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.001, 2), (0.2, 320), (0.9999, 1600), (1, 1600)])
+def test_exactly_the_stated_fraction_of_the_labels_is_drawn(
+    fraction: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ManyDataModule, "num_classes", 2**40)  # no drawn label equals the one it replaces
+    index, targets = draw(label_noise=fraction)
+    assert sum(int(target) != i % 4 for i, target in zip(index, targets, strict=True)) == count
 
 
 def test_all_labels_drawn_means_none_is_kept_on_purpose() -> None:
@@ -223,12 +251,50 @@ def test_every_datamodule_takes_them(
     if kind is LFWDataModule:
         write_folder(tmp_path / "faces", ("train",))
         settings["train_root"] = str(tmp_path / "faces" / "train")
-    whole, half = (kind(**settings, **more) for more in ({}, {"train_size": 0.5, "label_noise": 0.5, "train_seed": 1}))
-    for data in (whole, half):
+    whole = kind(**settings)
+    half, noisy = (
+        from_command_line(kind, **settings, train_size=0.5, train_seed=1, label_noise=noise) for noise in (0, 0.5)
+    )
+    for data in (whole, half, noisy):
         data.setup("fit")
-    assert len(half.train_data.images) == len(half.train_data.targets) == round(len(whole.train_data.targets) / 2)
-    assert torch.equal(half.val_data.targets, whole.val_data.targets)
-    assert len(half.train_data.targets.unique()) > 1
+    samples = labelled(whole.train_data)
+    assert len(half.train_data.targets) == round(len(samples) / 2)
+    assert not Counter(labelled(half.train_data)) - Counter(samples)
+    images, labels = zip(*labelled(half.train_data), strict=True)
+    noisy_images, noisy_labels = zip(*labelled(noisy.train_data), strict=True)
+    assert noisy_images == images
+    assert noisy_labels != labels
+    assert labelled(noisy.val_data) == labelled(whole.val_data)
+
+
+def test_files_and_memory_give_the_same_subset(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for number, path in enumerate(sorted((tmp_path / "train").rglob("*.png"))):
+        write_image(path, (number * 10, 5, 5))
+    found = []
+    for memory_gib in (1, 0):
+        settings: dict[str, Any] = {"memory_gib": memory_gib, "num_workers": 0, "train_size": 8, "label_noise": 0.5}
+        data = ImageFolderDataModule(str(tmp_path), image_size=8, batch_size=4, **settings)
+        data.setup("fit")
+        assert isinstance(data.train_data.images, ImageSubset) == bool(memory_gib)
+        found.append([(images.tolist(), targets.tolist()) for images, targets in data.train_dataloader()])
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+
+
+def from_command_line(kind: type[BatchDataModule], **settings: Any) -> BatchDataModule:
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    config = parser.parse_args([f"--data={kind.__name__}", *(f"--data.{key}={settings[key]}" for key in settings)])
+    data = parser.instantiate_classes(config).data
+    assert isinstance(data, kind)
+    return data
+
+
+def labelled(data: Images) -> list[tuple[bytes, int]]:
+    """Each image as bytes, with its label."""
+    images = data.images[torch.arange(len(data.images))]
+    return [(image.numpy().tobytes(), int(target)) for image, target in zip(images, data.targets, strict=True)]
 
 
 def test_fashion_mnist_states_its_classes(tmp_path: Path) -> None:
