@@ -27,6 +27,7 @@ from lsoftmax_lightning.datamodules import (
 )
 from lsoftmax_lightning.datamodules.base import BatchDataModule, Images
 from lsoftmax_lightning.datamodules.images import ImageFiles, ImageSubset, select
+from lsoftmax_lightning.datamodules.subsets import random_labels, stratified_subset
 from lsoftmax_lightning.errors import InputError
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
@@ -78,6 +79,14 @@ def test_uneven_classes_keep_theirs_and_none_is_lost(monkeypatch: pytest.MonkeyP
     assert kept.bincount().tolist() == [pytest.approx(count, abs=1) for count in (50, 30, 19, 1)]
     _, kept = draw(train_size=4)
     assert kept.bincount().tolist() == [1] * 4
+
+
+def test_indices_ascend_and_labels_are_not_changed_in_place() -> None:
+    targets = torch.arange(100) % 4
+    index = stratified_subset(targets, 20, torch.Generator())
+    assert torch.equal(index, index.sort().values)
+    assert not torch.equal(random_labels(targets, 100, 4, torch.Generator()), targets)
+    assert torch.equal(targets, torch.arange(100) % 4)
 
 
 def test_subsets_of_a_seed_are_nested_and_those_of_others_differ() -> None:
