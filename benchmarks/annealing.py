@@ -39,7 +39,11 @@ SEEDS = range(5)
 TUNING_SEEDS = (10, 11)
 MARGINS = (2, 3, 4, 6)
 HAND_SET = {f"to {lambda_min}": RunFraction(lambda_min=lambda_min) for lambda_min in (0, 1, 5, 20)}
-SCHEDULES: dict[str, LambdaSchedule] = {"feedback": AccuracyFeedback(), **HAND_SET}
+SCHEDULES: dict[str, LambdaSchedule] = {
+    "feedback": AccuracyFeedback(),
+    "gain 50": AccuracyFeedback(gain=50),
+    **HAND_SET,
+}
 LEARNING_RATES = (0.02, 0.05, 0.1, 0.2)
 WEIGHT_DECAYS = (5e-4, 5e-3, 1e-2)
 BEYOND = {  # points beyond the edge of that grid, next to the best
@@ -142,7 +146,8 @@ def jobs(names: list[str], seeds: Sequence[int], tune: bool) -> Iterator[tuple[s
                 yield name, 1, "none", seed, lr, weight_decay
         return
     default = [(1, "none"), *((margin, "feedback") for margin in MARGINS)]
-    for runs in (default, [*itertools.product(MARGINS, HAND_SET)]):
+    others = [*itertools.product(MARGINS, ["gain 50", *HAND_SET])]
+    for runs in (default, others):
         for seed, name, (margin, schedule) in itertools.product(seeds, names, runs):
             yield name, margin, schedule, seed, DATA[name].lr, DATA[name].weight_decay
 
@@ -186,18 +191,19 @@ def tables(rows: list[dict[str, str]]) -> Iterator[str]:
             for row in rows
             if row["data"] == name
         }
-        default_runs = [(1, "none"), *((margin, "feedback") for margin in MARGINS)]
+        default_runs = [(1, "none"), *itertools.product(MARGINS, ("feedback", "gain 50"))]
         seeds = [seed for seed in SEEDS if all((*key, seed) in runs for key in default_runs)]
         hand_set = list(itertools.product(MARGINS, HAND_SET))
         compared = [seed for seed in seeds if all((*key, seed) in runs for key in hand_set)]
         if len(compared) < 2:
             continue
         base = [runs[1, "none", seed] for seed in seeds]
-        lines = [["1", mean_and_deviation(base), "-", "-", *["-"] * (len(HAND_SET) + 1)]]
+        lines = [["1", mean_and_deviation(base), "-", "-", *["-"] * (len(HAND_SET) + 2)]]
         for margin in MARGINS:
             default = [runs[margin, "feedback", seed] for seed in seeds]
             differences = [own - plain for own, plain in zip(default, base, strict=True)]
             means = {key: statistics.fmean(runs[margin, key, seed] for seed in compared) for key in HAND_SET}
+            gain_50 = statistics.fmean(runs[margin, "gain 50", seed] for seed in seeds)
             best = max(means, key=lambda key: means[key])
             gaps = [runs[margin, "feedback", seed] - runs[margin, best, seed] for seed in compared]
             collapses = sum(difference < -2 for difference in differences)
@@ -207,6 +213,7 @@ def tables(rows: list[dict[str, str]]) -> Iterator[str]:
                     mean_and_deviation(default),
                     mean_and_interval(differences),
                     str(collapses),
+                    f"{gain_50:.2f}",
                     *(f"**{mean:.2f}**" if key == best else f"{mean:.2f}" for key, mean in means.items()),
                     f"{statistics.fmean(gaps):+.2f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.2f}",
                 ]
@@ -214,7 +221,15 @@ def tables(rows: list[dict[str, str]]) -> Iterator[str]:
         title = f"{data.title}: {len(seeds)} seeds"
         if len(compared) < len(seeds):
             title += f", the hand-set schedules {len(compared)}"
-        header = ["m", "default, %", "difference to m = 1 (95 % interval)", "collapses", *HAND_SET, "default - best"]
+        header = [
+            "m",
+            "default, %",
+            "difference to m = 1 (95 % interval)",
+            "collapses",
+            "gain 50",
+            *HAND_SET,
+            "default - best",
+        ]
         yield f"{title}; lr {data.lr:g}, weight decay {data.weight_decay:g}\n\n{table(header, lines)}"
 
 

@@ -54,12 +54,12 @@ class AccuracyFeedback(LambdaSchedule):
 
     Example:
         >>> from lsoftmax_lightning.schedules import AccuracyFeedback
-        >>> schedule = AccuracyFeedback(gain=50)
-        >>> schedule(0), schedule(100, accuracy=0.5), schedule(200, accuracy=1.0)
-        (1000.0, 50.0, 0.0)
+        >>> schedule = AccuracyFeedback()
+        >>> schedule(0), round(schedule(100, accuracy=0.9), 2), schedule(200, accuracy=1.0)
+        (1000.0, 1.37, 0.0)
     """
 
-    gain: float = 50.0
+    gain: float = 1000.0
     power: float = 3.0
     lambda_min: float = 0.0
     base: float = 1000.0

@@ -60,7 +60,7 @@ def test_run_fraction_needs_an_end() -> None:
 
 def test_feedback_is_the_published_rule() -> None:
     assert AccuracyFeedback()(0) == 1000
-    assert AccuracyFeedback()(7, accuracy=0.8) == pytest.approx(50 * 0.25**3)
+    assert AccuracyFeedback()(7, accuracy=0.8) == pytest.approx(1000 * 0.25**3)
     assert AccuracyFeedback(gain=20, power=1)(7, 100, 0.9) == pytest.approx(20 / 9)
     assert AccuracyFeedback()(7, accuracy=1.0) == 0
     assert AccuracyFeedback(lambda_min=2.0)(7, accuracy=1.0) == 2
