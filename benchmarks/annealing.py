@@ -195,17 +195,20 @@ def tables(rows: list[dict[str, str]]) -> Iterator[str]:
         seeds = [seed for seed in SEEDS if all((*key, seed) in runs for key in default_runs)]
         hand_set = list(itertools.product(MARGINS, HAND_SET))
         compared = [seed for seed in seeds if all((*key, seed) in runs for key in hand_set)]
-        if len(compared) < 2:
+        if len(seeds) < 2:
             continue
         base = [runs[1, "none", seed] for seed in seeds]
         lines = [["1", mean_and_deviation(base), "-", "-", *["-"] * (len(HAND_SET) + 2)]]
         for margin in MARGINS:
             default = [runs[margin, "feedback", seed] for seed in seeds]
             differences = [own - plain for own, plain in zip(default, base, strict=True)]
-            means = {key: statistics.fmean(runs[margin, key, seed] for seed in compared) for key in HAND_SET}
             gain_50 = statistics.fmean(runs[margin, "gain 50", seed] for seed in seeds)
-            best = max(means, key=lambda key: means[key])
-            gaps = [runs[margin, "feedback", seed] - runs[margin, best, seed] for seed in compared]
+            means, gap, best = {}, "-", ""
+            if len(compared) > 1:
+                means = {key: statistics.fmean(runs[margin, key, seed] for seed in compared) for key in HAND_SET}
+                best = max(means, key=lambda key: means[key])
+                gaps = [runs[margin, "feedback", seed] - runs[margin, best, seed] for seed in compared]
+                gap = f"{statistics.fmean(gaps):+.2f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.2f}"
             collapses = sum(difference < -2 for difference in differences)
             lines.append(
                 [
@@ -214,13 +217,14 @@ def tables(rows: list[dict[str, str]]) -> Iterator[str]:
                     mean_and_interval(differences),
                     str(collapses),
                     f"{gain_50:.2f}",
-                    *(f"**{mean:.2f}**" if key == best else f"{mean:.2f}" for key, mean in means.items()),
-                    f"{statistics.fmean(gaps):+.2f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.2f}",
+                    *(f"**{means[key]:.2f}**" if key == best else f"{means[key]:.2f}" for key in means),
+                    *["-"] * (len(HAND_SET) - len(means)),
+                    gap,
                 ]
             )
         title = f"{data.title}: {len(seeds)} seeds"
         if len(compared) < len(seeds):
-            title += f", the hand-set schedules {len(compared)}"
+            title += f", {len(compared) or 'none'} of them with hand-set values"
         header = [
             "m",
             "default, %",
