@@ -27,10 +27,10 @@ import torch
 from common import machine, table
 from filelock import FileLock
 from lightning import Trainer, seed_everything
-from scipy.stats import t
 from torch.optim import SGD
 
 from lsoftmax_lightning import ClassificationModule
+from lsoftmax_lightning.compare.report import mean_and_interval
 from lsoftmax_lightning.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
 from lsoftmax_lightning.schedules import AccuracyFeedback, LambdaSchedule, RunFraction
@@ -62,42 +62,20 @@ class DataSet(NamedTuple):
     title: str
     datamodule: type[Any]
     settings: dict[str, Any]
-    backbone: dict[str, Any]
-    steps: int
-    precision: str
     lr: float
     weight_decay: float = 0.01
+    backbone: str = "mnist"
+    steps: int = 600
+    precision: str = "bf16-mixed"
 
 
 DATA = {
-    "digits": DataSet("digits, 1,293 images", DigitsDataModule, {}, {"backbone": "digits"}, 600, "32-true", lr=0.05),
-    "mnist": DataSet(
-        "MNIST, 1,000 images",
-        MNISTDataModule,
-        {"train_size": 1000},
-        {"backbone": "mnist", "backbone_args": SMALL},
-        600,
-        "bf16-mixed",
-        lr=0.2,
-    ),
+    "digits": DataSet("digits, 1,293 images", DigitsDataModule, {}, lr=0.05, backbone="digits", precision="32-true"),
+    "mnist": DataSet("MNIST, 1,000 images", MNISTDataModule, {"train_size": 1000}, lr=0.2),
     "noisy": DataSet(
-        "MNIST, 1,000 images, 20 % noisy labels",
-        MNISTDataModule,
-        {"train_size": 1000, "label_noise": 0.2},
-        {"backbone": "mnist", "backbone_args": SMALL},
-        600,
-        "bf16-mixed",
-        lr=0.02,
+        "MNIST, 1,000 images, 20 % noisy labels", MNISTDataModule, {"train_size": 1000, "label_noise": 0.2}, lr=0.02
     ),
-    "fashion": DataSet(
-        "Fashion-MNIST, 2,000 images",
-        FashionMNISTDataModule,
-        {"train_size": 2000},
-        {"backbone": "mnist", "backbone_args": SMALL},
-        800,
-        "bf16-mixed",
-        lr=0.2,
-    ),
+    "fashion": DataSet("Fashion-MNIST, 2,000 images", FashionMNISTDataModule, {"train_size": 2000}, lr=0.2, steps=800),
 }
 
 
@@ -117,7 +95,8 @@ def train(
         optimizer=lambda params: SGD(params, lr=lr, momentum=0.9, weight_decay=weight_decay),
         lr_scheduler=lambda optimizer: FractionalMultiStepLR(optimizer, [2 / 3, 5 / 6]),
         channels_last=data.precision != "32-true",
-        **data.backbone,
+        backbone=data.backbone,
+        backbone_args=SMALL if data.backbone == "mnist" else None,
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -174,13 +153,6 @@ def append(path: Path, row: dict[str, Any]) -> None:
 def mean_and_deviation(values: list[float]) -> str:
     """Mean and standard deviation."""
     return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
-def mean_and_interval(values: list[float]) -> str:
-    """Mean with the 95 % interval of Student's t."""
-    mean = statistics.fmean(values)
-    reach = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
 
 
 def tables(rows: list[dict[str, str]]) -> Iterator[str]:

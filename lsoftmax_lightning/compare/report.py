@@ -129,8 +129,13 @@ def _difference(own: Sequence[Done], softmax: Sequence[Done]) -> str:
     gaps = [100 * (run.results["test/acc"] - base[run.seed]) for run in shared]
     if not gaps or own[0].margin == 1:
         return "-"
-    mean = statistics.fmean(gaps)
-    if len(gaps) == 1:
+    return mean_and_interval(gaps)
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+    """Format the mean of differences, with the 95 % interval of Student's t if there are several."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
         return f"{mean:+.2f}"
-    reach = t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    reach = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
