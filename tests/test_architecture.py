@@ -11,6 +11,7 @@ PACKAGE = Path(lsoftmax_lightning.__file__).parent
 # each room and the rooms below it
 BELOW: dict[str, set[str]] = {
     "errors": set(),
+    "atomic": set(),
     "functional": {"errors"},
     "schedules": {"errors"},
     "lr_schedulers": {"errors"},
@@ -18,8 +19,8 @@ BELOW: dict[str, set[str]] = {
     "heads": {"errors", "functional", "losses"},
     "strategies": {"errors"},
     "backbones": {"errors"},
-    "checkpoints": {"errors"},
-    "callbacks": {"errors", "functional", "metrics", "pictures", "schedules"},
+    "checkpoints": {"atomic", "errors"},
+    "callbacks": {"atomic", "errors", "functional", "metrics", "pictures", "schedules"},
     "modules": {
         "errors",
         "functional",
@@ -37,6 +38,7 @@ BELOW: dict[str, set[str]] = {
     "datamodules": {"errors", "transforms"},
     "__init__": {"heads", "modules"},
     "lightning_cli": {
+        "atomic",
         "errors",
         "callbacks",
         "checkpoints",
@@ -46,8 +48,8 @@ BELOW: dict[str, set[str]] = {
         "schedules",
         "strategies",
     },
-    "compare": {"errors", "functional", "callbacks", "lightning_cli", "pictures"},
-    "export": {"errors", "checkpoints"},
+    "compare": {"atomic", "errors", "functional", "callbacks", "lightning_cli", "pictures"},
+    "export": {"atomic", "errors", "checkpoints"},
     "cli": {"errors", "checkpoints", "compare", "export", "lightning_cli"},
     "__main__": {"cli"},
 }
