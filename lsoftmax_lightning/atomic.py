@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
+
+import torch
 
 _NAME_LENGTH = 50  # characters of the target's name in a part's name, which a file system limits
 _active: set[str] = set()  # names of the parts that this process is writing
@@ -25,20 +29,42 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         path: The file to write. An existing file is replaced; missing parent folders are created.
 
     Raises:
-        OSError: If the file cannot be written. The existing file is unchanged.
+        OSError: If the file cannot be written, or ``path`` is a device, a FIFO or a socket. The existing file is
+            unchanged, and the error names ``path``.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_parts(path)
-    part = path.with_name(f"{_prefix(path)}{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}.part")
-    _active.add(part.name)
-    try:
+    with temporary_path(path) as part:
         yield part
         _sync(part)
         part.replace(path)
+
+
+@contextmanager
+def temporary_path(path: str | Path) -> Iterator[Path]:
+    """Yield a unique path beside ``path`` for a file or folder, which is removed when the block ends.
+
+    Parts of killed writers of ``path`` are removed. Missing parent folders are created.
+
+    Raises:
+        OSError: If nothing can be written there, as :func:`atomic_path`.
+    """
+    path = Path(path)
+    part = path.with_name(f"{_prefix(path)}{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}.part")
+    _active.add(part.name)
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a move would replace /dev/null by a file
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_parts(path)
+        yield part
+    except OSError as error:
+        if error.errno and (error.filename is None or str(error.filename).startswith(str(part))):
+            error.filename, error.filename2 = str(path), None  # a failed write names no file, a failed open the part
+        raise
     finally:
-        _remove(part)
         _active.discard(part.name)
+        with suppress(OSError):  # the first error is the one to report
+            _remove(part)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -47,9 +73,22 @@ def write_text(path: str | Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def torch_save(content: object, path: str | Path) -> None:
+    """Write by :func:`torch.save` and :func:`atomic_path`.
+
+    The file is made in memory: :func:`torch.save` may abort the process when the disk is full.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_path(path) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
 def remove_parts(path: Path) -> None:
     """Remove what killed processes of this machine left of ``path``."""
     pattern = re.compile(re.escape(f"{_prefix(path)}{socket.gethostname()}-") + r"(\d+)-[0-9a-f]{8}\.part")
+    if not path.parent.is_dir():
+        return
     for entry in path.parent.iterdir():
         match = pattern.fullmatch(entry.name)
         if match and entry.name not in _active and not _is_alive(int(match[1])):

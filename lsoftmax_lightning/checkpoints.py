@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import json
+import math
 import re
+import shutil
+import tempfile
 import zipfile
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
+from lightning import Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from .atomic import atomic_path, write_text
 from .errors import InputError, RunError
 
 FORMAT = 1
@@ -46,47 +54,48 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        part = Path(f"{path}.part")
         try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                patient = _Patient(file)
-                torch.save(checkpoint, patient)  # type: ignore[arg-type]  # it asks for no more
-                if patient.error is not None:
-                    raise patient.error
-                os.fsync(file.fileno())
-            part.replace(path)
+            with atomic_path(path) as part, part.open("wb") as file:
+                deferred = _DeferredErrorFile(file)
+                torch.save(checkpoint, deferred)  # type: ignore[arg-type]  # it needs write and flush alone
+                if deferred.error is not None:
+                    raise deferred.error
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             raise RunError(
-                f"the checkpoint {path} could not be written: {error.strerror}. What was there before is as it was; "
-                "with room for it, --ckpt_path goes on from there."
+                f"the checkpoint {path} could not be written: {error.strerror}. The previous checkpoint is unchanged; "
+                "free some space and continue from it with --ckpt_path."
             ) from error
 
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint by :func:`read`, on the CPU, whatever the other arguments are.
 
-class _Patient:
-    """A file whose errors wait: amid :func:`torch.save` one would end the process."""
+        Lightning reads a checkpoint at a URL with ``weights_only=False``, which runs code in it.
+        """
+        return read(path)
+
+
+class _DeferredErrorFile:
+    """A file whose errors are kept: raised inside :func:`torch.save`, one would abort the process."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
-        """Writes, while all goes well."""
         try:
             if self.error is None:
                 self.file.write(data)
-        except OSError as error:
+        except BaseException as error:  # of the disk, or of a signal
             self.error = error
         return len(data)
 
     def flush(self) -> None:
-        """As :meth:`write`."""
         try:
             if self.error is None:
                 self.file.flush()
-        except OSError as error:
+        except BaseException as error:
             self.error = error
 
 
@@ -116,38 +125,44 @@ def check_format(checkpoint: dict[str, Any]) -> None:
         )
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """Reads a file of weights that anybody may have made: no code in it is run, and damage is found.
+@contextmanager
+def local_file(path: str | Path) -> Iterator[Path]:
+    """Yield the path of a local file: ``path`` itself, or the downloaded copy of a URL.
 
     Args:
-        path: Of a checkpoint of Lightning, or of what :func:`torch.save` made of a state dict.
-
-    Returns:
-        What is in it, with ``state_dict`` in any case.
+        path: A path, or a URL of any protocol that fsspec knows, such as ``https://`` or ``s3://``.
 
     Raises:
-        InputError: If it is not there, damaged, unsafe, or something else.
+        InputError: If there is no such file.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path} is no file; a checkpoint is one such as runs/digits/version_0/checkpoints/last.ckpt.")
-    try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch itself does not look at the checksums
-        content = None if damaged else torch.load(path, "cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        raise InputError(
-            f"{path} is refused: it holds more than weights and plain values, and to load it would run code"
-            + (f" ({code[1]})." if code else ".")
-        ) from error
-    except zipfile.BadZipFile as error:
-        raise InputError(
-            f"{path} is no checkpoint, or only a part of one: what torch.save writes is a whole zip file."
-        ) from error
-    except Exception as error:  # whatever a decoder meets in a damaged file
-        said = str(error) or type(error).__name__
-        raise InputError(f"{path} is damaged: {said.splitlines()[0]}") from error
-    if damaged:
-        raise InputError(f"{path} is damaged: {damaged} in it is not what was written.")
+    if "://" not in str(path):
+        if not Path(path).is_file():
+            raise InputError(f"there is no file {path}; a checkpoint is runs/digits/version_0/checkpoints/last.ckpt, say.")
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "remote.ckpt")
+        try:
+            get_filesystem(path).get_file(str(path), str(copy))
+        except Exception as error:  # of any file system and network library
+            raise InputError(f"{path} cannot be downloaded: {error or type(error).__name__}") from error
+        yield copy
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read a file of weights from an untrusted source: no code in it is run, and damage is found.
+
+    Args:
+        path: A path or URL of a checkpoint of Lightning, or of a state dict that :func:`torch.save` wrote.
+
+    Returns:
+        Its content, always with ``state_dict``.
+
+    Raises:
+        InputError: If the file is missing, damaged, unsafe, or something else.
+    """
+    with local_file(path) as file:
+        content = _load(path, file)
     whole: dict[str, Any] = (
         content if isinstance(content, dict) and "state_dict" in content else {"state_dict": content}
     )
@@ -156,6 +171,132 @@ def read(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} has no state_dict, or one that has more than tensors in it.")
     check_format(whole)
     return whole
+
+
+def _load(path: str | Path, file: Path) -> Any:
+    """Load ``file``, called ``path`` in messages."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            damaged = archive.testzip()  # torch itself does not look at the checksums
+        # torch maps the bytes of an entry, compressed or not, and takes the first of two entries of one name
+        stored = all(e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries)
+        if damaged is None and (not stored or len({e.filename for e in entries}) < len(entries)):
+            raise InputError(
+                f"{path} was repacked: torch.save writes no compressed files. Use the original checkpoint."
+            )
+        content = None if damaged else torch.load(file, "cpu", weights_only=True, mmap=True)
+    except InputError:
+        raise
+    except UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise InputError(
+            f"{path} is refused: it holds more than weights and plain values, and to load it would run code"
+            + (f" ({code[1]})." if code else ".")
+        ) from error
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path} is not a complete checkpoint: torch.save writes a complete zip file.") from error
+    except Exception as error:  # whatever a decoder meets in a damaged file
+        said = str(error) or type(error).__name__
+        raise InputError(f"{path} is damaged: {said.splitlines()[0]}") from error
+    if damaged:
+        raise InputError(f"{path} is damaged: {damaged} in it is not what was written.")
+    return content
+
+
+_INDEX = "index.json"  # beside the checkpoints of a run
+
+
+def update_index(folder: str | Path, **names: str) -> None:
+    """Write which files in a folder of checkpoints are the best and the last.
+
+    Args:
+        folder: The folder. Its index holds names only, so the folder can be moved.
+        **names: File names by ``best`` and ``last``. The other entry is kept.
+    """
+    write_text(Path(folder, _INDEX), json.dumps(_index(folder) | names) + "\n")
+
+
+def indexed(folder: str | Path, word: str) -> Path:
+    """Return the path of the ``best`` or ``last`` checkpoint in a folder, by its index; the file may be missing.
+
+    Args:
+        folder: The folder of checkpoints of a run.
+        word: ``best`` or ``last``.
+    """
+    return Path(folder, PurePath(_index(folder).get(word, f"{word}.ckpt")).name)
+
+
+def _index(folder: str | Path) -> dict[str, str]:
+    try:
+        names: dict[str, str] = json.loads(Path(folder, _INDEX).read_text())
+    except (FileNotFoundError, ValueError):  # of an earlier release, or edited by hand
+        return {}
+    return names
+
+
+def relocate(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Let the states of :class:`~lightning.pytorch.callbacks.ModelCheckpoint` name files of the run's own folders only.
+
+    Lightning deletes the files that such a state names, recursively, and drops the best score when a folder was moved.
+    Here the best checkpoints are found by name, in the folder that the callback writes to, or beside the checkpoint
+    that is loaded, from where they are copied. One of a later step than the loaded checkpoint is not part of its run.
+    Others are dropped with a warning.
+
+    Args:
+        checkpoint: A loaded checkpoint. The states in it are replaced.
+        trainer: The Trainer that resumes from it.
+    """
+    states = checkpoint.get("callbacks", {})
+    for callback in trainer.checkpoint_callbacks:
+        state = states.get(callback.state_key)
+        if isinstance(callback, ModelCheckpoint) and isinstance(state, dict):
+            if trainer.is_global_zero:
+                state = _relocated(state, callback, Path(str(trainer.ckpt_path)).parent, checkpoint["global_step"])
+            states[callback.state_key] = trainer.strategy.broadcast(state)
+
+
+def _relocated(state: dict[str, Any], callback: ModelCheckpoint, source: Path, global_step: int) -> dict[str, Any]:
+    remote = "://" in str(callback.dirpath)
+    folder = Path(str(callback.dirpath))
+    scores: dict[str, Tensor] = {}
+    dropped = []
+    for path, score in state.get("best_k_models", {}).items():
+        name = PurePath(path).name
+        if remote:
+            scores[f"{callback.dirpath}/{name}"] = score
+            continue
+        found = next((place / name for place in (folder, source) if (place / name).is_file()), None)
+        if found is None or not _is_until(found, global_step):
+            dropped.append(name)
+            continue
+        if found.parent != folder:
+            with atomic_path(folder / name) as part:
+                shutil.copyfile(found, part)
+        scores[str(folder / name)] = score
+    if dropped:
+        rank_zero_warn(f"The best checkpoint in {folder} is chosen without {', '.join(dropped)}: not found there.")
+    scores = dict(sorted(scores.items(), key=lambda item: float(item[1]), reverse=callback.mode == "max"))
+    best, worst = next(iter(scores), ""), next(reversed(scores), "")
+    if callback.monitor is None and (latest := folder / PurePath(state["best_model_path"]).name).is_file():
+        best = str(latest)
+    return state | {
+        "dirpath": callback.dirpath,
+        "best_k_models": scores,
+        "best_model_path": best,
+        "best_model_score": scores.get(best),
+        "kth_best_model_path": worst,
+        "kth_value": scores.get(worst),
+        "last_model_path": "",
+    }
+
+
+def _is_until(path: Path, global_step: int) -> bool:
+    """Return whether a file is a checkpoint of ``global_step`` or before."""
+    try:
+        return bool(read(path).get("global_step", math.inf) <= global_step)
+    except InputError:
+        return False
 
 
 def warm_start(model: Any, path: str | Path) -> None:

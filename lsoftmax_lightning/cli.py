@@ -14,7 +14,8 @@ from .checkpoints import read
 from .compare import compare, report
 from .errors import InputError
 from .export import Format, Pixels, export
-from .lightning_cli import CONFIGS, LSoftmaxCLI, find_config, mistakes_in_a_line
+from .lightning_cli import CONFIGS, LSoftmaxCLI, errors_without_traceback, find_config
+from .signals import Stopped
 
 __all__ = ["CONFIGS", "main"]
 
@@ -99,9 +100,9 @@ def compare_margins(args: list[str]) -> None:
             raise InputError(f"--sweep takes KEY=V1,V2, got {text!r}: {error}") from error
     try:
         compare(given.config, given.margins, given.seeds, settings, sweep, given.jobs, given.folder)
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from here.", file=sys.stderr)
-        raise SystemExit(130) from None
+    except Stopped:
+        print("The same command continues from here.", file=sys.stderr)
+        raise
 
 
 class _Restored(LSoftmaxCLI):
@@ -162,7 +163,7 @@ def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
     """
     args = sys.argv[1:] if args is None else args
     own_commands = {"compare": compare_margins, "configs": configs, "export": export_checkpoint}
-    with mistakes_in_a_line():
+    with errors_without_traceback():
         if not args or args[0] not in own_commands:
             return LSoftmaxCLI(args)
         own_commands[args[0]](args[1:])

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import sysconfig
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import yaml
+from filelock import FileLock, Timeout
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
@@ -26,14 +29,26 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # the names that a YAML may use without their path
 from . import datamodules, lr_schedulers, modules, schedules  # noqa: F401
-from .callbacks import Dashboard, ExactResume, LastCheckpoint, MarginMonitor, Predictions
-from .checkpoints import read
+from .atomic import write_text
+from .callbacks import (
+    BestCheckpoint,
+    Dashboard,
+    ExactResume,
+    ExitOnSignals,
+    LastCheckpoint,
+    MarginMonitor,
+    Predictions,
+)
+from .checkpoints import indexed, local_file, read
 from .errors import InputError, LSoftmaxError
+from .signals import Stopped, exit_on_signals, mark_launcher
 from .strategies import ClassShardedStrategy
 
 _PACKAGE = Path(__file__).parent
 # In the wheel the configs lie inside the package; in a checkout, beside it.
 CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+
+_LOCK_SECONDS = 10  # workers of a killed run hold its lock for some seconds
 
 
 def find_config(name: str) -> Path:
@@ -67,11 +82,16 @@ class _Parser(LightningArgumentParser):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Keeps the config of a training run; testing it later does not write it again."""
+    """Write the config of a training run at once as a whole; testing it later does not write it again."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.loggers:  # without a logger there is no folder of this run
+        if stage != "fit" or not trainer.loggers:  # without a logger there is no folder of this run
+            return
+        folder = str(trainer.log_dir)  # a collective: every rank must read it
+        if "://" in folder:
             super().setup(trainer, pl_module, stage)
+        elif trainer.is_global_zero:
+            write_text(Path(folder, self.config_filename), self.parser.dump(self.config, skip_none=False))
 
 
 def flat(settings: Any, path: str = "") -> dict[str, Any]:
@@ -99,6 +119,12 @@ class LSoftmaxCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
         StrategyRegistry.register("class_sharded", ClassShardedStrategy, override=True)
+        mark_launcher()
+        self._resources = ExitStack()  # the lock of the run's folder, and a downloaded checkpoint
+        with self._resources, self._end_launched_ranks():
+            self._parse_and_run(args, callbacks)
+
+    def _parse_and_run(self, args: list[str] | None, callbacks: Sequence[Callback]) -> None:
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -114,6 +140,7 @@ class LSoftmaxCLI(LightningCLI):
                 # on its own: `save_last` of the one that monitors would leave out what is not among the best
                 "callbacks": [
                     LastCheckpoint(),
+                    ExitOnSignals(),
                     MarginMonitor(),
                     ExactResume(),
                     *callbacks,
@@ -141,7 +168,7 @@ class LSoftmaxCLI(LightningCLI):
         """Links what the data knows to the model; keeps the best and the last checkpoint; draws the dashboard."""
         for fact in ("num_classes", "image_shape"):
             parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.set_defaults(
             {
@@ -166,54 +193,71 @@ class LSoftmaxCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As Lightning's, without checkpoints where there are to be none; goes on with a run that was stopped."""
+        """As Lightning's, without checkpoints where there are to be none; continues a run that was stopped."""
         if self._get(self.config_init, "trainer").enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
             del self.trainer_defaults["callbacks"][0]
-        word = self.config[self.subcommand].ckpt_path
-        if word in ("last", "best"):
-            kwargs |= self._take_up(word)
+        run = self.config_init[self.subcommand]
+        if run.get("weights_only") is False:
+            raise InputError("weights_only: checkpoints are always read without running code in them; leave it out.")
+        if run.ckpt_path in ("last", "best"):
+            kwargs |= self._resume_last_run(run.ckpt_path)
+        elif run.ckpt_path and "://" in run.ckpt_path:
+            run.ckpt_path = str(self._resources.enter_context(local_file(run.ckpt_path)))
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.accumulate_grad_batches < 1:  # which Lightning divides by
             raise InputError(f"accumulate_grad_batches must be 1 or more, got {trainer.accumulate_grad_batches}.")
         return trainer
 
-    def _take_up(self, word: str) -> dict[str, Any]:
-        """Finds what ``--ckpt_path last`` and ``best`` mean: checkpoints of the last run of ``fit``.
+    def _resume_last_run(self, word: str) -> dict[str, Any]:
+        """Find what ``--ckpt_path last`` and ``best`` mean: checkpoints of the last run of ``fit``.
 
-        A ``fit`` of the last one goes on in that run's folder: for the Trainer there is a logger that writes there.
+        A ``fit`` of the last one continues in that run's folder.
+
+        Returns:
+            The loggers for the Trainer, of which one writes there.
         """
         settings, run = self.config[self.subcommand], self.config_init[self.subcommand]
         places, loggers = (x if isinstance(x, list) else [x] for x in (settings.trainer.logger, run.trainer.logger))
-        at = next((n for n, logger in enumerate(loggers) if isinstance(logger, TensorBoardLogger)), None)
-        if at is None:
+        index = next((n for n, logger in enumerate(loggers) if isinstance(logger, TensorBoardLogger)), None)
+        if index is None:
             raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
-        place = places[at].init_args
+        place = places[index].init_args
         runs, version = Path(place.save_dir, place.name or ""), place.version
         if version is None:  # tests and predictions leave no config
             numbers = [path.parent.name.removeprefix("version_") for path in runs.glob("version_*/config.yaml")]
             version = max((int(number) for number in numbers if number.isdecimal()), default=0)
         folder = runs / (version if isinstance(version, str) else f"version_{version}")
-        path = folder / "checkpoints" / f"{word}.ckpt"
-        go_on = self.subcommand == "fit" and word == "last"
-        if not path.is_file() and not go_on:
-            raise InputError(f"--ckpt_path {word} is one of the last run of fit, and there is no {path}.")
+        checkpoints = folder / "checkpoints"
+        if word == "best" and settings.checkpoint.dirpath:
+            checkpoints = Path(settings.checkpoint.dirpath)
+        path = indexed(checkpoints, word)
+        resumes = self.subcommand == "fit" and word == "last"
+        if not path.is_file() and not resumes:
+            raise InputError(f"--ckpt_path {word} means the last run of fit, and there is no {path}.")
         run.ckpt_path = str(path) if path.is_file() else None
         settings.ckpt_path = None  # in the config that is saved, which says how to repeat the run
         if not path.is_file():
-            rank_zero_warn(f"There is no {path} to go on from: this is a new run.")
-        elif go_on:
-            self._tell_changes(folder)
+            rank_zero_warn(f"There is no {path} to continue from: this is a new run.")
+        elif resumes:
+            self._report_changed_settings(folder)
             # said by Lightning, rightly, of a folder named twice
             warnings.filterwarnings("ignore", "Checkpoint directory")
             # what was logged beyond the checkpoint is logged again
             again = {"version": version, "purge_step": read(path)["global_step"] + 1}
-            loggers[at] = type(loggers[at])(**place.as_dict() | again)
+            loggers[index] = type(loggers[index])(**place.as_dict() | again)
         return {"logger": loggers}
 
-    def _tell_changes(self, folder: Path) -> None:
-        """Says which settings are not those that the run began with, and refuses those it cannot go on with."""
-        before = flat(yaml.safe_load((folder / "config.yaml").read_text()))
+    def _report_changed_settings(self, folder: Path) -> None:
+        """Log the settings that differ from those of the run's config; refuse those it cannot continue with."""
+        try:
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            config = None
+        if not isinstance(config, dict):  # earlier releases left half of it when they were killed
+            rank_zero_warn(f"{folder}/config.yaml is not complete: changed settings are not reported.")
+            return
+        before = flat(config)
         now = flat(yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False)))
         changed = {name for name in {**before, **now} if before.get(name) != now.get(name)} - {"ckpt_path"}
         for part in ("model.optimizer", "model.lr_scheduler"):
@@ -224,15 +268,15 @@ class LSoftmaxCLI(LightningCLI):
                     "begin anew without --ckpt_path."
                 )
         said = "".join(f"\n  {name} {before.get(name)} -> {now.get(name)}" for name in sorted(changed))
-        rank_zero_info(f"Going on with {folder}" + (f", with other settings:{said}" if changed else ""))
+        rank_zero_info(f"Continuing {folder}" + (f", with other settings:{said}" if changed else ""))
         kept = ("model.optimizer.", "model.lr_scheduler.")
         if any(name.startswith(kept) for name in changed - {"model.lr_scheduler.monitor"}):
             rank_zero_warn("Settings of optimizer and lr_scheduler are those of the checkpoint: others have no effect.")
 
     def after_instantiate_classes(self) -> None:
-        """Refuses a checkpoint that is not there or of another network, before any work."""
+        """Refuse a checkpoint that is not there or of another network, before any work."""
         path = self.config_init[self.subcommand].ckpt_path
-        if not path or "://" in path or path.startswith("registry"):
+        if not path or path.startswith("registry"):
             return
         checkpoint = read(path)
         if "pytorch-lightning_version" not in checkpoint:
@@ -246,6 +290,41 @@ class LSoftmaxCLI(LightningCLI):
                     f"{own.get(name, 'missing')} here. The config of its run is beside its checkpoints folder."
                 )
 
+    def before_fit(self) -> None:
+        """Lock the folder of the run, and refuse one that holds another run."""
+        trainer, run = self.trainer, self.config_init[self.subcommand]
+        folder = getattr(trainer.loggers[0], "log_dir", None) if trainer.loggers else None
+        if not trainer.is_global_zero or trainer.fast_dev_run or not folder or "://" in folder:  # type: ignore[attr-defined]
+            return
+        folder = Path(folder)
+        resumes = run.ckpt_path and Path(run.ckpt_path).resolve().is_relative_to(folder.resolve())
+        used = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("results.json")]
+        if not run.ckpt_path and run.checkpoint.dirpath:
+            used += Path(run.checkpoint.dirpath).glob("*.ckpt")
+        if used and not resumes:
+            raise InputError(
+                f"{used[0].parent} holds another run; continue that with --ckpt_path last, or choose another "
+                "trainer.logger.version and checkpoint.dirpath."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._resources.enter_context(FileLock(folder / ".lock", timeout=_LOCK_SECONDS))
+        except Timeout as error:
+            raise InputError(f"another run is at work in {folder}; wait for it, or choose another version.") from error
+        for part in folder.rglob(".*.part"):  # of a killed run
+            part.unlink()
+
+    @contextmanager
+    def _end_launched_ranks(self) -> Iterator[None]:
+        """End the ranks that Lightning launched when an error ends this process: they may wait for it."""
+        try:
+            yield
+        except Exception:
+            launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
+            if launcher is not None:
+                launcher.kill(signal.SIGKILL)
+            raise
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; unlike Lightning's, without a warning where Python code calls :func:`main` with arguments."""
         with _taken_as_settings():
@@ -256,14 +335,14 @@ class LSoftmaxCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Tests the best checkpoint."""
-        checkpoint = self.trainer.checkpoint_callback
-        best = getattr(checkpoint, "best_model_path", "")
+        checkpoint: Any = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
+        best = checkpoint.best_model_path if checkpoint else ""
         chosen_by = {}
         if not Path(best).is_file():
             rank_zero_info("No validation left a best checkpoint; testing the model as it is.")
             best = None
-        elif getattr(checkpoint, "monitor", None):
-            chosen_by = {checkpoint.monitor: checkpoint.best_model_score}  # type: ignore[union-attr]
+        elif checkpoint.monitor:
+            chosen_by = {checkpoint.monitor: checkpoint.best_model_score}
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best)
         self._write_results(chosen_by)
 
@@ -278,7 +357,7 @@ class LSoftmaxCLI(LightningCLI):
         path = self._run_folder() / "results.json"
         if self.trainer.is_global_zero:
             figures = {name: float(value) for name, value in (self.trainer.callback_metrics | chosen_by).items()}
-            path.write_text(json.dumps(figures, indent=2) + "\n")
+            write_text(path, json.dumps(figures, indent=2) + "\n")
             rank_zero_info(f"Everything of this run is in {path.parent}")
 
     def predict(self, **kwargs: Any) -> None:
@@ -300,39 +379,47 @@ class LSoftmaxCLI(LightningCLI):
     before_test = before_predict = before_validate
 
 
+_DEBUG = "LSOFTMAX_LIGHTNING_DEBUG"
+_HINT = f"({_DEBUG}=1 prints the traceback.)"
+
+
 @contextmanager
 def _taken_as_settings() -> Iterator[None]:
-    """Makes an error of the user's out of whatever a parser or a constructor has against its arguments."""
+    """Turn whatever a parser or a constructor raises into an error of the settings."""
     try:
         yield
     except Exception as error:
-        if _mistake(error) or "JSONARGPARSE_DEBUG" in os.environ:
+        if _advice(error):
             raise
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
-        raise InputError(f"{type(cause).__name__}: {cause} (JSONARGPARSE_DEBUG=1 shows where.)") from error
+        raise InputError(f"{type(cause).__name__}: {cause} {_HINT}") from error
 
 
 @contextmanager
-def mistakes_in_a_line() -> Iterator[None]:
-    """Ends the process with a message and no traceback, for whatever the user can mend.
+def errors_without_traceback() -> Iterator[None]:
+    """End the process with one message for errors that a user can mend, and with 130 or 143 after a signal.
+
+    An error in the user's own code keeps its traceback, and so does every error where the environment variable
+    ``LSOFTMAX_LIGHTNING_DEBUG`` is set.
 
     Raises:
         SystemExit: With the message printed.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), exit_on_signals(), _only_safe_checkpoints():
             warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning of itself; no user can mend it
             yield
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        raise SystemExit(130) from None
+    except Stopped as stopped:
+        print(f"Stopped by {stopped.signal.name}.", file=sys.stderr)
+        raise
     except Exception as error:
-        mistake = _mistake(error)
-        if mistake is None:
+        advice = _advice(error)
+        if _DEBUG in os.environ or (advice is None and _is_in_users_code(error)):
             raise
-        print(f"error: {mistake}", file=sys.stderr)
+        text = str(advice) if advice is not None else f"{type(error).__name__}: {error} {_HINT}"
+        print("\n".join(f"error: {text}".splitlines()[:_MAX_LINES]), file=sys.stderr)
         raise SystemExit(1) from error
     finally:
         # Lightning does so for NCCL alone; gloo's threads, left to the end of the process, now and then abort it
@@ -342,21 +429,47 @@ def mistakes_in_a_line() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-_MENDABLE = {
+_MAX_LINES = 30  # of an error message
+
+
+@contextmanager
+def _only_safe_checkpoints() -> Iterator[None]:
+    """Let :func:`torch.load` run no code from a file, whoever calls it."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+_LIBRARIES = (str(_PACKAGE), *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")), "<")
+
+
+def _is_in_users_code(error: Exception) -> bool:
+    """Return whether the traceback passes through files outside of this package, the libraries and Python."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(not frame.filename.startswith(_LIBRARIES) for frame in frames)
+
+
+_ADVICE = {
     "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
     "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
     "Output size is too small": "the images are too small for this backbone.",
     "SyncBatchNorm layers only work with GPU": "synchronised batch normalisation works on GPUs alone.",
     "gloo/transport/tcp/pair.cc": "another process of the run died; above is its own error, or none if it was killed.",
     "can't allocate memory": "these settings take more memory than there is.",
+    "EADDRINUSE": "the port is in use: set the environment variable MASTER_PORT to another one.",
 }
-"""What libraries say of settings that do not go together, and what a user can do."""
+"""Messages of libraries about settings that do not go together, and what a user can do."""
 
 
-def _mistake(error: Exception) -> BaseException | str | None:
-    """What the user can mend, found in what jsonargparse wraps around the error of a constructor."""
-    for said, advice in _MENDABLE.items():
-        if said in str(error):
+def _advice(error: Exception) -> BaseException | str | None:
+    """Return the error that a user can mend, found in what jsonargparse wraps around that of a constructor."""
+    for message, advice in _ADVICE.items():
+        if message in str(error):
             return advice
     cause: BaseException | None = error
     while cause is not None:

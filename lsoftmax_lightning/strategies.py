@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from .checkpoints import read
 from .errors import InputError
 
 
@@ -81,9 +81,8 @@ class ClassShardedStrategy(ModelParallelStrategy):
         return whole.cpu() if self.is_global_zero else None
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint of one file, of which every process takes into memory what it keeps."""
-        checkpoint: dict[str, Any] = torch.load(checkpoint_path, "cpu", mmap=True, weights_only=weights_only)
-        return checkpoint
+        """Read a checkpoint of one file; each rank takes into memory only its shard."""
+        return read(checkpoint_path)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Divides the state of a module."""

@@ -1,6 +1,10 @@
 """Small data and models that the tests share."""
 
 import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +76,16 @@ def make_trainer(**settings: Any) -> Trainer:
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a loss take the logits by chunks however few they are."""
     monkeypatch.setattr("lsoftmax_lightning.losses._FEW", 0)
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let writes beyond ``size`` bytes of a file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)

@@ -16,7 +16,7 @@ from lightning import Callback
 from torch import Tensor, nn
 
 from lsoftmax_lightning.datamodules import DigitsDataModule
-from lsoftmax_lightning.lightning_cli import LSoftmaxCLI, mistakes_in_a_line
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI, errors_without_traceback
 from lsoftmax_lightning.transforms import RandomCropFlip
 
 
@@ -90,7 +90,7 @@ def train(args: list[str], how: str, draw: random.Random) -> None:
     """What a fork does."""
     if how == "checkpoint":
         amid_a_checkpoint(draw.randrange(1, 6))
-    with mistakes_in_a_line():
+    with errors_without_traceback():
         LSoftmaxCLI(args, callbacks=[Stop(how, draw)])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -107,7 +108,7 @@ def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "results.json", "hparams.yaml", "checkpoints"} <= names
     assert any(name.startswith("events") for name in names)
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "index.json"}
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 9
     results = json.loads((run / "results.json").read_text())
     angles = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what in ("mean", "nearest", "min")}
@@ -140,13 +141,33 @@ def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # said by Lightning, rightly, of a folder named twice
-def test_a_second_run_does_not_meet_the_first() -> None:
+def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--config", "digits.yaml", *SHORT]
     for _ in range(2):
-        main(["fit", "--config", "digits.yaml", *SHORT])
+        main(fit)
     assert Path("runs/digits/version_1/results.json").is_file()
-    for _ in range(2):
-        main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.logger.version=mine"])
-    assert Path("runs/digits/mine/results.json").is_file()
+    named = [*fit, "--trainer.logger.version=mine"]
+    main(named)
+    results = Path("runs/digits/mine/results.json").read_text()
+    assert "runs/digits/mine/checkpoints holds another run" in fails(capsys, *named)
+    other = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
+    assert "runs/digits/mine/checkpoints holds another run" in fails(capsys, *named, other)
+    assert Path("runs/digits/mine/results.json").read_text() == results
+    main([*named, "--ckpt_path=last"])
+    main([*fit, "--checkpoint.dirpath=elsewhere"])
+    assert "elsewhere holds another run" in fails(capsys, *fit, "--checkpoint.dirpath=elsewhere")
+
+
+def test_a_folder_is_locked_while_its_run_is_trained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lsoftmax_lightning.lightning_cli._LOCK_SECONDS", 0)
+    folder = Path("runs/digits/version_0")
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        printed = fails(capsys, "fit", "--config", "digits.yaml", *SHORT, "--trainer.logger.version=0")
+    assert f"another run is at work in {folder}" in printed
+    assert not (folder / "config.yaml").exists()
 
 
 def test_the_data_tells_the_model() -> None:
@@ -209,7 +230,7 @@ def test_what_is_no_checkpoint_of_this_network_is_refused(capsys: pytest.Capture
     assert "has weights alone: begin with them by --model.warm_start bare.ckpt" in fails(capsys, *test, "bare.ckpt")
     torch.save(Path("unsafe"), "unsafe.ckpt")
     assert "to load it would run code (pathlib.PosixPath)" in fails(capsys, *test, "unsafe.ckpt")
-    assert "runs is no file" in fails(capsys, *test, "runs")
+    assert "there is no file runs" in fails(capsys, *test, "runs")
 
 
 def test_without_a_logger_nothing_of_the_users_is_overwritten() -> None:
@@ -338,7 +359,7 @@ def test_random_weights_are_not_scored_in_silence() -> None:
             ["fit", "--config", "digits.yaml", "--dashboard.save=true", "--trainer.logger=false"],
             ["a logger has to name"],
         ),
-        (["fit", "--config", "digits.yaml", "--ckpt_path", "gone.ckpt"], ["no file", "gone.ckpt"]),
+        (["fit", "--config", "digits.yaml", "--ckpt_path", "gone.ckpt"], ["there is no file gone.ckpt"]),
         (["fit", "--config", "digits.yaml", "--ckpt_path", "best"], ["the last run of fit", "best.ckpt"]),
         (["fit", "--config", "digits.yaml", "--ckpt_path", "last", "--trainer.logger=false"], ["TensorBoardLogger"]),
         (["fit"], ["required", "model"]),

@@ -84,7 +84,7 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
         (["--ckpt_path", "nope.ckpt"], "there is no config.yaml, the config of the run that nope.ckpt is of"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),
         (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is of another network than the config"),
-        (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "nope.ckpt is no file"),
+        (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "there is no file nope.ckpt"),
     ):
         assert said in fails(capsys, "export", *args)
 

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 
+from .conftest import file_size_limit
 from .forked import run_on
 from .test_cli import QUIET, SHORT, fails
 
@@ -140,7 +141,7 @@ def test_last_is_the_last_run_of_fit_and_goes_on_in_its_folder(caplog: pytest.Lo
     cli = main([*fit, "--trainer.max_epochs=2"])
     assert cli is not None
     assert cli.trainer.global_step == 6
-    assert "Going on with runs/digits/version_0, with other settings:\n  trainer.max_epochs 1 -> 2" in caplog.messages
+    assert "Continuing runs/digits/version_0, with other settings:\n  trainer.max_epochs 1 -> 2" in caplog.messages
     assert {path.name for path in Path("runs/digits").iterdir()} == {"version_0", "version_1"}
     saved = yaml.safe_load(Path("runs/digits/version_0/config.yaml").read_text())
     assert saved["trainer"]["max_epochs"] == 2
@@ -158,11 +159,10 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_an_error_and_the_one_before_
     with pytest.warns(UserWarning, match="There is no"):
         main(fit)
     before = last("runs/digits/version_0")
-    part = Path("runs/digits/version_0/checkpoints/last.ckpt.part")
-    part.symlink_to("/dev/full")
-    printed = fails(capsys, *fit, "--trainer.max_epochs=2")
-    assert "last.ckpt could not be written: No space left on device" in printed
-    assert not part.exists()
+    with file_size_limit(20_000):
+        printed = fails(capsys, *fit, "--trainer.max_epochs=2")
+    assert "best.ckpt could not be written: File too large" in printed
+    assert not list(Path().rglob("*.part"))
     assert_same(last("runs/digits/version_0"), before)
     cli = main([*fit, "--trainer.max_epochs=2"])
     assert cli is not None
@@ -173,7 +173,7 @@ def test_another_seed_is_another_run(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.warns(UserWarning, match="There is no"):
         main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
     printed = fails(capsys, "fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last", "--seed_everything=1")
-    assert "the run has seed 0 and cannot go on with 1" in printed
+    assert "the run has seed 0 and cannot continue with 1" in printed
 
 
 @pytest.mark.filterwarnings("ignore:There is no")

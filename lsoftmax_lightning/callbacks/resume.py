@@ -1,4 +1,4 @@
-"""Going on where a run stopped, to the same weights."""
+"""Resuming a run so that it ends with the same weights."""
 
 from __future__ import annotations
 
@@ -9,82 +9,111 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 
+from ..checkpoints import relocate
 from ..errors import InputError
 
 _KEY = "exact_resume"  # in a checkpoint
 
 
 class ExactResume(Callback):
-    """Has a resumed run end with the weights that it would have ended with, had it not been interrupted.
+    """Let a resumed run end with the weights that it would have had without the interruption.
 
-    The order of the data is the datamodule's affair. What Lightning 2.6 alone would have different is:
+    The order of the data is up to the datamodule. Lightning 2.6 alone differs in the following, which is mended here:
 
-    - what layers draw (dropout): here each batch's draws, from the generators of Python, NumPy and torch, are a
-      function of the run's seed, the batch and the process. Several processes, too, then drop different units.
-    - the count of epochs, of a run of ``max_steps`` that is resumed at the end of one: it is counted twice, the shuffle
-      of the next one is left out, and ``max_epochs`` ends the run an epoch early.
-    - the learning rate under ``ReduceLROnPlateau``, which Lightning does not tell of the epoch in which it resumes.
+    - Draws of layers (dropout): here those of each batch, from the generators of Python, NumPy and torch, are a
+      function of the run's seed, the batch and the rank. Ranks, too, then drop different units.
+    - The number of epochs, of a run of ``max_steps`` that is resumed at the end of one: it is counted twice, the
+      shuffle of the next one is left out, and ``max_epochs`` ends the run an epoch early.
+    - The rest of an epoch in which ``max_steps`` or ``max_time`` ended the run: with a larger limit, it is skipped.
+    - The learning rate under ``ReduceLROnPlateau``, which does not step for the epoch in which a run is resumed.
+    - A run that ``EarlyStopping`` ended: resumed, it trains on.
+    - ``GradientAccumulationScheduler`` and ``StochasticWeightAveraging``, which act at the start of an epoch only, when
+      a run is resumed within one.
+    - Weights of ``64-true``, which are rounded to float32.
+    - The best checkpoint of a run whose folder was moved, or that continues in another folder
+      (:func:`~lsoftmax_lightning.checkpoints.relocate`).
 
-    A checkpoint from before the validation, or the end of an epoch, that belongs to its step is not enough for it:
-    Lightning leaves that out. :class:`LastCheckpoint` makes none such; ``every_n_train_steps`` may.
+    A checkpoint from before the validation, or the end of an epoch, that belongs to its step is not enough: Lightning
+    leaves that out. :class:`LastCheckpoint` saves no such checkpoint; ``every_n_train_steps`` may.
 
     Raises:
-        InputError: When it resumes under another seed.
+        InputError: When a run is resumed with another seed.
     """
 
     def __init__(self) -> None:
         self._seed = 0
         self._watched: dict[str, float] = {}
-        self._owed = False  # whether the scheduler is still to be told of the epoch that was interrupted
+        self._plateau_step_pending = False  # whether the scheduler has not stepped for the interrupted epoch
+        self._resumed_within_epoch = False
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Takes the seed of ``seed_everything``, or 0, as the datamodules do."""
+        """Read the seed of ``seed_everything``, or 0, as the datamodules do."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._accelerated = torch.accelerator.is_available()  # which takes its time
-        self._watched, self._owed = {}, False
+        self._watched, self._plateau_step_pending, self._resumed_within_epoch = {}, False, False
+        trainer.precision_plugin.convert_module(pl_module)  # before the weights are loaded, which Lightning does first
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
-        """Seeds the generators of the process; the first time after an interruption, mends the learning rate."""
-        if self._owed and batch_idx == 0:
-            self._owed = False
-            self._tell_schedulers(trainer, pl_module)
+        """Seed the generators of the process; at the first batch after an interruption, make up for what is missing."""
+        if self._resumed_within_epoch:
+            self._resumed_within_epoch = False
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GradientAccumulationScheduler | StochasticWeightAveraging):
+                    callback.on_train_epoch_start(trainer, pl_module)
+        if self._plateau_step_pending and batch_idx == 0:
+            self._plateau_step_pending = False
+            self._step_plateau_schedulers(trainer, pl_module)
         draw = f"{self._seed} {trainer.current_epoch} {batch_idx} {trainer.global_rank}"
         seed = random.Random(draw).getrandbits(32)
         random.seed(seed)
         np.random.seed(seed)
         if self._accelerated:
             torch.manual_seed(seed)
-        else:  # that would note down for later, with where it was called, what an accelerator is to be told
+        else:  # that would record for later, with a traceback, the call for accelerators
             torch.default_generator.manual_seed(seed)
 
-    def _tell_schedulers(self, trainer: Trainer, pl_module: Any) -> None:
-        measured = self._measured(trainer)
+    def _step_plateau_schedulers(self, trainer: Trainer, pl_module: Any) -> None:
+        metrics = self._latest_metrics(trainer)
         for config in trainer.lr_scheduler_configs:
-            if _watches(config) and trainer.current_epoch % config.frequency == 0 and config.monitor in measured:
-                pl_module.lr_scheduler_step(config.scheduler, measured[config.monitor])
+            if _is_plateau(config) and trainer.current_epoch % config.frequency == 0 and config.monitor in metrics:
+                pl_module.lr_scheduler_step(config.scheduler, metrics[config.monitor])
 
-    def _measured(self, trainer: Trainer) -> dict[str, Any]:
-        """What was measured last, in this run or, before anything was, in the one it goes on from."""
+    def _latest_metrics(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the latest metrics, of this run or, before it has any, of the checkpoint."""
         return self._watched | trainer.callback_metrics
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keeps the seed, and what was last measured of what the learning rate depends on."""
-        names = {config.monitor for config in trainer.lr_scheduler_configs if _watches(config)}
-        watched = {name: float(value) for name, value in self._measured(trainer).items() if name in names}
+        """Save the seed and the metrics that schedulers monitor; undo the count of an epoch that is cut short."""
+        names = {config.monitor for config in trainer.lr_scheduler_configs if _is_plateau(config)}
+        watched = {name: float(value) for name, value in self._latest_metrics(trainer).items() if name in names}
         checkpoint[_KEY] = {"seed": self._seed, "watched": watched}
+        if not trainer.is_last_batch and "loops" in checkpoint:
+            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                counts["processed"] = min(counts["processed"], counts["completed"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Takes up what was kept, and takes back the first count of an epoch, which the Trainer makes again."""
-        kept = checkpoint.get(_KEY, {"seed": self._seed, "watched": {}})
-        if kept["seed"] != self._seed:
+        """Load what was saved, and take back the first count of an epoch, which the Trainer makes again."""
+        if trainer.state.fn != "fit":
+            return
+        saved = checkpoint.get(_KEY, {"seed": self._seed, "watched": {}})
+        if saved["seed"] != self._seed:
             raise InputError(
-                f"the run has seed {kept['seed']} and cannot go on with {self._seed}: its shuffle and draws would be "
-                f"others. Set --seed_everything {kept['seed']} (in Python, seed_everything)."
+                f"the run has seed {saved['seed']} and cannot continue with {self._seed}: its shuffle and draws would "
+                f"be others. Set --seed_everything {saved['seed']} (in Python, seed_everything)."
             )
+        relocate(checkpoint, trainer)
+        self._watched = saved["watched"]
         progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
-        self._watched = kept["watched"]
-        self._owed = progress["current"]["ready"] > progress["current"]["completed"]  # not of an epoch that was ended
+        current = progress["current"]
+        self._plateau_step_pending = current["ready"] > current["completed"]
+        self._resumed_within_epoch = current["ready"] > current["processed"]
+        for callback in trainer.early_stopping_callbacks:
+            if checkpoint["callbacks"].get(callback.state_key, {}).get("stopping_reason"):
+                rank_zero_info("EarlyStopping ended this run; it continues without that callback only.")
+                trainer.should_stop = True
         if trainer.max_steps == -1:
             return
         for counts in progress.values():
@@ -92,6 +121,6 @@ class ExactResume(Callback):
                 counts["processed"] -= 1
 
 
-def _watches(config: Any) -> bool:
-    """Whether a scheduler moves by what was measured at the end of an epoch."""
+def _is_plateau(config: Any) -> bool:
+    """Return whether a scheduler steps by a metric at the end of an epoch."""
     return bool(config.reduce_on_plateau) and config.interval == "epoch"

@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from ..lightning_cli import LSoftmaxCLI, mistakes_in_a_line
+from ..atomic import write_text
+from ..lightning_cli import LSoftmaxCLI, errors_without_traceback
 from .record import TestRecord
 
 
@@ -48,7 +49,7 @@ class Progress(Callback):
     def _tell(self, trainer: Trainer) -> None:
         total = trainer.estimated_stepping_batches  # to be asked on every process
         if trainer.is_global_zero:
-            self.path.write_text(f"{trainer.global_step} {total}")
+            write_text(self.path, f"{trainer.global_step} {total}")
 
 
 def main(folder: str, parent: int) -> None:
@@ -61,7 +62,7 @@ def main(folder: str, parent: int) -> None:
     last = Path(folder, "checkpoints", "last.ckpt")
     resume = [f"--ckpt_path={last}"] if last.is_file() else []
     own = [Progress(Path(folder, "progress"), parent), TestRecord(Path(folder, "test.pt"))]
-    with mistakes_in_a_line():
+    with errors_without_traceback():
         LSoftmaxCLI(["fit", f"--config={folder}/config.yaml", *resume], callbacks=own)
 
 

@@ -70,7 +70,7 @@ def test_a_comparison_is_trained_and_another_call_goes_on(capsys: pytest.Capture
     ("blow", "at", "said"),
     [
         (signal.SIGKILL, "comparison", ""),
-        (signal.SIGINT, "comparison", "Interrupted; the same command goes on from here.\n"),
+        (signal.SIGINT, "comparison", "The same command continues from here.\nStopped by SIGINT.\n"),
         (signal.SIGTERM, "worker", "error: 1 of 1 runs failed; the same command tries them again."),
     ],
 )

@@ -1,0 +1,45 @@
+"""The end of a run that is told to stop outside of training."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from lightning import Callback, Trainer
+
+from ..signals import SignalHandler, stop
+
+
+class ExitOnSignals(Callback):
+    """End all ranks of a run when one of them is signalled outside of training.
+
+    Lightning ends a sanity check, a validation or a test with exit code 0, ignores SIGTERM while it predicts, and waits
+    for the other ranks inside its handler. In training, :class:`~lsoftmax_lightning.callbacks.LastCheckpoint` saves
+    first.
+
+    Raises:
+        SystemExit: After a signal, with code 130 (SIGINT) or 143 (SIGTERM).
+    """
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Handle signals while data and checkpoint are read."""
+        self._install(trainer)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Replace the handler of Lightning, which is installed just before, or that of LastCheckpoint."""
+        self._install(trainer)
+
+    on_train_start = on_train_end = on_test_start = on_predict_start = on_sanity_check_start
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Replace the handler of Lightning, unless the validation is part of training."""
+        if trainer.state.fn != "fit":
+            self._install(trainer)
+
+    def _install(self, trainer: Trainer) -> None:
+        def stop_all_ranks(signum: signal.Signals) -> None:
+            if (launcher := trainer.strategy.launcher) is not None:
+                launcher.kill(signum)
+            stop(signum)
+
+        SignalHandler(stop_all_ranks).install()

@@ -1,0 +1,109 @@
+"""The checkpoint from which a run continues."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from ..checkpoints import update_index
+from ..signals import SignalHandler, Stopped
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep ``last.ckpt``; when training is stopped by SIGINT (Ctrl-C) or SIGTERM (schedulers), save it first.
+
+    It is saved after each validation and at the end of each epoch. After a signal the run ends behind the next
+    optimiser step, or the one after, and the validation that falls there, on all ranks together, with the signal's exit
+    code (130, 143). A second signal ends it at once.
+
+    Args:
+        dirpath: Folder of the checkpoint; by default ``checkpoints`` in the folder of the run.
+
+    Raises:
+        SystemExit: After a signal.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None) -> None:
+        super().__init__(dirpath, filename="last", enable_version_counter=False)
+        self._handler = SignalHandler(_announce)
+        self._save_pending = False  # whether a validation left the checkpoint to the end of the optimiser step
+        self._exit_after_save = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Handle signals in place of Lightning, which restores the handlers when the Trainer is done."""
+        super().on_train_start(trainer, pl_module)
+        self._handler, self._exit_after_save = SignalHandler(_announce), False
+        self._handler.install()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """End a stopped run: only now is the step, or epoch, before it logged."""
+        if self._exit_after_save:
+            self._exit(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save what a validation left pending, or when the run is to stop.
+
+        Not before a validation or the end of an epoch, which a run resumed from here would leave out.
+        """
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        every = trainer.val_check_batch or math.inf
+        validates = not (batch_idx + 1) % every or not (trainer.fit_loop.total_batch_idx + 1) % every
+        ends = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+        if validates or ends or _is_accumulating(trainer):
+            return
+        stop = self._stop_requested(trainer)
+        if stop or self._save_pending:
+            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+            self._save_pending, self._exit_after_save = False, stop
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save, unless gradients are being accumulated, which no checkpoint holds."""
+        self._save_pending = trainer.state.fn == "fit" and not trainer.sanity_checking and _is_accumulating(trainer)
+        if self._save_pending:
+            return
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and self._last_global_step_saved == trainer.global_step:
+            self._exit_after_save = self._stop_requested(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save, also where Lightning saves after validations only: the run may end here."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """End a run that was stopped in its last step: no test follows."""
+        super().on_train_end(trainer, pl_module)
+        if self._stop_requested(trainer):
+            self._exit(trainer)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero and "://" not in filepath:
+            update_index(Path(filepath).parent, last=Path(filepath).name)
+
+    def _stop_requested(self, trainer: Trainer) -> bool:
+        """Return whether any rank received a signal: the same answer on all of them."""
+        return trainer.strategy.reduce_boolean_decision(self._handler.received is not None, all=False)
+
+    def _exit(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            raise SystemExit(0)  # with another code, Lightning would kill the first rank
+        path = self.format_checkpoint_name({})
+        print(f"Stopped after {trainer.global_step} steps; continue from {path} with --ckpt_path.", file=sys.stderr)
+        raise Stopped(self._handler.received or signal.SIGTERM)
+
+
+def _announce(signum: signal.Signals) -> None:
+    print(f"\n{signum.name}: stopping after this step; send it again to stop at once.", file=sys.stderr)
+
+
+def _is_accumulating(trainer: Trainer) -> bool:
+    """Return whether more batches follow before the optimiser step."""
+    return not trainer.is_last_batch and bool((trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches)

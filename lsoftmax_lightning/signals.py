@@ -1,0 +1,112 @@
+"""SIGINT (Ctrl-C) and SIGTERM (schedulers, containers): every command ends with exit code 130 or 143."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_REPEAT_SECONDS = 1.0  # a terminal or launcher may deliver one request twice
+_LAUNCHER_PID = "LSOFTMAX_LIGHTNING_LAUNCHER_PID"
+
+
+class Stopped(SystemExit):
+    """A signal ended the process.
+
+    Args:
+        signum: The signal. The exit code is 128 + its number.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signal = signal.Signals(signum)
+
+
+class SignalHandler:
+    """Call a function at the first signal; at the next one, end the process at once.
+
+    A signal within a second of another one is its repetition and is ignored: a terminal signals the whole process
+    group, and launchers signal their processes again. Forked processes such as DataLoader workers ignore the signals;
+    the process that started them ends them.
+
+    Args:
+        function: Called with the signal in the main thread, between two Python instructions.
+
+    Attributes:
+        received: The first signal, or None.
+    """
+
+    _latest = -_REPEAT_SECONDS
+
+    def __init__(self, function: Callable[[signal.Signals], None]) -> None:
+        self.received: signal.Signals | None = None
+        self._function = function
+        self._pid = os.getpid()
+
+    def install(self) -> None:
+        """Handle both signals; does nothing outside the main thread, where Python allows no handler."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in _SIGNALS:
+                signal.signal(signum, self)
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """Handle a signal; Python calls it."""
+        now = time.monotonic()
+        if os.getpid() != self._pid or now - SignalHandler._latest < _REPEAT_SECONDS:
+            return
+        SignalHandler._latest = now
+        if self.received is None:
+            self.received = signal.Signals(signum)
+            self._function(self.received)
+        else:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+
+def stop(signum: signal.Signals) -> None:
+    """End this process.
+
+    A rank that Lightning launched passes the signal to the process that launched it, which ends all ranks.
+
+    Raises:
+        SystemExit: Always.
+    """
+    launcher_pid = os.environ.get(_LAUNCHER_PID)
+    if "LOCAL_RANK" in os.environ and launcher_pid == str(os.getppid()):
+        os.kill(os.getppid(), signum)
+        raise SystemExit(0)  # with another code, Lightning would kill the process that launched this one
+    raise Stopped(signum)
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Raise :class:`Stopped` in the block when a signal arrives, and restore the handlers after it."""
+    previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    SignalHandler(stop).install()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for signum, function in previous.items():
+                signal.signal(signum, function)
+
+
+def ignore_signals(worker_id: int = 0) -> None:
+    """Ignore SIGINT and SIGTERM in a DataLoader worker: pass it as ``worker_init_fn``.
+
+    A scheduler signals the whole process group. A worker that ends first breaks the batch that the run needs to save
+    its checkpoint; the run itself ends its workers.
+    """
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def mark_launcher() -> None:
+    """Let the ranks that Lightning launches from this process know its id, for :func:`stop`."""
+    if "LOCAL_RANK" not in os.environ:
+        os.environ[_LAUNCHER_PID] = str(os.getpid())
