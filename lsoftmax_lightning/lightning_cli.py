@@ -254,7 +254,7 @@ class LSoftmaxCLI(LightningCLI):
             config = yaml.safe_load((folder / "config.yaml").read_text())
         except (OSError, ValueError, yaml.YAMLError):
             config = None
-        if not isinstance(config, dict):  # earlier releases left half of it when they were killed
+        if not isinstance(config, dict) or "ckpt_path" not in config:  # earlier releases left a part when killed
             rank_zero_warn(f"{folder}/config.yaml is not complete: changed settings are not reported.")
             return
         before = flat(config)

@@ -15,6 +15,7 @@ from lightning import Trainer
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.datamodules import ImageDataModule
 from lsoftmax_lightning.datamodules.base import Images
+from lsoftmax_lightning.signals import SignalHandler
 
 # tests run side by side, a core each, and so do the programs that they start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -55,8 +56,9 @@ def make_model(**settings: Any) -> ClassificationModule:
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are left in a temporary folder, and one test's seed is not the next one's."""
+    """Runs are left in a temporary folder, and one test's seed or signal is not the next one's."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SignalHandler, "_latest", -1.0)
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 

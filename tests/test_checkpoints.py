@@ -1,9 +1,15 @@
 """Files of weights: what is refused and why, and what a network takes from another."""
 
 import importlib
+import io
+import os
 import pickle
 import random
-from collections.abc import Callable
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +21,10 @@ from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.checkpoints import FORMAT, WholeCheckpointIO, read
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.errors import InputError, RunError
+from lsoftmax_lightning.lightning_cli import errors_without_traceback
 
 from .conftest import BlobsDataModule, file_size_limit, make_model, make_trainer
-from .test_cli import QUIET, SHORT
+from .test_cli import QUIET, SHORT, fails
 
 HERE = Path(__file__).parent
 
@@ -97,6 +104,88 @@ def test_no_damage_at_all_goes_unnoticed() -> None:
         except InputError:
             continue
         assert torch.equal(after["weight"], before)  # the damage is where nothing is kept
+
+
+def repacked(content: bytes, compression: int = zipfile.ZIP_DEFLATED, copies: int = 1) -> bytes:
+    """A checkpoint whose files are compressed or stored again, some of them twice."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(packed, "w", compression) as target:
+        for entry in source.infolist():
+            for _ in range(copies):
+                target.writestr(entry.filename, source.read(entry))
+    return packed.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("how", [{}, {"compression": zipfile.ZIP_LZMA}, {"compression": 0, "copies": 2}], ids=str)
+def test_what_was_repacked_is_refused_everywhere(how: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config=digits.yaml", *SHORT])
+    path = Path("runs/digits/version_0/checkpoints/best.ckpt")
+    path.write_bytes(repacked(path.read_bytes(), **how))
+    assert zipfile.ZipFile(path).testzip() is None
+    warm = ["fit", "--config=digits.yaml", *SHORT, f"--model.warm_start={path}"]
+    export = ["export", f"--ckpt_path={path}", "--format=state_dict"]
+    test = ["test", "--config=digits.yaml", *QUIET, f"--ckpt_path={path}"]
+    for command in (warm, export, test):
+        assert "was repacked" in fails(capsys, *command)
+    assert not Path("backbone.pt").exists()
+
+
+def test_a_stored_copy_is_read() -> None:
+    torch.save({"state_dict": {"weight": torch.arange(50.0)}}, "some.ckpt")
+    Path("copy.ckpt").write_bytes(repacked(Path("some.ckpt").read_bytes(), compression=zipfile.ZIP_STORED))
+    assert torch.equal(read("copy.ckpt")["state_dict"]["weight"], torch.arange(50.0))
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The address of a server of the working directory."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(Path.cwd()))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+@pytest.mark.parametrize("scheme", ["http", "file"])
+@pytest.mark.parametrize("force", ["", "--weights_only=false"])
+def test_a_remote_checkpoint_runs_no_code(
+    force: str, scheme: str, server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", "--config=digits.yaml", *SHORT])
+    place = server if scheme == "http" else f"file://{Path.cwd()}"
+    hostile = torch.load("runs/digits/version_0/checkpoints/last.ckpt", weights_only=True) | {"code": Call()}
+    torch.save(hostile, "hostile.ckpt")
+    for command in ("fit", "validate", "test", "predict"):
+        args = [command, "--config=digits.yaml", *(SHORT if command == "fit" else QUIET), *filter(None, [force])]
+        printed = fails(capsys, *args, f"--ckpt_path={place}/hostile.ckpt")
+        assert ("weights_only: checkpoints are always read" if force else "would run code") in printed
+    assert "would run code" in fails(
+        capsys, "export", f"--ckpt_path={place}/hostile.ckpt", "--config=digits.yaml", "--format=state_dict"
+    )
+    assert not Path("called").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The best checkpoint in")
+def test_a_remote_checkpoint_is_used_as_a_local_one(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config=digits.yaml", *SHORT])
+    last = f"{server}/runs/digits/version_0/checkpoints/last.ckpt"
+    cli = main(["fit", "--config=digits.yaml", *SHORT, "--trainer.max_epochs=2", f"--ckpt_path={last}"])
+    assert cli is not None
+    assert cli.trainer.global_step == 6
+    assert "cannot be downloaded" in fails(capsys, "test", "--config=digits.yaml", f"--ckpt_path={server}/gone.ckpt")
+    warm = make_model(num_classes=10, warm_start=last)
+    assert torch.equal(warm.head.weight, read(last)["state_dict"]["head.weight"])
+
+
+def test_no_code_is_run_from_a_checkpoint_by_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(Call(), "hostile.pt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(pickle.UnpicklingError), errors_without_traceback():
+        torch.load("hostile.pt", weights_only=False)
+    assert not Path("called").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_a_checkpoint_says_by_whom_and_in_which_format_it_was_written() -> None:

@@ -18,9 +18,10 @@ from lightning import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lsoftmax_lightning.cli import main
-from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI, errors_without_traceback
 
 from .conftest import file_size_limit
+from .datamodules.formats import write_folder
 from .forked import run_on
 from .test_cli import QUIET, SHORT, fails
 
@@ -107,6 +108,114 @@ def test_what_was_measured_before_a_stop_is_logged(at: int, lines: dict[str, lis
     events = EventAccumulator("runs/digits/version_0").Reload()
     assert {name: [event.step for event in events.Scalars(name)] for name in lines} == lines
     assert last("runs/digits/version_0")["global_step"] == end
+
+
+class Send(Callback):
+    """Send a signal to this process, or the process group, in a hook of one rank."""
+
+    def __init__(self, signum: signal.Signals, hook: str, rank: int = 0, group: bool = False) -> None:
+        def send(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+            if trainer.global_rank == rank:
+                setattr(self, hook, lambda *args, **kwargs: None)
+                (os.killpg if group else os.kill)(os.getpgrp() if group else os.getpid(), signum)
+
+        setattr(self, hook, send)
+
+
+def run_cli(args: list[str], *callbacks: Callback) -> None:
+    with errors_without_traceback():
+        LSoftmaxCLI(args, callbacks=callbacks)
+
+
+OUTSIDE_OF_TRAINING = [
+    ("fit", "setup"),
+    ("fit", "on_sanity_check_start"),
+    ("fit", "on_test_batch_end"),
+    ("fit", "on_fit_end"),
+    ("validate", "on_validation_batch_end"),
+    ("test", "on_test_start"),
+    ("test", "on_test_end"),
+    ("predict", "on_predict_batch_end"),
+    ("predict", "on_predict_end"),
+]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("command", "hook"), OUTSIDE_OF_TRAINING)
+@pytest.mark.filterwarnings("ignore:No --ckpt_path")
+def test_a_signal_outside_of_training_ends_with_its_code(command: str, hook: str, signum: signal.Signals) -> None:
+    args = [command, "--config=digits.yaml", *(SHORT if command == "fit" else QUIET)]
+    done = run_on(1, lambda: run_cli(args, Send(signum, hook)))
+    assert done.returncode == 128 + signum, done.stderr
+    assert done.stderr.splitlines()[-1] == f"Stopped by {signum.name}."
+    assert "Traceback" not in done.stderr
+    assert len(list(Path().rglob("predictions.csv"))) == (hook == "on_predict_end")
+    assert len(list(Path().rglob("checkpoints/last.ckpt"))) == (hook in ("on_test_batch_end", "on_fit_end"))
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_signal_to_one_rank_ends_all(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("program.py").write_text(
+        "import signal\nfrom tests.test_interruption import Send, run_cli\n"
+        f"args = {[command, '--config=digits.yaml', *QUIET, '--trainer.devices=2', '--trainer.strategy=ddp']}\n"
+        f"run_cli(args, Send(signal.SIGTERM, 'on_{command}_batch_end', rank=1))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 143, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("Stopped by SIGTERM.") == 1
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_outlive_the_signal_that_a_scheduler_sends_to_all(num_workers: int) -> None:
+    write_folder(Path("images"))
+    data = ["--data.root=images", "--data.memory_gib=0", f"--data.num_workers={num_workers}", "--data.batch_size=4"]
+    network = ["--data.image_size=16", "--data.crop_padding=2", "--model.backbone=digits"]
+    args = ["fit", "--config=folder.yaml", *data, *network, *QUIET, "--trainer.max_epochs=3"]
+
+    def stopped() -> None:
+        os.setpgrp()
+        run_cli(args, Send(signal.SIGTERM, "on_before_optimizer_step", group=True))
+
+    done = run_on(1, stopped)
+    assert done.returncode == 143, done.stderr
+    (path,) = Path().rglob("last.ckpt")
+    assert f"continue from {path}" in done.stderr
+    assert "Traceback" not in done.stderr
+    main([*args, "--ckpt_path=last"])
+    one = last(path.parents[1])
+    main([*args, "--trainer.logger.name=whole"])
+    assert_same(one["state_dict"], last("runs/whole/version_0")["state_dict"])
+
+
+@pytest.mark.parametrize("content", ["", "seed_everything: 0\nmodel:\n  class", "model: [", "\udcff"])
+def test_a_run_whose_config_was_half_written_continues(content: str) -> None:
+    with pytest.warns(UserWarning, match="There is no"):
+        main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
+    config = Path("runs/digits/version_0/config.yaml")
+    whole = config.read_text()
+    config.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.warns(UserWarning, match=r"config.yaml is not complete"):
+        cli = main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
+    assert cli is not None
+    assert config.read_text() == whole
+
+
+def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="There is no"):
+        main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
+    config = Path("runs/digits/version_0/config.yaml")
+    before = config.read_text()
+    monkeypatch.setattr("os.fsync", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert config.read_text() == before
 
 
 def test_two_processes_stop_together_and_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,20 @@
-"""The checkpoint that is tested."""
+"""The checkpoint that is tested, also when its run was moved or continues in another folder."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+import shutil
+from pathlib import Path, PurePath
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from ..checkpoints import update_index
+from ..atomic import atomic_path
+from ..checkpoints import read, update_index
+from ..errors import InputError
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -34,3 +41,69 @@ class BestCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero and "://" not in filepath:
             update_index(Path(filepath).parent, best=Path(self.best_model_path).name)
+
+
+def relocate(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Let the states of :class:`~lightning.pytorch.callbacks.ModelCheckpoint` name files of the run's own folders only.
+
+    Lightning deletes the files that such a state names, recursively, and drops the best score when a folder was moved.
+    Here the best checkpoints are found by name, in the folder that the callback writes to, or beside the checkpoint
+    that is loaded, from where they are copied. One of a later step than the loaded checkpoint is not part of its run.
+    Others are dropped with a warning.
+
+    Args:
+        checkpoint: A loaded checkpoint. The states in it are replaced.
+        trainer: The Trainer that resumes from it.
+    """
+    states = checkpoint.get("callbacks", {})
+    for callback in trainer.checkpoint_callbacks:
+        state = states.get(callback.state_key)
+        if isinstance(callback, ModelCheckpoint) and isinstance(state, dict):
+            if trainer.is_global_zero:
+                state = _relocated(state, callback, Path(str(trainer.ckpt_path)).parent, checkpoint["global_step"])
+            states[callback.state_key] = trainer.strategy.broadcast(state)
+
+
+def _relocated(state: dict[str, Any], callback: ModelCheckpoint, source: Path, global_step: int) -> dict[str, Any]:
+    remote = "://" in str(callback.dirpath)
+    folder = Path(str(callback.dirpath))
+    scores: dict[str, Tensor] = {}
+    dropped = []
+    for path, score in state.get("best_k_models", {}).items():
+        name = PurePath(path).name
+        if remote:
+            scores[f"{callback.dirpath}/{name}"] = score
+            continue
+        found = next((place / name for place in (folder, source) if (place / name).is_file()), None)
+        if found is None or not _is_until(found, global_step):
+            dropped.append(name)
+            continue
+        if found.parent != folder:
+            with atomic_path(folder / name) as part:
+                shutil.copyfile(found, part)
+        scores[str(folder / name)] = score
+    if dropped:
+        rank_zero_warn(f"The best checkpoint in {folder} is chosen without {', '.join(dropped)}: not found there.")
+    scores = dict(sorted(scores.items(), key=lambda item: float(item[1]), reverse=callback.mode == "max"))
+    best, worst = next(iter(scores), ""), next(reversed(scores), "")
+    if best and isinstance(callback, BestCheckpoint) and not remote:
+        update_index(folder, best=PurePath(best).name)
+    if callback.monitor is None and (latest := folder / PurePath(state["best_model_path"]).name).is_file():
+        best = str(latest)
+    return state | {
+        "dirpath": callback.dirpath,
+        "best_k_models": scores,
+        "best_model_path": best,
+        "best_model_score": scores.get(best),
+        "kth_best_model_path": worst,
+        "kth_value": scores.get(worst),
+        "last_model_path": "",
+    }
+
+
+def _is_until(path: Path, global_step: int) -> bool:
+    """Return whether a file is a checkpoint of ``global_step`` or before."""
+    try:
+        return bool(read(path).get("global_step", math.inf) <= global_step)
+    except InputError:
+        return False

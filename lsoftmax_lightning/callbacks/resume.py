@@ -12,8 +12,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..checkpoints import relocate
 from ..errors import InputError
+from .best_checkpoint import relocate
 
 _KEY = "exact_resume"  # in a checkpoint
 
@@ -34,7 +34,7 @@ class ExactResume(Callback):
       a run is resumed within one.
     - Weights of ``64-true``, which are rounded to float32.
     - The best checkpoint of a run whose folder was moved, or that continues in another folder
-      (:func:`~lsoftmax_lightning.checkpoints.relocate`).
+      (:func:`~lsoftmax_lightning.callbacks.best_checkpoint.relocate`).
 
     A checkpoint from before the validation, or the end of an epoch, that belongs to its step is not enough: Lightning
     leaves that out. :class:`LastCheckpoint` saves no such checkpoint; ``every_n_train_steps`` may.

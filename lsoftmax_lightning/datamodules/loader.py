@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import DataError, InputError
+from ..signals import ignore_signals
 from .images import ImageStore
 
 DRAWS = 2**24
@@ -156,6 +157,7 @@ class BatchLoader:
             batch_size=None,
             sampler=list(self.sampler)[self._served :],
             num_workers=self.num_workers,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),
         )
         try:

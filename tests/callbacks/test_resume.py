@@ -1,15 +1,25 @@
 """Epochs that are counted once, and learning rates that know of each."""
 
+import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor
 
-from lsoftmax_lightning.callbacks import ExactResume
+from lsoftmax_lightning.callbacks import ExactResume, LastCheckpoint
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
 
@@ -24,7 +34,6 @@ from ..conftest import BlobsDataModule, make_model, make_trainer
         {"max_steps": 24, "max_epochs": -1, "val_check_interval": 4, "check_val_every_n_epoch": None},
     ],
 )
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_from_the_end_of_an_epoch_the_next_one_follows(length: dict[str, Any], tmp_path: Path) -> None:
     def train(folder: str, **resume: Any) -> Tensor:
         validated = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1)
@@ -39,7 +48,6 @@ def test_from_the_end_of_an_epoch_the_next_one_follows(length: dict[str, Any], t
         assert torch.equal(train(f"from_{step}", ckpt_path=tmp_path / "whole" / f"step={step}.ckpt"), whole)
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_plateau_is_told_of_each_epoch_once(tmp_path: Path) -> None:
     def train(folder: str, max_epochs: int = 3, **resume: Any) -> Any:
         saved = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
@@ -61,3 +69,127 @@ def test_a_plateau_is_told_of_each_epoch_once(tmp_path: Path) -> None:
     train("shorter", max_epochs=1)
     _, plateau_again = train("longer", ckpt_path=tmp_path / "shorter" / "ended.ckpt")
     assert plateau_again["last_epoch"] == plateau["last_epoch"]
+
+
+class StopAt(Callback):
+    """End the run after a batch, as ``max_time`` does."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.batch:
+            trainer.should_stop = True
+
+
+class Signal(Callback):
+    """Send SIGTERM to the process in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_in(
+    folder: Path, *callbacks: Callback, settings: dict[str, Any] | None = None, **length: Any
+) -> tuple[Trainer, dict[str, Tensor]]:
+    """Train in a folder, from its last checkpoint if there is one; 8 batches an epoch."""
+    length = {"max_epochs": 3} | length
+    model = make_model(**settings or {})
+    trainer = make_trainer(
+        callbacks=[*callbacks, LastCheckpoint(folder), ExactResume()], enable_checkpointing=True, **length
+    )
+    last = folder / "last.ckpt"
+    trainer.fit(model, BlobsDataModule(), ckpt_path=last if last.is_file() else None)
+    return trainer, model.state_dict()
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+VALIDATIONS = [
+    {},
+    {"check_val_every_n_epoch": 2},
+    {"limit_val_batches": 0},
+    {"val_check_interval": 3},
+    {"val_check_interval": 5, "check_val_every_n_epoch": None},
+]
+
+
+@pytest.mark.parametrize("validation", VALIDATIONS, ids=str)
+@pytest.mark.parametrize("step", [3, 8, 11, 15])
+@pytest.mark.parametrize("limit", ["max_steps", "should_stop"])
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_longer_limit_continues_within_the_epoch(
+    limit: str, step: int, validation: dict[str, Any], tmp_path: Path
+) -> None:
+    _, whole = train_in(tmp_path / "whole", **validation)
+    if limit == "max_steps":
+        train_in(tmp_path / "part", max_steps=step, **validation)
+    else:
+        train_in(tmp_path / "part", StopAt(step), **validation)
+    assert torch.load(tmp_path / "part" / "last.ckpt", weights_only=True)["global_step"] == step
+    trainer, resumed = train_in(tmp_path / "part", **validation)
+    assert trainer.global_step == 24
+    assert_equal(resumed, whole)
+
+
+@pytest.mark.parametrize("validation", [*VALIDATIONS, {"max_steps": 21}, {"max_epochs": 1}], ids=str)
+def test_the_last_checkpoint_is_of_the_last_step(validation: dict[str, Any], tmp_path: Path) -> None:
+    trainer, weights = train_in(tmp_path, **validation)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert last["global_step"] == trainer.global_step
+    assert_equal(last["state_dict"], weights)
+    assert json.loads((tmp_path / "index.json").read_text()) == {"last": "last.ckpt"}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using `ckpt_path`")
+def test_a_run_that_early_stopping_ended_does_not_train_on(tmp_path: Path) -> None:
+    def stopping() -> EarlyStopping:
+        return EarlyStopping("val/loss", mode="max", patience=1)
+
+    _, ended = train_in(tmp_path, stopping(), max_epochs=9)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    trainer, again = train_in(tmp_path, stopping(), max_epochs=9)
+    assert trainer.global_step == torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] < 72
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+    assert_equal(again, ended)
+    trainer, _ = train_in(tmp_path, max_epochs=9)  # without the callback
+    assert trainer.global_step == 72
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: GradientAccumulationScheduler({0: 1, 1: 2, 3: 4}),
+        lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=2),
+    ],
+    ids=["accumulation", "averaging"],
+)
+@pytest.mark.parametrize("step", [2, 9, 14])
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Swapping scheduler", "ignore:.*lr_scheduler.step")
+def test_callbacks_of_epochs_continue_within_one(callback: Callable[[], Callback], step: int, tmp_path: Path) -> None:
+    _, whole = train_in(tmp_path / "whole", callback(), max_epochs=5)
+    with pytest.raises(SystemExit):
+        train_in(tmp_path / "part", callback(), Signal(step), max_epochs=5)
+    _, resumed = train_in(tmp_path / "part", callback(), max_epochs=5)
+    assert_equal(resumed, whole)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using `ckpt_path`")
+def test_a_run_in_double_precision_resumes_from_double_precision(tmp_path: Path) -> None:
+    _, whole = train_in(tmp_path / "whole", precision="64-true")
+    train_in(tmp_path / "part", precision="64-true", max_steps=11)
+    _, resumed = train_in(tmp_path / "part", precision="64-true")
+    assert resumed["head.weight"].dtype == torch.float64
+    assert_equal(resumed, whole)
+    model = make_model()
+    make_trainer(precision="64-true", callbacks=[ExactResume()]).test(
+        model, BlobsDataModule(), ckpt_path=tmp_path / "whole" / "last.ckpt", verbose=False
+    )
+    assert_equal(model.state_dict(), whole)

@@ -1,0 +1,135 @@
+"""The best checkpoint of a run that was killed, moved or continued elsewhere, and checkpoints that name other files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lsoftmax_lightning.callbacks import BestCheckpoint, ExactResume, LastCheckpoint
+from lsoftmax_lightning.checkpoints import indexed, read
+
+from ..conftest import BlobsDataModule, make_model, make_trainer
+
+KEEP_ONE = {"filename": "best"}
+KEEPS = [KEEP_ONE, {"filename": "{epoch}"}, {"filename": "{epoch}", "save_top_k": 2}]
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL."""
+
+
+def train(folder: Path, keep: dict[str, Any] = KEEP_ONE, max_epochs: int = 5, **fit: Any) -> BestCheckpoint:
+    """Train in a folder; the worst validation counts as the best, so that it is an early one."""
+    best = BestCheckpoint(folder, monitor="val/loss", mode="max", **keep)
+    callbacks = [best, LastCheckpoint(folder), ExactResume()]
+    trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=max_epochs)
+    trainer.fit(make_model(), BlobsDataModule(), **fit)
+    return best
+
+
+def assert_same_best(one: BestCheckpoint, other: BestCheckpoint) -> None:
+    paths = [Path(best.best_model_path) for best in (one, other)]
+    assert paths[0].name == paths[1].name
+    assert one.best_model_score == other.best_model_score
+    assert {Path(path).name for path in one.best_k_models} == {Path(path).name for path in other.best_k_models}
+    for path, best in zip(paths, (one, other), strict=True):
+        assert path.parent == Path(str(best.dirpath))
+        assert indexed(path.parent, "best") == path
+        assert indexed(path.parent, "last").name == "last.ckpt"
+    states = [read(path)["state_dict"] for path in paths]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids=str)
+@pytest.mark.parametrize("epochs", [1, 3, 5])
+@pytest.mark.parametrize("continued", ["moved", "elsewhere"])
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_the_best_checkpoint_is_kept_where_a_run_continues(
+    continued: str, epochs: int, keep: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = train(tmp_path / "whole", keep)
+    train(tmp_path / "begun", keep, epochs)
+    if continued == "moved":
+        (tmp_path / "begun").rename(tmp_path / "moved")
+        again = train(tmp_path / "moved", keep, ckpt_path=tmp_path / "moved" / "last.ckpt")
+    else:
+        again = train(tmp_path / "elsewhere", keep, ckpt_path=tmp_path / "begun" / "last.ckpt")
+    assert_same_best(again, whole)
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids=str)
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("before", [(LastCheckpoint, "_save_checkpoint"), (BestCheckpoint, "_remove_checkpoint")])
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The best checkpoint in")
+def test_a_kill_between_the_best_and_the_last_checkpoint_changes_nothing(
+    before: tuple[type[ModelCheckpoint], str], epoch: int, keep: dict[str, Any], tmp_path: Path
+) -> None:
+    def kill(callback: ModelCheckpoint, trainer: Trainer, path: str) -> None:
+        if trainer.current_epoch == epoch:
+            raise Killed
+        original(callback, trainer, path)
+
+    # the loss falls: with `min`, each epoch has a new best checkpoint
+    keep = keep | {"mode": "min"}
+    whole = train_min(tmp_path / "whole", keep)
+    original = getattr(*before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*before, kill)
+        try:
+            train_min(tmp_path / "killed", keep)
+        except Killed:
+            pass
+        else:
+            assert before[1] == "_remove_checkpoint"  # of the same name: nothing to remove
+            return
+    best = json.loads((tmp_path / "killed" / "index.json").read_text())["best"]
+    assert (tmp_path / "killed" / best).is_file()
+    again = train_min(tmp_path / "killed", keep, ckpt_path=tmp_path / "killed" / "last.ckpt")
+    assert_same_best(again, whole)
+
+
+def train_min(folder: Path, keep: dict[str, Any], **fit: Any) -> BestCheckpoint:
+    best = BestCheckpoint(folder, monitor="val/loss", **keep)
+    callbacks = [best, LastCheckpoint(folder), ExactResume()]
+    trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=4)
+    trainer.fit(make_model(), BlobsDataModule(), **fit)
+    return best
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_an_earlier_checkpoint_continues_without_the_later_best(tmp_path: Path) -> None:
+    keep = {"filename": "{epoch}", "save_top_k": 2}
+    best = train_min(tmp_path, keep)
+    assert {Path(path).name for path in best.best_k_models} == {"epoch=2.ckpt", "epoch=3.ckpt"}
+    with pytest.warns(UserWarning, match=r"is chosen without epoch=1.ckpt: not found there"):
+        again = train_min(tmp_path / "back", keep, ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert_same_best(again, best)
+
+
+@pytest.mark.parametrize("kind", [BestCheckpoint, ModelCheckpoint])
+@pytest.mark.parametrize("path", ["{victim}", "{own}/../victim", "{own}/../victim/file.ckpt", "victim"])
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_checkpoint_never_has_other_files_removed(kind: type[ModelCheckpoint], path: str, tmp_path: Path) -> None:
+    victim, own = tmp_path / "victim", tmp_path / "own"
+    victim.mkdir()
+    (victim / "file.ckpt").write_text("")
+
+    def fit(max_epochs: int, **fit: Any) -> None:
+        keep = kind(own, "best-{epoch}", "val/loss")
+        trainer = make_trainer(callbacks=[keep, ExactResume()], enable_checkpointing=True, max_epochs=max_epochs)
+        trainer.fit(make_model(), BlobsDataModule(), **fit)
+
+    fit(1)
+    hostile = torch.load(own / "best-epoch=0.ckpt", weights_only=True)
+    (state,) = (state for key, state in hostile["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    named = path.format(victim=victim, own=own)
+    state |= dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), named)
+    state |= {"best_k_models": {named: torch.tensor(99.0)}, "kth_value": torch.tensor(99.0)}
+    torch.save(hostile, tmp_path / "hostile.ckpt")
+    with pytest.warns(UserWarning, match="is chosen without"):
+        fit(3, ckpt_path=tmp_path / "hostile.ckpt")
+    assert (victim / "file.ckpt").is_file()
