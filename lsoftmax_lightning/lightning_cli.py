@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 from filelock import FileLock, Timeout
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, get_loader, set_loader  # type: ignore[attr-defined]
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -74,6 +75,31 @@ class _ConfigFile(ActionConfigFile):
         super().__call__(parser, cfg, str(find_config(values)), option_string)  # type: ignore[no-untyped-call]
 
 
+_MAX_NODES = 100_000  # of a YAML text, with each alias replaced by what it stands for
+_load_yaml = get_loader("yaml")
+
+
+def _load_bounded_yaml(text: str) -> Any:
+    """Load YAML; refuse aliases that stand for more than can be parsed, or for themselves."""
+    content = _load_yaml(text)
+    counts: dict[int, float] = {}
+
+    def count(node: Any) -> float:
+        if not isinstance(node, dict | list):
+            return 1
+        if id(node) not in counts:
+            counts[id(node)] = math.inf  # until it is counted: a node that contains itself has no end
+            counts[id(node)] = 1 + sum(map(count, node.values() if isinstance(node, dict) else node))
+        return counts[id(node)]
+
+    if count(content) > _MAX_NODES:
+        raise InputError(f"the YAML has more than {_MAX_NODES:,} values once its aliases are replaced; write it out.")
+    return content
+
+
+set_loader("yaml", _load_bounded_yaml, (yaml.YAMLError,))
+
+
 class _Parser(LightningArgumentParser):
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("action") is ActionConfigFile:
@@ -105,6 +131,25 @@ def flat(settings: Any, path: str = "") -> dict[str, Any]:
         return {path.replace(".init_args", "").removeprefix("."): settings}
     parts = (flat(value, f"{path}.{key}") for key, value in settings.items())
     return {name: value for part in parts for name, value in part.items()}
+
+
+_WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
+    "purge_step": (int | None, "a step below 2^63, or null"),
+    "max_queue": (int, "an integer"),
+    "flush_secs": (int | float, "a number of seconds"),
+    "filename_suffix": (str, "a text"),
+}
+
+
+def _check_writer(loggers: Any) -> None:
+    """Check the settings that TensorBoardLogger passes on unchecked, and that fail in training, in a thread of it."""
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        settings = getattr(logger, "init_args", None) or {}
+        for name, (kind, expected) in _WRITER_SETTINGS.items():
+            value = settings.get(name, "" if kind is str else 0)
+            huge = isinstance(value, int) and not -(2**63) <= value < 2**63
+            if isinstance(value, bool) or not isinstance(value, kind) or huge:
+                raise InputError(f"trainer.logger.{name} must be {expected}, got {value!r}.")
 
 
 class LSoftmaxCLI(LightningCLI):
@@ -198,6 +243,7 @@ class LSoftmaxCLI(LightningCLI):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
             del self.trainer_defaults["callbacks"][0]
         run = self.config_init[self.subcommand]
+        _check_writer(self.config[self.subcommand].trainer.logger)
         if run.get("weights_only") is False:
             raise InputError("weights_only: checkpoints are always read without running code in them; leave it out.")
         if run.ckpt_path in ("last", "best"):

@@ -9,6 +9,7 @@ import functools
 import io
 import logging
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.compare.plan import argument
 from lsoftmax_lightning.datamodules import digits
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI, flat
+
+from .test_cli import small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # what would start other processes, or fetch something
@@ -217,11 +220,42 @@ def runs_or_says_what_is_wrong(args: list[str]) -> None:
     assert code == 0 or len(printed.splitlines()) <= 40, printed
 
 
+WRONG_TYPES = [None, True, 3, -1, 0.5, 10**30, float("nan"), "abc", "", [1], [], {"a": 1}, [{}], {"class_path": "nope"}]
+TINY = [
+    *("--model.backbone=digits", "--model.backbone_args=null", "--dashboard.every_n_epochs=0"),
+    *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+    *("--trainer.max_epochs=1", "--trainer.max_steps=2", "--trainer.val_check_interval=1.0"),
+    *("--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"),
+]
+# what would start other processes, wait, fetch something, or train for long
+UNTRIED = {
+    *("trainer.devices", "trainer.num_nodes", "trainer.max_time", "trainer.max_epochs", "trainer.max_steps"),
+    *("trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.limit_test_batches", "data.num_workers"),
+    *("trainer.min_epochs", "trainer.min_steps", "trainer.accelerator", "config"),
+}
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_wrong_types_of_every_setting_are_errors_without_traceback(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["fit", "--config", config.name, *TINY, *small_data(config.name, tmp_path / "small", monkeypatch)]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        main([*args, "--print_config"])
+    settings = sorted(flat(yaml.safe_load(shown.getvalue())).keys() - UNTRIED)
+    assert {"trainer.logger.purge_step", "checkpoint.monitor", "model.optimizer.differentiable"} <= set(settings)
+    draw = random.Random(os.environ.get("FUZZ", config.name))
+    for _ in range(int(os.environ.get("FUZZ", "250")) // 10):
+        setting, value = draw.choice(settings), draw.choice(WRONG_TYPES)
+        runs_or_says_what_is_wrong([*args, f"--{setting}={argument(value)}"])
+
+
 @pytest.fixture(autouse=True)
 def _cheap(request: pytest.FixtureRequest) -> Iterator[None]:
     """Reads the digits once, and knows no command but fit where no other is called."""
     commands = LSoftmaxCLI.subcommands()
-    if request.node.callspec.params["kind"] is not command_lines:
+    if request.node.callspec.params.get("kind") is not command_lines:
         commands = {"fit": commands["fit"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "load_digits", functools.cache(load_digits))
