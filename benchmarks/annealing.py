@@ -209,6 +209,33 @@ def tables(rows: list[dict[str, str]]) -> Iterator[str]:
         yield f"{title}; lr {data.lr:g}, weight decay {data.weight_decay:g}\n\n{table(header, lines)}"
 
 
+def overall(rows: list[dict[str, str]]) -> str:
+    """Each schedule over all data sets, margins and seeds as Markdown; the error is that of the mean over seeds."""
+    runs = {
+        (row["data"], int(row["margin"]), row["schedule"], int(row["seed"])): 100 * float(row["test_acc"])
+        for row in rows
+    }
+    cells = list(itertools.product(DATA, MARGINS))
+    lines = []
+    for schedule in SCHEDULES:
+        gains = [runs[name, m, schedule, seed] - runs[name, 1, "none", seed] for name, m in cells for seed in SEEDS]
+        behind = [
+            statistics.fmean(runs[name, m, "feedback", seed] - runs[name, m, schedule, seed] for name, m in cells)
+            for seed in SEEDS
+        ]
+        error = statistics.stdev(behind) / math.sqrt(len(behind))
+        default = schedule == "feedback"
+        lines.append(
+            [
+                "default" if default else schedule,
+                f"{sum(gain < -2 for gain in gains)} of {len(gains)}",
+                f"{statistics.fmean(gains):+.2f}",
+                "-" if default else f"{statistics.fmean(behind):+.2f} ± {error:.2f}",
+            ]
+        )
+    return table(["schedule", "collapses", "mean gain over m = 1", "default - this"], lines)
+
+
 def tuning(rows: list[dict[str, str]]) -> str:
     """Mean validation accuracy of m = 1 by learning rate and weight decay as Markdown, the best in bold."""
     lines = []
@@ -253,7 +280,7 @@ def main() -> None:
         print(*job, *(f"{value:.4f}" for value in found.values()), flush=True)
     if args.table:
         rows = read(args.results)
-        print(tuning(rows) if args.tune else "\n".join(tables(rows)))
+        print(tuning(rows) if args.tune else "\n".join([*tables(rows), overall(rows)]))
 
 
 if __name__ == "__main__":
