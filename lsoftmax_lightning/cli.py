@@ -14,8 +14,9 @@ from .checkpoints import read
 from .compare import compare, report
 from .errors import InputError
 from .export import Format, Pixels, export
-from .lightning_cli import CONFIGS, LSoftmaxCLI, errors_without_traceback, find_config
+from .lightning_cli import CONFIGS, LSoftmaxCLI, find_config
 from .signals import Stopped
+from .user_errors import errors_without_traceback
 
 __all__ = ["CONFIGS", "main"]
 

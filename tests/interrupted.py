@@ -16,8 +16,9 @@ from lightning import Callback
 from torch import Tensor, nn
 
 from lsoftmax_lightning.datamodules import DigitsDataModule
-from lsoftmax_lightning.lightning_cli import LSoftmaxCLI, errors_without_traceback
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from lsoftmax_lightning.transforms import RandomCropFlip
+from lsoftmax_lightning.user_errors import errors_without_traceback
 
 
 class Random(nn.Sequential):

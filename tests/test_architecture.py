@@ -58,10 +58,12 @@ BELOW: dict[str, set[str]] = {
         "schedules",
         "signals",
         "strategies",
+        "user_errors",
     },
-    "compare": {"atomic", "errors", "functional", "callbacks", "lightning_cli", "pictures"},
+    "user_errors": {"errors", "signals"},
+    "compare": {"atomic", "errors", "functional", "callbacks", "lightning_cli", "pictures", "signals", "user_errors"},
     "export": {"atomic", "errors", "checkpoints"},
-    "cli": {"errors", "checkpoints", "compare", "export", "lightning_cli", "signals"},
+    "cli": {"errors", "checkpoints", "compare", "export", "lightning_cli", "signals", "user_errors"},
     "__main__": {"cli"},
 }
 

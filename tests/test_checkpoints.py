@@ -21,7 +21,7 @@ from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.checkpoints import FORMAT, WholeCheckpointIO, read
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.errors import InputError, RunError
-from lsoftmax_lightning.lightning_cli import errors_without_traceback
+from lsoftmax_lightning.user_errors import errors_without_traceback
 
 from .conftest import BlobsDataModule, file_size_limit, make_model, make_trainer
 from .test_cli import QUIET, SHORT, fails

@@ -1,7 +1,11 @@
 """The command line as a user meets it."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -168,6 +172,67 @@ def test_a_folder_is_locked_while_its_run_is_trained(
         printed = fails(capsys, "fit", "--config", "digits.yaml", *SHORT, "--trainer.logger.version=0")
     assert f"another run is at work in {folder}" in printed
     assert not (folder / "config.yaml").exists()
+
+
+USERS_MODULE = """
+from torch.optim import SGD
+from lsoftmax_lightning import ClassificationModule
+class Module(ClassificationModule):
+    def training_step(self, batch, batch_idx):
+        raise IndexError("of the user")
+"""
+
+
+def test_only_errors_in_the_users_code_show_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = ["fit", "--config", "digits.yaml", *SHORT, "--model.optimizer=torch.optim.SparseAdam"]
+    printed = fails(capsys, *library)
+    assert "error: RuntimeError: SparseAdam does not support dense gradients" in printed
+    assert "(LSOFTMAX_LIGHTNING_DEBUG=1 prints the traceback.)" in printed
+    Path("users_module.py").write_text(USERS_MODULE)
+    monkeypatch.syspath_prepend(".")
+    with pytest.raises(IndexError, match="of the user"):
+        main(["fit", "--config", "digits.yaml", *SHORT, "--model=users_module.Module"])
+    monkeypatch.setenv("LSOFTMAX_LIGHTNING_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="SparseAdam"):
+        main(library)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("purge_step=true", "trainer.logger.purge_step must be a step below 2^63, or null, got True."),
+        ("purge_step=99999999999999999999", "trainer.logger.purge_step must be"),
+        ("filename_suffix=null", "trainer.logger.filename_suffix must be a text, got None."),
+        ("flush_secs=abc", "trainer.logger.flush_secs must be a number of seconds, got 'abc'."),
+        ("max_queue=[1]", "trainer.logger.max_queue must be an integer, got [1]."),
+    ],
+)
+def test_settings_of_the_event_writer_are_checked(setting: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in fails(capsys, "fit", "--config", "digits.yaml", *SHORT, f"--trainer.logger.{setting}")
+    assert not Path("runs").exists()
+
+
+ALIASES = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))])
+
+
+@pytest.mark.parametrize("text", [f"{ALIASES}\nmodel: *a39\n", "model: &a\n  class_path: *a\n"], ids=["bomb", "loop"])
+@pytest.mark.parametrize("argument", ["--config=bad.yaml", "--config=digits.yaml --model=bad.yaml"])
+def test_aliases_of_a_config_are_bounded(argument: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text(text)
+    assert "more than 100,000 values once its aliases are replaced" in fails(capsys, "fit", *argument.split())
+
+
+def test_a_port_in_use_ends_all_ranks_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        devices = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+        command = [sys.executable, "-m", "lsoftmax_lightning", "fit", "--config=digits.yaml", *SHORT, *devices]
+        done = subprocess.run(command, env=os.environ | port, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1
+    assert "error: the port is in use" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_data_tells_the_model() -> None:

@@ -18,7 +18,8 @@ from lightning import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lsoftmax_lightning.cli import main
-from lsoftmax_lightning.lightning_cli import LSoftmaxCLI, errors_without_traceback
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
+from lsoftmax_lightning.user_errors import errors_without_traceback
 
 from .conftest import file_size_limit
 from .datamodules.formats import write_folder

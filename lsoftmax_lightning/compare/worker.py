@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 from lightning import Callback, Trainer
 
 from ..atomic import write_text
-from ..lightning_cli import LSoftmaxCLI, errors_without_traceback
+from ..lightning_cli import LSoftmaxCLI
+from ..signals import Stopped
+from ..user_errors import errors_without_traceback
 from .record import TestRecord
 
 
@@ -38,7 +41,7 @@ class Progress(Callback):
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Ends the run, if the comparison has ended."""
         if trainer.is_global_zero and os.getppid() != self._parent:
-            raise KeyboardInterrupt
+            raise Stopped(signal.SIGTERM)
 
     on_test_batch_end = on_validation_batch_end
 

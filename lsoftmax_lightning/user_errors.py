@@ -1,0 +1,115 @@
+"""Errors of the command line: one message for what a user can mend, a traceback for errors in the user's own code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from .errors import InputError, LSoftmaxError
+from .signals import Stopped, exit_on_signals
+
+_DEBUG = "LSOFTMAX_LIGHTNING_DEBUG"
+_HINT = f"({_DEBUG}=1 prints the traceback.)"
+_MAX_LINES = 30  # of a message
+_PATHS = sysconfig.get_paths()
+_LIBRARIES = (str(Path(__file__).parent), _PATHS["stdlib"], _PATHS["purelib"], _PATHS["platlib"], "<")
+_ADVICE = {
+    "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
+    "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
+    "Output size is too small": "the images are too small for this backbone.",
+    "SyncBatchNorm layers only work with GPU": "synchronised batch normalisation works on GPUs alone.",
+    "gloo/transport/tcp/pair.cc": "another process of the run died; above is its own error, or none if it was killed.",
+    "can't allocate memory": "these settings take more memory than there is.",
+    "EADDRINUSE": "the port is in use: set the environment variable MASTER_PORT to another one.",
+}
+"""Messages of libraries about settings that do not go together, and what a user can do."""
+
+
+@contextmanager
+def errors_of_settings() -> Iterator[None]:
+    """Turn whatever a parser or a constructor raises into an error of the settings."""
+    try:
+        yield
+    except Exception as error:
+        if _advice(error):
+            raise
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        raise InputError(f"{type(cause).__name__}: {cause} {_HINT}") from error
+
+
+@contextmanager
+def errors_without_traceback() -> Iterator[None]:
+    """End the process with one message for errors that a user can mend, and with 130 or 143 after a signal.
+
+    An error in the user's own code keeps its traceback, and so does every error where the environment variable
+    ``LSOFTMAX_LIGHTNING_DEBUG`` is set.
+
+    Raises:
+        SystemExit: With the message printed.
+    """
+    try:
+        with warnings.catch_warnings(), exit_on_signals(), _only_safe_checkpoints():
+            warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning of itself; no user can mend it
+            yield
+    except Stopped as stopped:
+        print(f"Stopped by {stopped.signal.name}.", file=sys.stderr)
+        raise
+    except Exception as error:
+        advice = _advice(error)
+        if _DEBUG in os.environ or (advice is None and _is_in_users_code(error)):
+            raise
+        text = str(advice) if advice is not None else f"{type(error).__name__}: {error} {_HINT}"
+        print("\n".join(f"error: {text}".splitlines()[:_MAX_LINES]), file=sys.stderr)
+        raise SystemExit(1) from error
+    finally:
+        # Lightning does so for NCCL alone; gloo's threads, left to the end of the process, now and then abort it
+        if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+            # torch 2.6 keeps Python's lock while it waits for them, who may want it to let go of the last tensors
+            time.sleep(0.1)
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _only_safe_checkpoints() -> Iterator[None]:
+    """Let :func:`torch.load` run no code from a file, whoever calls it."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _is_in_users_code(error: Exception) -> bool:
+    """Return whether the traceback passes through files outside of this package, the libraries and Python."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(not frame.filename.startswith(_LIBRARIES) for frame in frames)
+
+
+def _advice(error: Exception) -> BaseException | str | None:
+    """Return the error that a user can mend, found in what jsonargparse wraps around that of a constructor."""
+    for message, advice in _ADVICE.items():
+        if message in str(error):
+            return advice
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LSoftmaxError | MisconfigurationException | OSError):
+            return cause
+        if str(cause).startswith("Expected a <class 'NoneType'>"):
+            return error  # its older versions chain this in the place of ours, which is in the text alone
+        cause = cause.__cause__
+    return None
