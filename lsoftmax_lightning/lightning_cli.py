@@ -411,8 +411,6 @@ class LSoftmaxCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Warns where random weights would be scored."""
-        # true, and no matter: nothing is saved here
-        warnings.filterwarnings("ignore", "The dirpath has changed")
         if not self.config_init[self.subcommand].ckpt_path:
             rank_zero_warn("No --ckpt_path was given: this is the output of RANDOM weights.")
 

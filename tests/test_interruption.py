@@ -262,6 +262,30 @@ def test_last_is_the_last_run_of_fit_and_goes_on_in_its_folder(caplog: pytest.Lo
     assert json.loads(Path("runs/digits/version_2/results.json").read_text()) == pytest.approx(results)
 
 
+@pytest.mark.parametrize("how", ["path", "moved", "renamed"])
+def test_the_best_of_all_epochs_is_tested_where_a_run_continues(how: str) -> None:
+    # with the highest loss as the best, the first epoch is the one to be tested
+    fit = ["fit", "--config=digits.yaml", *SHORT, "--checkpoint.mode=max"]
+    main([*fit, "--trainer.max_epochs=4", "--trainer.logger.name=whole"])
+    whole = json.loads(Path("runs/whole/version_0/results.json").read_text())
+    main([*fit, "--trainer.max_epochs=2"])
+    run, resume = Path("runs/digits/version_0"), ["--ckpt_path=last"]
+    if how == "path":
+        resume = [f"--ckpt_path={run}/checkpoints/last.ckpt"]
+    elif how == "moved":
+        Path("elsewhere").mkdir()
+        run.parent.rename("elsewhere/digits")
+        resume += ["--trainer.logger.save_dir=elsewhere"]
+    else:
+        run.rename(run.with_name("mine"))
+        resume += ["--trainer.logger.version=mine"]
+    cli = main([*fit, "--trainer.max_epochs=4", *resume])
+    assert cli is not None
+    folder = Path(str(cli.trainer.log_dir))
+    assert json.loads((folder / "results.json").read_text()) == whole
+    assert json.loads((folder / "checkpoints/index.json").read_text()) == {"best": "best.ckpt", "last": "last.ckpt"}
+
+
 def test_a_checkpoint_that_does_not_fit_the_disk_is_an_error_and_the_one_before_is_whole(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -97,6 +97,8 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Load what was saved, and take back the first count of an epoch, which the Trainer makes again."""
         if trainer.state.fn != "fit":
+            for callback in trainer.checkpoint_callbacks:  # what it saved before is of no use, and may have moved
+                checkpoint.get("callbacks", {}).pop(callback.state_key, None)
             return
         saved = checkpoint.get(_KEY, {"seed": self._seed, "watched": {}})
         if saved["seed"] != self._seed:
