@@ -1,6 +1,6 @@
 """Train with the default schedule of lambda on 1,000 to 100,000 classes of synthetic images.
 
-Each class is a random 8x8 image; its samples are that image under noise, four to train on and one to test on.
+Each class is a random 8x8 image; its samples are that image under noise, four to train on, one to validate and one to test on.
 
 Usage: python benchmarks/many_classes.py [--classes 1000 10000 100000] [--margins 1 2 4] [--seeds 0]
 """
@@ -37,13 +37,13 @@ class RandomClasses(ImageDataModule):
 
     def __init__(self, num_classes: int) -> None:
         self.class_names = tuple(map(str, range(num_classes)))
-        super().__init__(BATCH_SIZE, val_size=BATCH_SIZE)
+        super().__init__(BATCH_SIZE, val_size=num_classes)
 
     def load(self, train: bool) -> Images:
         """Draw the images."""
         generator = torch.Generator().manual_seed(0)
         centres = torch.randint(256, (len(self.class_names), *self.image_shape), generator=generator)
-        targets = torch.arange(len(centres)).repeat(4 if train else 1)
+        targets = torch.arange(len(centres)).repeat(5 if train else 1)
         noise = torch.randn(len(targets), *self.image_shape, generator=generator.manual_seed(1 + train))
         return Images((centres[targets] + NOISE * noise).clamp(0, 255).to(torch.uint8), targets)
 
@@ -66,7 +66,7 @@ def train(num_classes: int, margin: int, seed: int) -> list[str]:
         image_shape=data.image_shape,
         backbone=Net(),
         margin=margin,
-        optimizer=lambda params: SGD(params, lr=0.5, momentum=0.9),
+        optimizer=lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
         lr_scheduler=lambda optimizer: FractionalMultiStepLR(optimizer, [0.6, 0.85]),
     )
     settings: dict[str, Any] = {"limit_val_batches": 0, "logger": False, "enable_checkpointing": False}

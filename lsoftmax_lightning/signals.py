@@ -87,9 +87,12 @@ def stop(signum: signal.Signals) -> None:
 def exit_on_signals() -> Iterator[None]:
     """Raise :class:`Stopped` in the block when a signal arrives, and restore the handlers after it."""
     previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
-    SignalHandler(stop).install()
+    handler = SignalHandler(stop)
+    handler.install()
     try:
         yield
+        if handler.received is not None:  # a destructor or a weakref callback swallowed the exception
+            stop(handler.received)
     finally:
         if threading.current_thread() is threading.main_thread():
             for signum, function in previous.items():

@@ -325,3 +325,20 @@ def test_what_the_optimizer_cannot_go_on_with_is_refused_and_what_has_no_effect_
         cli = main([*fit, "--trainer.max_epochs=2", "--model.optimizer.lr=0.01"])
     assert cli is not None
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0005)
+
+
+class Swallow(Callback):
+    """Send SIGTERM while a destructor runs, in which Python ignores exceptions."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        class Resource:
+            def __del__(self) -> None:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Resource()
+
+
+def test_a_signal_in_a_destructor_is_not_lost() -> None:
+    done = run_on(1, lambda: run_cli(["fit", "--config=digits.yaml", *SHORT], Swallow()))
+    assert done.returncode == 143, done.stderr
+    assert not list(Path().rglob("results.json"))

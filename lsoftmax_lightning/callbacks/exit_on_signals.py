@@ -21,25 +21,40 @@ class ExitOnSignals(Callback):
         SystemExit: After a signal, with code 130 (SIGINT) or 143 (SIGTERM).
     """
 
+    _handler: SignalHandler | None = None
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Handle signals while data and checkpoint are read."""
-        self._install(trainer)
+
+        def stop_all_ranks(signum: signal.Signals) -> None:
+            if (launcher := trainer.strategy.launcher) is not None:
+                launcher.kill(signum)
+            stop(signum)
+
+        self._stop_if_received()
+        self._handler = SignalHandler(stop_all_ranks)
+        self._handler.install()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Replace the handler of Lightning, which is installed just before, or that of LastCheckpoint."""
-        self._install(trainer)
+        self._stop_if_received()
+        if self._handler is not None:
+            self._handler.install()
 
     on_train_start = on_train_end = on_test_start = on_predict_start = on_sanity_check_start
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Replace the handler of Lightning, unless the validation is part of training."""
         if trainer.state.fn != "fit":
-            self._install(trainer)
+            self.on_sanity_check_start(trainer, pl_module)
 
-    def _install(self, trainer: Trainer) -> None:
-        def stop_all_ranks(signum: signal.Signals) -> None:
-            if (launcher := trainer.strategy.launcher) is not None:
-                launcher.kill(signum)
-            stop(signum)
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """Stop now if Python ignored the exception of the handler."""
+        self._stop_if_received()
 
-        SignalHandler(stop_all_ranks).install()
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def _stop_if_received(self) -> None:
+        """Stop if a signal arrived in a destructor or a weakref callback, where Python ignores exceptions."""
+        if self._handler is not None and self._handler.received is not None:
+            stop(self._handler.received)

@@ -112,8 +112,8 @@ class ExactResume(Callback):
         current = progress["current"]
         self._plateau_step_pending = current["ready"] > current["completed"]
         self._resumed_within_epoch = current["ready"] > current["processed"]
-        for callback in trainer.early_stopping_callbacks:
-            if checkpoint["callbacks"].get(callback.state_key, {}).get("stopping_reason"):
+        for stopping in trainer.early_stopping_callbacks:
+            if checkpoint["callbacks"].get(stopping.state_key, {}).get("stopping_reason"):
                 rank_zero_info("EarlyStopping ended this run; it continues without that callback only.")
                 trainer.should_stop = True
         if trainer.max_steps == -1:
