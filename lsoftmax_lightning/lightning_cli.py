@@ -7,7 +7,7 @@ import math
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,12 @@ def flat(settings: Any, path: str = "") -> dict[str, Any]:
         return {path.replace(".init_args", "").removeprefix("."): settings}
     parts = (flat(value, f"{path}.{key}") for key, value in settings.items())
     return {name: value for part in parts for name, value in part.items()}
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove what a killed run left in its folder, which is locked."""
+    for part in folder.rglob(".*.part"):
+        part.unlink(missing_ok=True)
 
 
 _WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
@@ -279,6 +285,9 @@ class LSoftmaxCLI(LightningCLI):
         settings.ckpt_path = None  # in the config that is saved, which says how to repeat the run
         if not path.is_file():
             rank_zero_warn(f"There is no {path} to continue from: this is a new run.")
+            if folder.is_dir():
+                with suppress(Timeout), FileLock(folder / ".lock", timeout=0):
+                    _remove_parts(folder)
         elif resumes:
             self._report_changed_settings(folder)
             # said by Lightning, rightly, of a folder named twice
@@ -351,8 +360,7 @@ class LSoftmaxCLI(LightningCLI):
             self._resources.enter_context(FileLock(folder / ".lock", timeout=_LOCK_SECONDS))
         except Timeout as error:
             raise InputError(f"another run is at work in {folder}; wait for it, or choose another version.") from error
-        for part in folder.rglob(".*.part"):  # of a killed run
-            part.unlink()
+        _remove_parts(folder)
 
     @contextmanager
     def _end_launched_ranks(self) -> Iterator[None]:

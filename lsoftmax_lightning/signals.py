@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,6 +88,8 @@ def stop(signum: signal.Signals) -> None:
 def exit_on_signals() -> Iterator[None]:
     """Raise :class:`Stopped` in the block when a signal arrives, and restore the handlers after it."""
     previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda error: None if isinstance(error.exc_value, SystemExit) else show(error)
     handler = SignalHandler(stop)
     handler.install()
     try:
@@ -94,6 +97,7 @@ def exit_on_signals() -> Iterator[None]:
         if handler.received is not None:  # a destructor or a weakref callback swallowed the exception
             stop(handler.received)
     finally:
+        sys.unraisablehook = show
         if threading.current_thread() is threading.main_thread():
             for signum, function in previous.items():
                 signal.signal(signum, function)

@@ -63,10 +63,10 @@ def errors_without_traceback() -> Iterator[None]:
         with warnings.catch_warnings(), exit_on_signals(), _only_safe_checkpoints():
             warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning of itself; no user can mend it
             yield
-    except Stopped as stopped:
-        print(f"Stopped by {stopped.signal.name}.", file=sys.stderr)
-        raise
-    except Exception as error:
+    except (Stopped, Exception) as error:
+        if (stopped := _stopped(error)) is not None:
+            print(f"Stopped by {stopped.signal.name}.", file=sys.stderr)
+            raise stopped from None
         advice = _advice(error)
         if _DEBUG in os.environ or (advice is None and _is_in_users_code(error)):
             raise
@@ -94,13 +94,20 @@ def _only_safe_checkpoints() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def _is_in_users_code(error: Exception) -> bool:
+def _stopped(error: BaseException | None) -> Stopped | None:
+    """Return the signal's exception that ``error`` is, or during whose handling it was raised."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
+
+
+def _is_in_users_code(error: BaseException) -> bool:
     """Return whether the traceback passes through files outside of this package, the libraries and Python."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(not frame.filename.startswith(_LIBRARIES) for frame in frames)
 
 
-def _advice(error: Exception) -> BaseException | str | None:
+def _advice(error: BaseException) -> BaseException | str | None:
     """Return the error that a user can mend, found in what jsonargparse wraps around that of a constructor."""
     for message, advice in _ADVICE.items():
         if message in str(error):

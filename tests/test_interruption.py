@@ -342,3 +342,17 @@ def test_a_signal_in_a_destructor_is_not_lost() -> None:
     done = run_on(1, lambda: run_cli(["fit", "--config=digits.yaml", *SHORT], Swallow()))
     assert done.returncode == 143, done.stderr
     assert not list(Path().rglob("results.json"))
+
+
+class FailInTeardown(Callback):
+    """Raise an error of its own when the run is interrupted."""
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        raise OSError("Writer is closed")
+
+
+def test_an_error_after_a_signal_does_not_hide_it() -> None:
+    send = Send(signal.SIGTERM, "on_test_batch_end")
+    done = run_on(1, lambda: run_cli(["fit", "--config=digits.yaml", *SHORT], send, FailInTeardown()))
+    assert done.returncode == 143
+    assert done.stderr.splitlines()[-1] == "Stopped by SIGTERM."
