@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 import torch
@@ -74,14 +74,35 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def torch_save(content: object, path: str | Path) -> None:
-    """Write by :func:`torch.save` and :func:`atomic_path`.
+    """Write by :func:`torch.save` and :func:`atomic_path`."""
+    with atomic_path(path) as part, part.open("wb") as file:
+        deferred = _DeferredErrorFile(file)
+        torch.save(content, deferred)  # type: ignore[arg-type]  # it needs write and flush alone
+        if deferred.error is not None:
+            raise deferred.error
 
-    The file is made in memory: :func:`torch.save` may abort the process when the disk is full.
-    """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with atomic_path(path) as part:
-        part.write_bytes(buffer.getbuffer())
+
+class _DeferredErrorFile:
+    """A file whose errors are kept: raised inside :func:`torch.save`, one would abort the process."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except BaseException as error:  # of the disk, or of a signal
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        try:
+            if self.error is None:
+                self.file.flush()
+        except BaseException as error:
+            self.error = error
 
 
 def remove_parts(path: Path) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePath
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -20,7 +20,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from .atomic import atomic_path, write_text
+from .atomic import torch_save, write_text
 from .errors import InputError, RunError
 
 FORMAT = 1
@@ -51,11 +51,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            with atomic_path(path) as part, part.open("wb") as file:
-                deferred = _DeferredErrorFile(file)
-                torch.save(checkpoint, deferred)  # type: ignore[arg-type]  # it needs write and flush alone
-                if deferred.error is not None:
-                    raise deferred.error
+            torch_save(checkpoint, path)
         except OSError as error:
             raise RunError(
                 f"the checkpoint {path} could not be written: {error.strerror}. The previous checkpoint is unchanged; "
@@ -70,29 +66,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Lightning reads a checkpoint at a URL with ``weights_only=False``, which runs code in it.
         """
         return read(path)
-
-
-class _DeferredErrorFile:
-    """A file whose errors are kept: raised inside :func:`torch.save`, one would abort the process."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: BaseException | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            if self.error is None:
-                self.file.write(data)
-        except BaseException as error:  # of the disk, or of a signal
-            self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        try:
-            if self.error is None:
-                self.file.flush()
-        except BaseException as error:
-            self.error = error
 
 
 def stamp(checkpoint: dict[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .atomic import atomic_path, temporary_path
 from .checkpoints import read
 from .errors import InputError, RunError
 
@@ -71,7 +73,8 @@ def export(
 
     Raises:
         InputError: If the data do not say how to normalise, or a package is missing.
-        RunError: If the network cannot be written so, or what was written gives something else than the module.
+        RunError: If the network cannot be written so, what was written gives something else than the module, or the
+            disk is full or read-only. A file that was there before is unchanged.
     """
     for name, value, known in (("format", format, get_args(Format)), ("pixels", pixels, get_args(Pixels))):
         if value not in known:
@@ -80,11 +83,15 @@ def export(
     if missing:
         raise InputError(f"to export to ONNX takes {', '.join(missing)}: pip install 'lsoftmax-lightning[export]'.")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _disk_errors(path), temporary_path(path) as folder:
+        folder.mkdir()  # an error here comes before the work
     model = model.cpu().eval()
     if format == "state_dict":
-        torch.save(model.backbone.state_dict(), path)
-        read(path)
+        buffer = io.BytesIO()  # on a full disk, torch.save to a file may abort the process
+        torch.save(model.backbone.state_dict(), buffer)
+        with _disk_errors(path), atomic_path(path) as part:
+            part.write_bytes(buffer.getbuffer())
+            read(part)
         return {}
 
     if not all(hasattr(datamodule, name) for name in ("mean", "std", "class_names")):
@@ -108,7 +115,8 @@ def export(
     two = torch.cat([images[:1], images[:1]])  # one would be taken for the only size there is
     program = torch.export.export(deployed, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     write = _onnx if format == "onnx" else _torch_export
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with _disk_errors(path), temporary_path(path) as folder:
+        folder.mkdir()
         run = write(program, Path(folder, path.name), metadata)
         with torch.inference_mode():
             found = run(images), run(images[:1])
@@ -118,16 +126,33 @@ def export(
             if not difference <= _TOLERANCE * max(1.0, float(expected[at].abs().max())):
                 raise RunError(f"{name} of the exported network differs by {difference:.3g} from that of the module.")
             differences[name] = difference
-        for file in Path(folder).iterdir():  # ONNX keeps large weights in a second one
-            file.replace(path.parent / file.name)
+        external_data = [file for file in folder.iterdir() if file.name != path.name]
+        if external_data:  # in which ONNX keeps large weights; no model is left that would read those of another
+            path.unlink(missing_ok=True)
+        for file in [*external_data, folder / path.name]:
+            with atomic_path(path.parent / file.name) as part:
+                file.replace(part)
     return differences
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Report a full or read-only disk as an error of the output."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"output: {path} cannot be written ({error.strerror or error}); free some space or choose another file."
+        ) from error
 
 
 Runner = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def _torch_export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+    buffer = io.BytesIO()  # on a full disk, torch reports no cause
+    torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
+    path.write_bytes(buffer.getbuffer())
     read_again: Runner = torch.export.load(path).module()
     return read_again
 
@@ -140,6 +165,8 @@ def _onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str,
         assert onnx is not None
         onnx.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
         onnx.save(path)
+    except OSError:  # of the disk
+        raise
     except Exception as error:  # whatever their converters meet
         raise RunError(
             f"torch {torch.__version__} and onnxscript {version('onnxscript')} cannot write this network as ONNX "

@@ -1,6 +1,10 @@
 """A network that leaves this package gives what it gave in it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,13 @@ import torch
 from torch import Tensor
 
 from lsoftmax_lightning import ClassificationModule, VerificationModule
+from lsoftmax_lightning.atomic import atomic_path
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.datamodules import DigitsDataModule
 from lsoftmax_lightning.errors import InputError, RunError
 from lsoftmax_lightning.export import Format, Pixels, export
 
-from .conftest import WRITES_ONNX, BlobsDataModule, make_model
+from .conftest import WRITES_ONNX, BlobsDataModule, file_size_limit, make_model
 from .test_cli import QUIET, SHORT, fails
 
 
@@ -116,3 +121,84 @@ def test_what_differs_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("lsoftmax_lightning.export.find_spec", lambda name: None)
     with pytest.raises(InputError, match="to export to ONNX takes onnx, onnxscript, onnxruntime: pip install"):
         export(make_model(), BlobsDataModule(), "model.onnx")
+
+
+FORMATS = [
+    pytest.param("onnx", marks=pytest.mark.skipif(not WRITES_ONNX, reason="this torch writes no ONNX")),
+    "torch_export",
+    "state_dict",
+]
+
+
+@pytest.mark.parametrize("size", [1_000, 50_000])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_full_disk_is_one_error_and_leaves_the_previous_file(format: Format, size: int) -> None:
+    Path("out").mkdir()
+    Path("out/model").write_text("old")
+    with (
+        file_size_limit(size),
+        pytest.raises(
+            RunError, match=r"^output: out/model cannot be written \(File too large\); free some space"
+        ) as caught,
+    ):
+        export(make_model(), BlobsDataModule(), "out/model", format)
+    assert "\n" not in str(caught.value)
+    assert Path("out/model").read_text() == "old"
+    assert os.listdir("out") == ["model"]
+
+
+@pytest.mark.parametrize("path", ["/proc/out/model", "file/model", "/dev/null"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_output_that_cannot_be_written_is_one_error_before_any_work(format: Format, path: str) -> None:
+    Path("file").touch()
+    with pytest.raises(RunError, match=f"^output: {path} cannot be written"):
+        export(None, None, path, format)
+    assert not Path("/dev/null").is_file()
+
+
+KILLED = """
+import os, signal, torch
+from lsoftmax_lightning.export import export
+from tests.conftest import BlobsDataModule, make_model
+torch.export.load = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # the file is written, and not yet checked
+export(make_model(), BlobsDataModule(), "out/model", "torch_export")
+"""
+
+
+def test_a_killed_export_leaves_no_output_and_the_next_one_removes_its_parts() -> None:
+    # a forked process would wait for threads of torch.export that it does not have
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = Path("out").iterdir()
+    assert left.name.startswith(".model.")
+    assert (left / "model").is_file()
+    export(make_model(), BlobsDataModule(), "out/model", "state_dict")
+    assert os.listdir("out") == ["model"]
+
+
+def test_a_model_never_reads_missing_or_other_external_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[str, set[str]]] = []
+
+    def write(program: Any, path: Path, metadata: Any) -> Any:
+        for file in (path, path.with_name("model.onnx.data")):
+            file.write_text("new")
+        return program.module()
+
+    def recorded(path: Path) -> Any:
+        moved.append((path.name, {file.name for file in Path("out").iterdir() if file.is_file()}))
+        return atomic_path(path)
+
+    Path("out").mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        Path("out", name).write_text("old")
+    monkeypatch.setattr("lsoftmax_lightning.export._onnx", write)
+    monkeypatch.setattr("lsoftmax_lightning.export.atomic_path", recorded)
+    monkeypatch.setattr("lsoftmax_lightning.export.find_spec", lambda name: True)
+    export(make_model(), BlobsDataModule(), "out/model.onnx")
+    assert moved == [("model.onnx.data", {"model.onnx.data"}), ("model.onnx", {"model.onnx.data"})]
+    assert {path.name: path.read_text() for path in Path("out").iterdir()} == {
+        "model.onnx": "new",
+        "model.onnx.data": "new",
+    }

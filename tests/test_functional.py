@@ -212,11 +212,22 @@ def test_bad_labels_are_refused(m: int, target: Tensor, said: str) -> None:
         logits_of(x, weight, target, m)
 
 
-@pytest.mark.parametrize("margin", [0, -1, 2.5, 2.0, True, "2", None])
+@pytest.mark.parametrize("margin", [0, -1, 2.5, 2.0, True, "2", None, 101, 10**9])
 def test_bad_margins_are_refused(margin: object) -> None:
     x, weight, target = batch()
     with pytest.raises(InputError, match="integer >= 1"):
         logits_of(x, weight, target, margin)  # type: ignore[arg-type]
+
+
+def test_float32_is_accurate_up_to_the_largest_margin() -> None:
+    theta = torch.linspace(0, math.pi, 20_001, dtype=torch.float64)
+    features = torch.stack([theta.cos(), theta.sin()], dim=1)
+    expected = reference_psi(theta, 100)
+    target = torch.zeros(len(theta), dtype=torch.long)
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-11)):
+        x, weight = features.to(dtype), torch.eye(2, dtype=dtype)
+        for logits in (margin_linear(x, weight, target, 100)[0], logits_of(x, weight, target, 100)):
+            assert (logits[:, 0] - expected).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("n", [2, 8])  # fewer and more rows than classes: the norms are taken in another order

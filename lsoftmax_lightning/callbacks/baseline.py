@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import stat
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -15,6 +18,8 @@ ANGLE_BINS = range(181)
 def softmax_angles(run: Path, stage: str) -> dict[str, Tensor]:
     """The angles of samples to their class in the latest run at m = 1 that lies in the same folder as ``run``.
 
+    Runs that cannot be read are skipped with a warning.
+
     Args:
         run: Folder of a run, with the ``hparams.yaml`` that Lightning leaves in it.
         stage: ``train``, ``val`` or ``test``.
@@ -23,13 +28,49 @@ def softmax_angles(run: Path, stage: str) -> dict[str, Tensor]:
         Under the name of that run, the angles as they were when it ended, [N], to the width of a bin; nothing where
         there is no such run.
     """
-    for hparams in sorted(run.parent.glob("*/hparams.yaml"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if hparams.parent == run or "margin: 1" not in hparams.read_text().splitlines():
+    for hparams in sorted(run.parent.glob("*/hparams.yaml"), key=_modified, reverse=True):
+        if hparams.parent == run:
             continue
-        events = EventAccumulator(str(hparams.parent), size_guidance={"histograms": 1, "images": 1}).Reload()
-        if f"angles/{stage}" in events.Tags()["histograms"]:
-            histogram = events.Histograms(f"angles/{stage}")[-1].histogram_value
-            middles = torch.tensor(histogram.bucket_limit) - ANGLE_BINS.step / 2
-            angles = middles.repeat_interleave(torch.tensor(histogram.bucket).long())
-            return {f"{stage} of softmax ({hparams.parent.name})": angles}
+        path = hparams
+        try:
+            if "margin: 1" not in _read_text(hparams).splitlines():
+                continue
+            path = hparams.parent  # of the event files, which their reader does not name
+            angles = _final_angles(path, stage)
+        except Exception as error:  # of the disk, or whatever the reader meets in a damaged event file
+            cause = str(error) or type(error).__name__
+            rank_zero_warn(f"{path} cannot be read, so the angles of this run are not shown for comparison: {cause}")
+            continue
+        if angles is not None:
+            return {f"{stage} of softmax ({path.name})": angles}
     return {}
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # a broken link, or one of a run that is being removed
+        return 0.0
+
+
+def _read_text(path: Path) -> str:
+    _check_regular(path)
+    return path.read_text(encoding="utf-8")
+
+
+def _final_angles(run: Path, stage: str) -> Tensor | None:
+    """Return the angles of the last histogram in a run's event files."""
+    for path in run.glob("*tfevents*"):
+        _check_regular(path)
+    events = EventAccumulator(str(run), size_guidance={"histograms": 1, "images": 1}).Reload()
+    if f"angles/{stage}" not in events.Tags()["histograms"]:
+        return None
+    histogram = events.Histograms(f"angles/{stage}")[-1].histogram_value
+    middles = torch.tensor(histogram.bucket_limit) - ANGLE_BINS.step / 2
+    return middles.repeat_interleave(torch.tensor(histogram.bucket).long())
+
+
+def _check_regular(path: Path) -> None:
+    """Raise OSError for anything but a file: to open a FIFO could block forever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))

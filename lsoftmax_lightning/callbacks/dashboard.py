@@ -14,11 +14,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ..atomic import atomic_path
 from ..errors import InputError
 from ..functional import target_angles
 from .baseline import ANGLE_BINS, softmax_angles
-from .frames import ClassFrame, ClassSample, Frame, samples_per_batch, take_frame
+from .frames import ClassFrame, ClassSample, Frame, latest_angles, samples_per_batch, take_frame
 from .listener import HeadListener, tensorboards
+from .predictions import csv_safe
+
+_MAX_TRAIN_ANGLES = 1_000_000  # samples, of 4 bytes each
+_MAX_TRAIN_BATCHES = 1000  # small tensors, of which each takes several hundred bytes more
 
 
 class Dashboard(HeadListener):
@@ -29,9 +34,9 @@ class Dashboard(HeadListener):
     images, the ROC curve, the angles of the pairs and the hardest pairs. After training also the embedding projector.
     After a test the same of its images.
 
-    The angles of training are of the batches that are logged, in the first process. Several validation dataloaders are
-    taken for one. Training waits for no picture: those that would take more than ``max_share`` of its time are drawn
-    when it is over.
+    The angles of training are of the batches that are logged since the last validation, of at most the last million
+    samples, in the first process. Several validation dataloaders are taken for one. Training waits for no picture:
+    those that would take more than ``max_share`` of its time are drawn when it is over.
 
     Args:
         every_n_epochs: Epochs between the pictures of a validation, from the first on; the last is always drawn. By
@@ -39,7 +44,7 @@ class Dashboard(HeadListener):
         max_samples: Features in the scatter and in the projector; all other pictures are of all images.
         max_share: The most that drawing may take of the time of training.
         save: Whether to leave every picture as a PNG file, and the numbers in it as CSV, in the folder ``dashboard`` of
-            the run.
+            the run. Texts that a spreadsheet would run as a formula have a ``'`` in front.
 
     Raises:
         InputError: If an argument is out of range, or there is no logger to say where to save.
@@ -78,8 +83,10 @@ class Dashboard(HeadListener):
         self._cost = 1.0  # of a frame; at first a guess
 
     def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
-        """Keeps the angles of a step."""
+        """Keep the angles of a step."""
         self._train_angles.append(target_angles(features, pl_module.head.class_weights(target)))
+        if len(self._train_angles) >= _MAX_TRAIN_BATCHES:  # without validation nothing else would empty the list
+            self._train_angles = [latest_angles(self._train_angles, _MAX_TRAIN_ANGLES)]
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begins anew."""
@@ -139,7 +146,8 @@ class Dashboard(HeadListener):
 
     def _frame(self, trainer: Trainer, pl_module: Any, stage: str) -> Frame:
         """What was seen of this validation or test."""
-        frame = take_frame(trainer, pl_module, stage, self._sample, self._train_angles)
+        train_angles = [latest_angles(self._train_angles, _MAX_TRAIN_ANGLES)] if self._train_angles else []
+        frame = take_frame(trainer, pl_module, stage, self._sample, train_angles)
         self._sample, self._train_angles = None, []  # which would keep memory of the device
         return frame
 
@@ -181,9 +189,13 @@ class Dashboard(HeadListener):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 step = "" if frame.lambda_ is None else f"_{frame.step:06d}"
                 path = self._folder / f"{frame.stage}_{name}{step}"
-                figure.savefig(path.with_suffix(".png"), dpi=200)
-                with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-                    csv.writer(file).writerows([header, *rows])
+                with atomic_path(path.with_suffix(".png")) as part:
+                    figure.savefig(part, format="png", dpi=200)
+                with (
+                    atomic_path(path.with_suffix(".csv")) as part,
+                    part.open("w", newline="", encoding="utf-8") as file,
+                ):
+                    csv.writer(file).writerows(map(csv_safe, [header, *rows]))
             for writer in writers:
                 writer.add_figure(f"{frame.stage}/{name}", figure, frame.step)
         self._cost = time.perf_counter() - start

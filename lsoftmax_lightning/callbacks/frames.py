@@ -258,6 +258,11 @@ class ClassSample:
         return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def latest_angles(batches: Sequence[Tensor], count: int) -> Tensor:
+    """The angles of the last ``count`` samples, in memory of their own."""
+    return torch.cat(list(batches))[-count:].clone()
+
+
 def samples_per_batch(count: int, trainer: Trainer, num_batches: Sequence[float]) -> int:
     """How many samples of each batch make ``count`` in all processes together."""
     return max(1, math.ceil(count / (sum(num_batches) * trainer.world_size)))

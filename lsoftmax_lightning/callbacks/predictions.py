@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -14,9 +14,33 @@ import numpy as np
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from ..atomic import atomic_path, temporary_path
 from ..errors import InputError, RunError
 
 _ROWS = 2**12  # taken at a time when files are put together
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+def csv_safe(row: Iterable[Any]) -> list[Any]:
+    """Return the cells of a CSV row such that no spreadsheet takes a text for a formula.
+
+    Texts that begin like a formula get a ``'`` in front, as OWASP recommends against CSV injection. Numbers, and texts
+    that are numbers, do not change.
+
+    Args:
+        row: Cells; those that are not texts do not change.
+    """
+    return [f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell for cell in row]
+
+
+def _is_formula(text: str) -> bool:
+    if not text.startswith(_FORMULA_STARTS):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
 
 
 class Predictions(Callback):
@@ -29,19 +53,23 @@ class Predictions(Callback):
     folder, and nothing is held in memory but a batch. Call ``trainer.predict`` with ``return_predictions=False``, or
     Lightning holds all of them.
 
+    The output appears when it is complete. What a killed prediction leaves beside it is removed by the next one. In
+    CSV, texts that a spreadsheet would run as a formula have a ``'`` in front (:func:`csv_safe`).
+
     Args:
         output: File to write, ``.csv`` or ``.parquet``; by default ``predictions.csv`` in the folder of the run.
         embeddings: Whether to write the embeddings beside it as ``.npy``, float32 [N, D], in the same order.
 
     Raises:
         InputError: When the Trainer starts, if a file cannot be written so.
+        RunError: If the disk is full, or the folder is read-only.
     """
 
     def __init__(self, output: str | None = None, embeddings: bool = False) -> None:
         if output is not None and Path(output).suffix not in (".csv", ".parquet"):
             raise InputError(f"predictions are written as .csv or .parquet, got {output}.")
         self.output, self.embeddings = output, embeddings
-        self._opened: list[TextIO | BinaryIO] = []
+        self._parts = ExitStack()  # the files of this process, which it removes when it is closed
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Finds the place."""
@@ -53,7 +81,8 @@ class Predictions(Callback):
         self._path = Path(self.output or Path(str(folder), "predictions.csv"))
         if self._path.suffix == ".parquet" and not find_spec("pyarrow"):
             raise InputError("to write .parquet takes pyarrow: pip install 'lsoftmax-lightning[parquet]'.")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._disk_errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Opens the files of this process."""
@@ -61,11 +90,13 @@ class Predictions(Callback):
         self._paths = getattr(getattr(data, "images", None), "paths", ())
         self._names = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
         self._count, self._columns, self._width = 0, {"path" if self._paths else "index": not self._paths}, 0
-        table = self._part("rows", trainer.global_rank).open("w", newline="", encoding="utf-8")
-        self._opened = [table]
-        self._writer = csv.writer(table)
-        if self.embeddings:
-            self._opened.append(self._part("embeddings", trainer.global_rank).open("wb"))
+        with self._disk_errors():
+            paths = [self._path, self._embeddings_path] if self.embeddings else [self._path]
+            table, *arrays = [self._parts.enter_context(temporary_path(path)) for path in paths]
+            self._part_names = [str(part) for part in (table, *arrays)]
+            self._table: TextIO = self._parts.enter_context(table.open("w", newline="", encoding="utf-8"))
+            self._array: BinaryIO | None = self._parts.enter_context(arrays[0].open("wb")) if arrays else None
+        self._writer = csv.writer(self._table)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -90,49 +121,55 @@ class Predictions(Callback):
         self._count += size
         self._columns |= {name: not outputs[name].is_floating_point() for name in figures}
         first = [self._paths[number] for number in numbers] if self._paths else numbers
-        for row in zip(first, *figures.values(), strict=True):
-            self._writer.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
-        if self.embeddings:
+        with self._disk_errors():
+            for row in zip(first, *figures.values(), strict=True):
+                self._writer.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
+        if self._array is not None:
             if "embedding" not in outputs:
                 raise InputError(f"predict_step of {type(pl_module).__name__} gives no embedding to write.")
             embedding = outputs["embedding"].float().cpu().numpy()
             self._width = embedding.shape[1]
-            embedding.tofile(self._opened[1])
+            with self._disk_errors():
+                self._array.write(np.ascontiguousarray(embedding).data)  # tofile hides the cause of an error
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Puts the files of all processes together."""
-        self._close()
+        with self._disk_errors():
+            self._table.close()
+            if self._array is not None:
+                self._array.close()
+        # of each kind, the files of all processes; their names hold hosts and process ids
+        names = [trainer.strategy.broadcast(self._part_names, src=rank) for rank in range(trainer.world_size)]
+        rows, *embeddings = [[Path(name) for name in kind] for kind in zip(*names, strict=True)]
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            kinds = [("rows", self._write_rows, self._path)]
-            if self.embeddings:
-                kinds.append(("embeddings", self._write_embeddings, self._path.with_suffix(".npy")))
-            for kind, write, path in kinds:
-                parts = [self._part(kind, rank) for rank in range(trainer.world_size)]
-                whole = path.with_name(f"{path.name}.part")
-                try:
-                    write(parts, whole)
-                    whole.replace(path)
-                finally:
-                    for part in (whole, *parts):
-                        part.unlink(missing_ok=True)
+            with self._disk_errors(), ExitStack() as complete:
+                self._write_rows(rows, complete.enter_context(atomic_path(self._path)))
+                if embeddings:
+                    self._write_embeddings(embeddings[0], complete.enter_context(atomic_path(self._embeddings_path)))
             rank_zero_info(f"The predictions are in {self._path}")
         trainer.strategy.barrier()
+        self._parts.close()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Leaves no part of this process."""
-        if self._opened:
-            self._close()
-            for kind in ("rows", "embeddings"):
-                self._part(kind, trainer.global_rank).unlink(missing_ok=True)
+        with suppress(OSError):  # of a full disk, on which a file that is closed cannot be written
+            self._parts.close()
 
-    def _close(self) -> None:
-        for file in self._opened:
-            file.close()
-        self._opened = []
+    @property
+    def _embeddings_path(self) -> Path:
+        return self._path.with_suffix(".npy")
 
-    def _part(self, kind: str, rank: int) -> Path:
-        return self._path.with_name(f"{self._path.name}.{kind}.{rank}")
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Report a full or read-only disk as an error of the output."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"predictions.output: {self._path} cannot be written ({error.strerror or error}); free some space or "
+                "choose another file."
+            ) from error
 
     def _write_rows(self, parts: list[Path], whole: Path) -> None:
         if self._path.suffix == ".parquet":
@@ -140,8 +177,8 @@ class Predictions(Callback):
             return
         with whole.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(self._columns)
-            writer.writerows(_in_turn(parts))
+            writer.writerow(csv_safe(self._columns))
+            writer.writerows(map(csv_safe, _in_turn(parts)))
 
     def _write_parquet(self, parts: list[Path], whole: Path) -> None:
         import pyarrow
@@ -176,7 +213,7 @@ class Predictions(Callback):
                     return
                 for rank, rows in enumerate(each):
                     block[rank :: len(each)] = rows
-                block.tofile(file)
+                file.write(block.data)
 
 
 def _in_turn(parts: list[Path]) -> Iterator[list[str]]:

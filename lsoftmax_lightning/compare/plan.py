@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities import rank_zero_warn
 
+from ..atomic import write_text
 from ..errors import InputError
 from ..functional import check_margin
 from ..lightning_cli import LSoftmaxCLI, flat
-from .results import file_name
+from .results import damaged_config, damaged_outcome, file_name, read_outcome, read_yaml
 
 # what a comparison says itself
 _PLACES = ("trainer.logger", "trainer.default_root_dir", "checkpoint.dirpath")
@@ -41,12 +43,11 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it was trained and tested."""
-        return (self.folder / "run.json").is_file()
+        return read_outcome(self.folder) is not None
 
     def write_config(self) -> None:
         """Writes the settings, for ``fit --config``."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+        write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
     def check(self, present: Mapping[Path, tuple[Mapping[str, Any], Collection[str]]]) -> None:
         """Sees to it that what the folder of the comparison holds is of this comparison.
@@ -57,6 +58,8 @@ class Run:
         Raises:
             InputError: If the run was made with other settings, or runs beside it differ in what is not compared.
         """
+        if damaged := damaged_outcome(self.folder):
+            rank_zero_warn(f"{damaged} is missing or damaged; its run is not taken for finished.")
         now = flat(self.config)
         for folder, (before, point) in present.items():
             compared = set(_OURS)
@@ -66,6 +69,12 @@ class Run:
                 compared |= {*self.point, *point}
             elif not self.finished:  # it goes on with the checkpoints that are where they were
                 compared -= set(_PLACES)
+                if _is_cut(before, now):  # by a release that did not write the file at once
+                    rank_zero_warn(
+                        f"{folder / 'config.yaml'} is incomplete and is written anew; checkpoints in {folder} are kept."
+                    )
+                    before = dict(list(before.items())[:-1])
+                    compared |= now.keys() - before.keys()
             for key in {**now, **before}:
                 there, here = before.get(key, "nothing"), now.get(key, "nothing")
                 if there != here and not _of(key, compared):
@@ -78,11 +87,21 @@ class Run:
 def _present(folder: Path) -> dict[Path, tuple[Mapping[str, Any], Collection[str]]]:
     """Of each run that lies in a folder, its settings and, if it is finished, the names of its point."""
     found: dict[Path, tuple[Mapping[str, Any], Collection[str]]] = {}
-    for path in folder.glob("*/config.yaml"):
-        done = path.with_name("run.json")
-        point = json.loads(done.read_text())["point"] if done.is_file() else ()
-        found[path.parent] = flat(yaml.safe_load(path.read_text())), point
+    for run in sorted({path.parent for name in ("config.yaml", "run.json") for path in folder.glob(f"*/{name}")}):
+        settings = read_yaml(run / "config.yaml")
+        outcome = read_outcome(run)
+        if outcome is not None and settings is None:
+            raise damaged_config(run / "config.yaml")
+        found[run] = flat(settings) if settings else {}, outcome[0]["point"] if outcome else ()
     return found
+
+
+def _is_cut(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether ``before`` may be the beginning of settings like ``now``; the last value may be cut, too."""
+    names = list(before)
+    return names[:-1] == list(now)[: len(names[:-1])] and (
+        len(before) < len(now) or before[names[-1]] != now.get(names[-1])
+    )
 
 
 def _of(key: str, settings: Collection[str]) -> bool:
@@ -92,6 +111,9 @@ def _of(key: str, settings: Collection[str]) -> bool:
 
 class _Check(LSoftmaxCLI):
     """Makes everything that ``fit`` would use, and does not train."""
+
+    def before_fit(self) -> None:
+        """Do not lock the folder of a run."""
 
     def fit(self, **kwargs: Any) -> None:
         """Nothing."""
@@ -138,6 +160,8 @@ def plan(
         check_margin(margin)
     if min(seeds) < 0:
         raise InputError(f"seeds count from 0, got {min(seeds)}.")
+    if max(seeds) >= 2**32:
+        raise InputError(f"seeds: must be from 0 to {2**32 - 1}, got {max(seeds)}.")
     words = [word.removeprefix("--").partition("=")[0] for word in settings if word.startswith("--")]
     for name in [*words, *sweep]:
         if _of(name.replace(".init_args", ""), _OURS):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Trainer
 from torch import Tensor
 
+from ..atomic import torch_save
 from ..callbacks.frames import ClassFrame, ClassSample, PairFrame, samples_per_batch, take_frame
 from ..callbacks.listener import HeadListener
 
@@ -57,6 +57,6 @@ class TestRecord(HeadListener):
             names, points, rays, points_target = frame.scatter()
             counts, _ = frame.counts()
             content = {"class_names": names, "points": points, "rays": rays, "points_target": points_target}
-            torch.save(content | {"counts": counts, "angles": frame.angles}, self.path)
+            torch_save(content | {"counts": counts, "angles": frame.angles}, self.path)
         elif isinstance(frame, PairFrame):
-            torch.save({"cosines": frame.cosines, "same": frame.same}, self.path)
+            torch_save({"cosines": frame.cosines, "same": frame.same}, self.path)

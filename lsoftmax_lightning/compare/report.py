@@ -12,6 +12,8 @@ from typing import Any
 
 from scipy.stats import t
 
+from ..atomic import atomic_path, write_text
+from ..callbacks.predictions import csv_safe
 from ..errors import InputError
 from .figures import draw
 from .paper import paper_accuracies
@@ -32,6 +34,8 @@ _COLUMNS = (
 def report(folder: str | Path) -> list[dict[str, Any]]:
     """Makes ``results.csv``, ``table.md`` and the figures of the finished runs in a folder; nothing is trained.
 
+    In ``results.csv``, texts that a spreadsheet would run as a formula have a ``'`` in front.
+
     Args:
         folder: Of a comparison.
 
@@ -39,21 +43,25 @@ def report(folder: str | Path) -> list[dict[str, Any]]:
         A row for each run, as in ``results.csv``.
 
     Raises:
-        InputError: If no run in the folder is finished.
+        InputError: If no run in the folder is finished, or the ``config.yaml`` of one is damaged.
     """
     folder = Path(folder)
     runs = sorted(read(folder), key=_order)
     if not runs:
         raise InputError(f"no run in {folder.absolute()} is finished; `compare` leaves them there.")
     rows = [run.row() for run in runs]
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list({name: None for row in rows for name in row}))
-        writer.writeheader()
-        writer.writerows(rows)
+    columns = list({name: None for row in rows for name in row})
+    with (
+        atomic_path(folder / "results.csv") as part,
+        part.open("w", newline="", encoding="utf-8") as file,
+    ):
+        cells = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+        csv.writer(file).writerows(map(csv_safe, cells))
     table = _table(runs)
-    (folder / "table.md").write_text(table)
+    write_text(folder / "table.md", table)
     for name, figure in draw(runs):
-        figure.savefig(folder / f"{file_name(name)}.png", dpi=100)
+        with atomic_path(folder / f"{file_name(name)}.png") as part:
+            figure.savefig(part, format="png", dpi=100)
     print(f"{table}\nTable, figures and runs are in {folder}")
     return rows
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,11 @@ class Done:
     def record(self) -> dict[str, Any]:
         """What :class:`~lsoftmax_lightning.compare.record.TestRecord` has left, if anything."""
         path = self.folder / "test.pt"
-        content: dict[str, Any] = torch.load(path, weights_only=True) if path.is_file() else {}
+        try:
+            content: dict[str, Any] = torch.load(path, weights_only=True) if path.is_file() else {}
+        except Exception as error:  # whatever the decoder meets in a damaged file
+            rank_zero_warn(f"{path} cannot be read and is left out of the figures: {error or type(error).__name__}")
+            return {}
         return content
 
     def row(self) -> dict[str, Any]:
@@ -52,9 +59,17 @@ class Done:
 
 
 def read(folder: Path) -> Iterator[Done]:
-    """The finished runs, in no order."""
+    """The finished runs, in no order.
+
+    Raises:
+        InputError: If the ``config.yaml`` of one is missing or damaged.
+    """
     for path in folder.glob("*/run.json"):
-        facts = json.loads(path.read_text())
+        outcome = read_outcome(path.parent)
+        if outcome is None:
+            rank_zero_warn(f"{damaged_outcome(path.parent)} is missing or damaged; its run is left out.")
+            continue
+        facts, results = outcome
         swept = dict(facts.pop("point"))
         yield Done(
             folder=path.parent,
@@ -62,9 +77,62 @@ def read(folder: Path) -> Iterator[Done]:
             seed=swept.pop("seed"),
             swept=swept,
             facts=facts,
-            results=json.loads((path.parent / "results.json").read_text()),
-            config=yaml.safe_load((path.parent / "config.yaml").read_text()),
+            results=results,
+            config=_config(path.with_name("config.yaml")),
         )
+
+
+def read_outcome(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return the facts and the results of a run; None if it is not finished, or one of their files is damaged."""
+    facts, results = (read_json(folder / name) for name in _OUTCOME)
+    point = facts.get("point") if facts else None
+    if facts is None or results is None or not isinstance(point, dict) or not {"margin", "seed"} <= point.keys():
+        return None
+    return facts, results
+
+
+def damaged_outcome(folder: Path) -> Path | None:
+    """Return the damaged file of a run that was finished; None if there is none."""
+    if not (folder / "run.json").exists() or read_outcome(folder) is not None:
+        return None
+    return next((folder / name for name in _OUTCOME if read_json(folder / name) is None), folder / "run.json")
+
+
+_OUTCOME = ("run.json", "results.json")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the mapping in a JSON file; None if the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ValueError: neither UTF-8 nor JSON
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_yaml(path: Path) -> dict[str, Any] | None:
+    """Return the mapping in a YAML file; None if the file is missing, empty or damaged."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return content if content and isinstance(content, dict) else None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Return the settings of a finished run."""
+    config = read_yaml(path)
+    if config is None or not {"checkpoint", "data", "model"} <= set(config):
+        raise damaged_config(path)
+    return config
+
+
+def damaged_config(path: Path) -> InputError:
+    """The error for a finished run without its settings."""
+    return InputError(
+        f"{path} is missing or damaged, but its run is finished; restore the file, or remove {path.parent} to train "
+        "that run again."
+    )
 
 
 def train_settings(config: Mapping[str, Any]) -> dict[str, Any]:

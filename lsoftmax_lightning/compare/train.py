@@ -28,10 +28,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..atomic import write_text
 from ..errors import InputError
 from .plan import Run
 from .provenance import provenance
-from .results import train_settings
+from .results import read_json, train_settings
 
 _PATIENCE = 60  # seconds for a run to end when it is asked to
 
@@ -55,7 +56,7 @@ class _Work:
         try:
             done, total = (self.run.folder / "progress").read_text().split()
             self.steps, self.total = float(done), float(total)
-        except (FileNotFoundError, ValueError):  # not begun, or amid being written
+        except (OSError, ValueError):  # not begun, or damaged
             return
 
     @property
@@ -75,9 +76,7 @@ class _Work:
             **provenance(),
         }
         (self.run.folder / "progress").unlink(missing_ok=True)
-        unfinished = self.run.folder / "run.json.part"
-        unfinished.write_text(json.dumps(facts, indent=2) + "\n")
-        unfinished.replace(self.run.folder / "run.json")
+        write_text(self.run.folder / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def train(runs: Sequence[Run], jobs: int, folder: Path, command: str) -> dict[Run, str]:
@@ -109,7 +108,7 @@ def train(runs: Sequence[Run], jobs: int, folder: Path, command: str) -> dict[Ru
 def _train(runs: Sequence[Run], jobs: int, command: str) -> list[Run]:
     waiting = deque(run for run in runs if not run.finished)
     done = len(runs) - len(waiting)
-    places = list(range(jobs))
+    places = list(range(min(jobs, len(runs))))
     working: list[_Work] = []
     failed: list[Run] = []
     columns = (
@@ -142,7 +141,7 @@ def _train(runs: Sequence[Run], jobs: int, command: str) -> list[Run]:
                     progress.remove_task(work.task)
                     done += 1
                     # a run that was told to end has no results, and no code to say so
-                    if work.process.returncode == 0 and (work.run.folder / "results.json").is_file():
+                    if work.process.returncode == 0 and read_json(work.run.folder / "results.json") is not None:
                         work.finish(command)
                         said = _accuracy(work.run)
                     else:
@@ -167,7 +166,7 @@ def _start(run: Run, place: int, jobs: int, progress: Progress) -> _Work:
     resumed = (run.folder / "checkpoints" / "last.ckpt").is_file()
     if not resumed:
         shutil.rmtree(run.folder, ignore_errors=True)  # nothing in it to go on from
-        run.write_config()
+    run.write_config()  # also over one that an interrupted call left incomplete
     (run.folder / "results.json").unlink(missing_ok=True)
     environment = _share(place, jobs)
     with (run.folder / "log.txt").open("ab") as log:
@@ -198,7 +197,7 @@ def _share(place: int, jobs: int) -> dict[str, str]:
 
 
 def _accuracy(run: Run) -> str:
-    accuracy = json.loads((run.folder / "results.json").read_text()).get("test/acc")
+    accuracy = (read_json(run.folder / "results.json") or {}).get("test/acc")
     return "finished" if accuracy is None else f"test accuracy {accuracy:.2%}"
 
 

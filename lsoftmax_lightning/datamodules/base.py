@@ -107,6 +107,13 @@ class BatchDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+        if crop_padding > 0 and crop_padding > max(
+            self.image_shape[1:]
+        ):  # some crops would be black, and padded images fill the memory
+            raise InputError(
+                f"crop_padding: must be at most the image's side of {max(self.image_shape[1:])} pixels, got "
+                f"{crop_padding}; the paper uses 4 for images of 32 pixels."
+            )
         if not 0 <= label_noise <= 1:
             raise InputError(
                 f"label_noise: must be a fraction from 0 to 1, got {label_noise}; use 0.2 to replace a fifth of the "

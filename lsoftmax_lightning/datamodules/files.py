@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import DataError, InputError
+from ..signals import ignore_signals
 from .base import BatchDataModule, Images
-from .images import ImageFiles, ImageStore, ImageSubset, read_image
+from .images import ImageFiles, ImageStore, ImageSubset, read_image, visible_entries
 
 _NAMED = 10  # files that an error names
+_MAX_WORKERS = 1024  # processes; more than any machine has a use for
 
 
 class Files(NamedTuple):
@@ -32,38 +36,42 @@ def class_folders(folder: Path) -> list[Path]:
     """The folders in a folder, sorted by name; hidden ones are left out.
 
     Raises:
-        DataError: If the folder is not there, or holds files beside its folders, which no class would take.
+        DataError: If the folder is not there, or holds files beside its folders, which no class would take; or as
+            :func:`visible_entries`.
     """
     entries = _visible(folder, "one folder of images for each class")
     files = [entry.name for entry in entries if not entry.is_dir()]
     if files:
         raise DataError(f"{folder} must hold class folders alone; take away {', '.join(files[:_NAMED])}.")
-    return entries
+    return [Path(entry.path) for entry in entries]
 
 
 def list_files(folders: Sequence[Path]) -> Files:
     """The files in class folders, each with the number of its folder as its class; hidden ones are left out.
 
     Raises:
-        DataError: If a folder is missing or empty, or holds folders.
+        DataError: If a folder is missing or empty, or holds folders; or as :func:`visible_entries`.
     """
     contents = [_visible(folder, "images") for folder in folders]
-    inner = [str(entry) for files in contents for entry in files if entry.is_dir()]
+    inner = [entry.path for files in contents for entry in files if entry.is_dir()]
     if inner:
         raise DataError(f"a class folder must hold images alone; take away the folders {', '.join(inner[:_NAMED])}.")
     empty = [str(folder) for folder, files in zip(folders, contents, strict=True) if not files]
     if empty:
         raise DataError(f"every class folder must hold an image; these are empty: {', '.join(empty[:_NAMED])}.")
     return Files(
-        [path for files in contents for path in files],
+        [Path(entry.path) for files in contents for entry in files],
         [target for target, files in enumerate(contents) for _ in files],
     )
 
 
-def _visible(folder: Path, content: str) -> list[Path]:
+def _visible(folder: Path, content: str) -> list[os.DirEntry[str]]:
     if not folder.is_dir():
         raise DataError(f"the folder {folder.absolute()} is not there; it must hold {content}.")
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    try:
+        return visible_entries(folder)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
 class _FirstReading:
@@ -120,10 +128,21 @@ class FileDataModule(BatchDataModule):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if min(height, width) < 1:
             raise InputError(f"image_size must be at least one pixel, got {image_size}.")
+        limit = Image.MAX_IMAGE_PIXELS  # of Pillow, against images that fill the memory
+        if limit is not None and height * width > limit:
+            raise InputError(
+                f"image_size: must have at most {limit:,} pixels, as many as Pillow decodes, got {image_size}; use, "
+                "e.g., 224."
+            )
         if not (all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)):
             raise InputError(f"mean must be within 0 .. 1 and std above 0, at most 1, got {mean} and {std}.")
         if (num_workers or 0) < 0 or not memory_gib >= 0:
             raise InputError(f"num_workers and memory_gib must be 0 or more, got {num_workers} and {memory_gib}.")
+        if (num_workers or 0) > _MAX_WORKERS:
+            raise InputError(
+                f"num_workers: must be at most {_MAX_WORKERS}, since each is a process, got {num_workers}; use the "
+                "number of CPU cores."
+            )
         self.image_shape, self.mean, self.std = (3, height, width), mean, std
         super().__init__(**kwargs)
         self.memory_gib = memory_gib
@@ -150,6 +169,7 @@ class FileDataModule(BatchDataModule):
                 batch_size=None,
                 sampler=chunks,
                 num_workers=self.num_workers,
+                worker_init_fn=ignore_signals,
                 generator=torch.Generator(),
             )
         )  # its processes start before the progress bar's thread

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -59,9 +61,12 @@ def read_image(path: str | Path, size: tuple[int, int], channels: int = 3) -> Te
         uint8 [channels, height, width].
 
     Raises:
-        ValueError: If a pixel has more than 8 bits a channel, of which Pillow would keep the wrong ones.
+        ValueError: If a pixel has more than 8 bits a channel, of which Pillow would keep the wrong ones; or if the path
+            is a FIFO, a socket or a device.
         Exception: Whatever the decoder raises on a damaged file.
     """
+    if kind := special_kind(path):
+        raise ValueError(f"it is {kind}")
     with Image.open(path) as image:
         image.draft("RGB", (2 * max(size),) * 2)  # a JPEG much larger than that is decoded at a fraction of its size
         if image.mode[0] in "IF":
@@ -116,25 +121,62 @@ def select(images: ImageStore, index: Tensor) -> ImageStore:
 
 
 def files_in(folder: str | Path) -> list[str]:
-    """All files in a folder and the folders in it, sorted; hidden ones are left out.
+    """List the files in a folder and in the folders below it, sorted; hidden ones are left out.
+
+    Links to folders are followed. Each folder is visited once, under its own path if it is not reached by links alone.
 
     Raises:
-        DataError: If there are none, a folder cannot be read, or a name is not UTF-8.
+        DataError: If there are no files, a folder cannot be read, an entry is not a file, or a name is not UTF-8.
     """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
-
-    found: list[str] = []
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(place, name) for name in names if not name.startswith(".")]
-    if not found:
-        raise DataError(f"there is no image in {Path(folder).absolute()}, nor in a folder in it.")
-    for path in found:
+    files: list[str] = []
+    folders, links = [os.fspath(folder)], deque[str]()
+    visited: set[tuple[int, int]] = set()
+    while folders or links:
+        place = folders.pop() if folders else links.popleft()
         try:
-            path.encode()
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            for entry in visible_entries(place):
+                if not entry.is_dir():
+                    files.append(entry.path)
+                elif entry.is_symlink():
+                    links.append(entry.path)
+                else:
+                    folders.append(entry.path)
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    if not files:
+        raise DataError(f"there is no image in {Path(folder).absolute()}, nor in a folder in it.")
+    return sorted(files)
+
+
+def visible_entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """List the files, folders and links in a folder, sorted by name; hidden ones are left out.
+
+    Raises:
+        DataError: If a name is not UTF-8, or an entry is a FIFO, a socket or a device.
+        OSError: If the folder cannot be read.
+    """
+    with os.scandir(folder) as scan:
+        entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in entries:
+        try:
+            entry.path.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"the name of {path!a} is not UTF-8: rename it.") from error
-    found.sort()
-    return found
+            raise DataError(f"the name of {entry.path!a} is not UTF-8: rename it.") from error
+        if not entry.is_dir() and not entry.is_file() and (kind := special_kind(entry.path)):
+            raise DataError(f"{entry.path} is {kind}, not an image: remove it.")
+    return entries
+
+
+_SPECIAL_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def special_kind(path: str | Path) -> str | None:
+    """Return what ``path`` is if it is neither a file nor a folder; opening it could block forever."""
+    try:
+        return _SPECIAL_KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+    except OSError:  # a broken link, which opening reports
+        return None

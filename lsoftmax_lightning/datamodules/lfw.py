@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import DataError, InputError
 from .base import Images
 from .files import FileDataModule, Files, class_folders, list_files
+from .images import special_kind
 
 
 class Pair(NamedTuple):
@@ -119,7 +120,7 @@ class PairsDataModule(FileDataModule):
         """The images of pairs, once each, and the pairs as numbers of these.
 
         Raises:
-            DataError: If an image is missing.
+            DataError: If an image is missing, or a FIFO, a socket or a device.
         """
         numbers: dict[tuple[str, int], int] = {}
         rows = [
@@ -128,6 +129,9 @@ class PairsDataModule(FileDataModule):
         ]
         paths = [self.root / "images" / person / f"{person}_{number:04d}.jpg" for person, number in numbers]
         missing = [path for path in paths if not path.is_file()]
+        for path in missing:
+            if kind := special_kind(path):
+                raise DataError(f"{path} is {kind}, not an image: replace it.")
         if missing:
             raise DataError(
                 f"{len(missing)} of {len(paths)} images that pairs.txt names are not there, such as {missing[0]}."

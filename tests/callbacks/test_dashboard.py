@@ -2,7 +2,10 @@
 
 import csv
 import io
+import os
 import re
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torchvision.transforms.functional import pil_to_tensor
 
 from lsoftmax_lightning import VerificationModule
 from lsoftmax_lightning.callbacks import Dashboard
+from lsoftmax_lightning.callbacks.baseline import softmax_angles
 from lsoftmax_lightning.callbacks.frames import ClassSample
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.errors import DivergenceError, InputError
@@ -360,3 +365,108 @@ def test_pairs_of_images_have_their_own_pictures(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         Dashboard(**settings)
+
+
+def unreadable_hparams(run: Path) -> Path:
+    path = run / "hparams.yaml"
+    path.write_bytes(b"margin: 1\ncaf\xe9: 1\n")
+    return path
+
+
+def folder_as_hparams(run: Path) -> Path:
+    path = run / "hparams.yaml"
+    path.unlink()
+    path.mkdir()
+    return path
+
+
+def fifo_as_hparams(run: Path) -> Path:
+    path = run / "hparams.yaml"
+    path.unlink()
+    os.mkfifo(path)
+    return path
+
+
+def damaged_events(run: Path) -> Path:
+    (path,) = run.glob("*tfevents*")
+    event, length = b"\xff\xfe no event", struct.pack("<Q", 11)
+    with path.open("ab") as file:  # with right checksums; at others TensorBoard stops reading
+        file.write(length + struct.pack("<I", masked_crc32c(length)))
+        file.write(event[:11] + struct.pack("<I", masked_crc32c(event[:11])))
+    return run
+
+
+def fifo_as_events(run: Path) -> Path:
+    os.mkfifo(run / "events.out.tfevents.9")
+    return run
+
+
+def folder_as_events(run: Path) -> Path:
+    (run / "events.out.tfevents.9").mkdir()
+    return run
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [unreadable_hparams, folder_as_hparams, fifo_as_hparams, damaged_events, fifo_as_events, folder_as_events],
+)
+def test_a_softmax_run_that_cannot_be_read_is_skipped_with_a_warning(damage: Any) -> None:
+    for name in ("good", "bad"):
+        logger = TensorBoardLogger(".", name="runs", version=name, default_hp_metric=False)
+        make_trainer(logger=logger, callbacks=[Dashboard()]).fit(make_model(margin=1), BlobsDataModule())
+    path = damage(Path("runs/bad"))
+    for name, time in (("good", 1), ("bad", 2)):
+        os.utime(Path("runs", name, "hparams.yaml"), (time, time))
+    with pytest.warns(UserWarning, match=f"^{path} cannot be read, so the angles of this run are not shown") as warned:
+        angles = softmax_angles(Path("runs/own"), "val")
+    assert len(warned) == 1
+    assert list(angles) == ["val of softmax (good)"]
+
+
+def test_a_broken_link_beside_a_run_ends_no_training() -> None:
+    Path("run/gone").mkdir(parents=True)
+    Path("run/gone/hparams.yaml").symlink_to("nowhere")
+    Path("run/loop").symlink_to("loop")
+    trainer, folder = with_logger()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*cannot be read, so the angles")  # a broken link is listed by some Pythons
+        trainer.fit(make_model(margin=2), BlobsDataModule())
+    assert steps(read(folder), "val/angles") == [8]
+
+
+def test_angles_of_training_are_bounded_without_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsoftmax_lightning.callbacks.dashboard._MAX_TRAIN_ANGLES", 50)
+    monkeypatch.setattr("lsoftmax_lightning.callbacks.dashboard._MAX_TRAIN_BATCHES", 4)
+    held: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            held.append(sum(angles.untyped_storage().nbytes() // 4 for angles in dashboard._train_angles))
+            recent.extend(dashboard._train_angles[-1][-20:].tolist())
+
+    recent: list[float] = []
+    dashboard = Dashboard()
+    trainer, _ = with_logger(dashboard, max_epochs=4, limit_val_batches=0, callbacks=[Watch()])
+    trainer.log_every_n_steps = 1
+    trainer.fit(make_model(), BlobsDataModule())
+    assert len(held) == 32
+    assert max(held) <= 50 + 3 * 20
+    snapshot = dashboard._frame(trainer, trainer.lightning_module, "val")
+    assert snapshot.train_angles.tolist() == recent[-50:]
+
+
+def test_formulas_in_class_names_are_quoted_in_csv() -> None:
+    class Formulas(HardBlobs):
+        class_names = ("=1+1", "@a", "-b", "-1")
+
+    trainer, folder = with_logger(Dashboard(save=True))
+    trainer.fit(make_model(), Formulas())
+    quoted = ["'=1+1", "'@a", "'-b", "-1"]
+    rows = table(folder, "val_confusion_000008")
+    assert list(rows[0]) == ["true class", *quoted]
+    assert [row["true class"] for row in rows] == quoted
+    points = table(folder, "val_features_000008")
+    assert {row["class"] for row in points} == set(quoted)
+    assert any(float(row["x"]) < 0 for row in points)
+    assert {row["predicted class"] for row in table(folder, "val_most_confused_000008")} <= set(quoted)
+    assert not list(folder.rglob("*.part"))

@@ -3,6 +3,7 @@
 import csv
 import gc
 import os
+import signal
 import tracemalloc
 import weakref
 from functools import partial
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from lsoftmax_lightning import ClassificationModule, VerificationModule
 from lsoftmax_lightning.callbacks import Predictions
+from lsoftmax_lightning.callbacks.predictions import csv_safe
 from lsoftmax_lightning.datamodules.images import read_image
-from lsoftmax_lightning.errors import DataError, InputError
+from lsoftmax_lightning.errors import DataError, InputError, RunError
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..conftest import BlobsDataModule, file_size_limit, make_model, make_trainer
 from ..datamodules.formats import write_folder, write_image
 from ..forked import run_on
 
@@ -175,3 +177,81 @@ def test_what_cannot_be_written_is_an_error() -> None:
     trainer = make_trainer(callbacks=[Predictions("x.csv")])
     with pytest.raises(InputError, match="takes a dict of tensors from predict_step; Other gives int"):
         trainer.predict(Other(4, "digits", image_shape=(1, 8, 8)), Blobs(), return_predictions=False)
+
+
+FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", "\n=1"]
+
+
+def test_csv_safe_quotes_formulas_and_keeps_numbers() -> None:
+    assert csv_safe(FORMULAS) == [f"'{text}" for text in FORMULAS]
+    kept = [-1, -0.5, "-0.500000", "+3", "-1e-3", "a=1", "", "'=1", None, True]
+    assert csv_safe(kept) == kept
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_formulas_in_class_names_and_paths_are_quoted_in_csv_alone(kind: str) -> None:
+    class Formulas(Blobs):
+        class_names = ("=1+1", "@a", "-b", "+c")
+
+    write_folder(Path("=photos"), count=3)
+    trainer = make_trainer(callbacks=[Predictions(f"out.{kind}")])
+    trainer.predict(Sure(4, "digits", image_shape=(1, 8, 8)), Formulas("=photos"), return_predictions=False)
+    rows = read("out.csv") if kind == "csv" else parquet.read_table("out.parquet").to_pylist()
+    quote = "'" if kind == "csv" else ""
+    assert [row["path"] for row in rows] == sorted(f"{quote}{path}" for path in Path("=photos").rglob("*.png"))
+    assert {row["prediction"] for row in rows} <= {quote + name for name in Formulas.class_names}
+
+
+@pytest.mark.parametrize("name", ["out/here.csv", "out/here.parquet"])
+@pytest.mark.parametrize("limit", ["part of the rows", "rows", "part of the embeddings", "embeddings"])
+def test_a_full_disk_is_one_error_and_leaves_the_previous_output(name: str, limit: str) -> None:
+    predict(name)
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    rows, embeddings = (Path(name).with_suffix(suffix).stat().st_size for suffix in (Path(name).suffix, ".npy"))
+    # without embeddings the rows are the largest file; with them, they are smaller
+    sizes = {
+        "part of the rows": 100,
+        "rows": rows - 1,
+        "part of the embeddings": embeddings // 2,
+        "embeddings": embeddings - 1,
+    }
+    match = rf"^predictions\.output: {name} cannot be written \(.*; free some space or choose another file\.$"
+    with file_size_limit(sizes[limit]), pytest.raises(RunError, match=match) as caught:
+        predict(name, embeddings="embeddings" in limit)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_a_read_only_folder_is_one_error() -> None:
+    with pytest.raises(RunError, match=r"^predictions\.output: /proc/out/here\.csv cannot be written"):
+        predict("/proc/out/here.csv")
+
+
+class KilledAtTheEnd(Predictions):
+    def _write_embeddings(self, parts: list[Path], whole: Path) -> None:
+        whole.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledInABatch(Predictions):
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        super().on_predict_batch_end(trainer, *args, **kwargs)
+        if trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("callback", [KilledInABatch, KilledAtTheEnd])
+def test_a_killed_prediction_leaves_no_output_and_the_next_one_removes_its_parts(
+    callback: type[Predictions], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "Predictions", callback)
+        done = run_on(count, partial(predict, "out/here.csv"))
+    assert done.returncode == -signal.SIGKILL
+    left = {path.name for path in Path("out").iterdir()}
+    assert len(left) >= 2  # of the killed process; another rank may remove its own
+    assert all(name.startswith(".") for name in left)
+    predict("out/here.csv")
+    assert {path.name for path in Path("out").iterdir()} == {"here.csv", "here.npy"}
+    assert len(read("out/here.csv")) == 50

@@ -1,21 +1,29 @@
 """Comparisons from the first command to the table, each run in a process of its own."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from filelock import FileLock
+from rich.progress import TaskID
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import compare
+from lsoftmax_lightning.compare.plan import Run, plan
+from lsoftmax_lightning.compare.train import _Work
 from lsoftmax_lightning.errors import InputError, RunError
+from lsoftmax_lightning.lightning_cli import flat
 
 from ..test_cli import QUIET, fails
 
@@ -160,6 +168,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_there(capsys: pytest.Captu
         (["--config=digits.yaml", "--ckpt_path=last.ckpt"], "by --margins, --seeds and --folder"),
         (["--config=digits.yaml", "--checkpoint.dirpath=here"], "by --margins, --seeds and --folder"),
         (["--config=digits.yaml", "--seeds", "-1"], "seeds count from 0, got -1"),
+        (["--config=digits.yaml", "--seeds", "4294967296"], "seeds: must be from 0 to 4294967295, got 4294967296"),
+        (["--config=digits.yaml", "--margins", "1000000000"], "margin: must be an integer >= 1 and <= 100"),
         (["--config=digits.yaml", "--sweep=data.val_size=0.1,1e-1"], "would have the same name"),
         (["--report=gone"], "no run in"),
         (["--report=gone", "--config=digits.yaml"], "no other argument"),
@@ -200,3 +210,68 @@ def test_runs_at_once_have_devices_and_cores_of_their_own(monkeypatch: pytest.Mo
     assert "OMP_NUM_THREADS" not in _share(0, 1)
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "3")
     assert _share(0, 4)["OMP_NUM_THREADS"] == "3"
+
+
+def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_continues() -> None:
+    compare("digits", [2], [0], SHORT)
+    run = Path("runs/compare-digits/m2-s0")
+    path, whole = run / "config.yaml", (run / "config.yaml").read_text()
+    plans = partial(plan, ["digits"], [2], [0], SHORT, {}, run.parent.absolute())
+    facts = (run / "run.json").read_text()
+
+    # finished
+    path.write_text("")
+    with pytest.raises(
+        InputError, match=r"is missing or damaged, but its run is finished; restore the file, or remove"
+    ):
+        plans()
+    path.unlink()
+    with pytest.raises(
+        InputError, match=r"is missing or damaged, but its run is finished; restore the file, or remove"
+    ):
+        plans()
+    path.write_text(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plans()[0].finished
+
+    # not finished
+    (run / "run.json").unlink()
+    cuts = range(0, len(whole), max(1, len(whole) // 40))
+    for content in [*(whole[:cut].encode() for cut in cuts), b"\x00" * 100, b"caf\xe9", b"text", b"[1]"]:
+        path.write_bytes(content)
+        with pytest.warns(
+            UserWarning, match=r"config\.yaml is incomplete and is written anew; checkpoints in .* are kept"
+        ):
+            assert not plans()[0].finished
+    cut = whole[: whole.index("accumulate_grad_batches")].replace("max_epochs: 1", "max_epochs: 7")
+    path.write_text(cut)
+    with (
+        pytest.warns(UserWarning, match="is incomplete"),
+        pytest.raises(InputError, match=r"trainer\.max_epochs is 7 there and 1 here"),
+    ):
+        plans()
+
+    # damaged results of a finished run: it is continued, from a checkpoint at its end
+    path.write_bytes(b"")
+    (run / "run.json").write_text(facts[:50])
+    with (
+        pytest.warns(UserWarning, match="config.yaml is incomplete"),
+        pytest.warns(UserWarning, match=r"run\.json is missing or damaged; its run is not taken for finished"),
+    ):
+        (row,) = compare("digits", [2], [0], SHORT)
+    assert (row["steps"], row["seconds"]) == (3, None)
+    assert flat(yaml.safe_load(path.read_text())).keys() == flat(yaml.safe_load(whole)).keys()
+    assert {path.name for path in run.parent.iterdir() if path.is_dir()} == {"m2-s0"}
+    assert not list(run.parent.rglob("*.part"))
+
+
+def test_an_incomplete_progress_is_no_progress(tmp_path: Path) -> None:
+    work = _Work(Run(tmp_path, {}, {}), 0, 1, process=None, task=TaskID(0), resumed=False)  # type: ignore[arg-type]
+    for content in (b"", b"3", b"caf\xe9 \xff", b"1 x"):
+        (tmp_path / "progress").write_bytes(content)
+        work.look()
+    assert (work.steps, work.total) == (0, math.inf)
+    (tmp_path / "progress").write_text("3 9")
+    work.look()
+    assert (work.steps, work.total) == (3, 9)

@@ -19,6 +19,8 @@ from lsoftmax_lightning.compare.results import read
 from lsoftmax_lightning.compare.train import _Work
 from lsoftmax_lightning.errors import InputError
 
+from ..conftest import file_size_limit
+
 
 def write_run(
     folder: Path,
@@ -219,3 +221,62 @@ def test_without_them_the_notes_say_nothing_of_them(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.9)
     report(tmp_path)
     assert "train_size" not in (tmp_path / "table.md").read_text()
+
+
+def test_formulas_are_quoted_in_the_results_and_numbers_are_not(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.9, {"model.a": "=1+1", "model.b": "-x", "model.c": "-0.1", "model.d": -2})
+    next(tmp_path.glob("*/results.json")).write_text('{"test/acc": 0.9, "test/mine": -1.5}')
+    report(tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    found = [row[name] for name in ("model.a", "model.b", "model.c", "model.d", "test/mine")]
+    assert found == ["'=1+1", "'-x", "-0.1", "-2", "-1.5"]
+
+
+DAMAGES = [b"", b"\x00" * 40, b"caf\xe9", b'{"point": {"marg', b"[1]", b'{"point": [{}]}', b'{"point": {"seed": 0}}']
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_with_a_damaged_outcome_is_left_out_with_a_warning(damage: bytes, tmp_path: Path) -> None:
+    for margin in (1, 2):
+        write_run(tmp_path, margin, 0, 0.5)
+    path = tmp_path / "2 0 None" / "run.json"
+    path.write_bytes(damage)
+    with pytest.warns(UserWarning, match=r"2 0 None/run\.json is missing or damaged; its run is left out"):
+        assert len(report(tmp_path)) == 1
+    path.parent.joinpath("results.json").write_text("{")
+    with pytest.warns(UserWarning, match="is missing or damaged; its run is left out"):
+        assert len(report(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 40, b"caf\xe9", b"data: [", b"text", b"data: {}\n"])
+def test_a_finished_run_with_a_damaged_config_is_an_error_that_says_what_to_do(damage: bytes, tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.5)
+    (tmp_path / "1 0 None" / "config.yaml").write_bytes(damage)
+    match = (
+        r"config\.yaml is missing or damaged, but its run is finished; restore the file, or remove .*/1 0 None to train"
+    )
+    with pytest.raises(InputError, match=match):
+        report(tmp_path)
+
+
+def test_a_damaged_record_is_left_out_of_the_figures(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.5)
+    path = next(tmp_path.glob("*/test.pt"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=r"test\.pt cannot be read and is left out of the figures"):
+        assert len(report(tmp_path)) == 1
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves"}
+
+
+def test_a_full_disk_leaves_the_previous_report(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.5)
+    report(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    write_run(tmp_path, 2, 0, 0.6)
+    for size in (10, len(before[tmp_path / "results.csv"]) + 500):
+        with file_size_limit(size), pytest.raises(OSError, match=f"File too large: '{tmp_path}"):
+            report(tmp_path)
+        after = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        assert after.keys() == before.keys()
+        assert all(after[path] == before[path] for path in tmp_path.glob("*.png"))

@@ -1,6 +1,10 @@
 """Folders of images: what is read, what is refused, and that memory and files give the same."""
 
 import io
+import os
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,12 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from lsoftmax_lightning.datamodules import ImageFolderDataModule
-from lsoftmax_lightning.datamodules.images import ImageSubset, read_image
+from lsoftmax_lightning.datamodules import ImageFolderDataModule, LFWDataModule, LFWFoldDataModule
+from lsoftmax_lightning.datamodules.images import ImageSubset, files_in, read_image
 from lsoftmax_lightning.errors import DataError, InputError
 
 from ..conftest import make_model, make_trainer
-from .formats import write_folder, write_image
+from .formats import write_folder, write_image, write_lfw
 
 
 def make(root: Path, **settings: Any) -> ImageFolderDataModule:
@@ -268,6 +272,10 @@ def test_skipping_must_leave_an_image_of_each_class(tmp_path: Path) -> None:
         ({"memory_gib": float("nan")}, "memory_gib"),
         ({"crop_padding": -1}, "padding"),
         ({"batch_size": 0}, "batch_size"),
+        ({"image_size": 10**9}, "image_size: must have at most"),
+        ({"image_size": (1, 10**9)}, "image_size: must have at most"),
+        ({"num_workers": 10**6}, "num_workers: must be at most 1024"),
+        ({"crop_padding": 10**9}, "crop_padding: must be at most the image's side of 8 pixels"),
         ({"val_size": 0}, "val_size"),
     ],
 )
@@ -275,3 +283,77 @@ def test_bad_settings_are_refused(settings: dict[str, Any], said: str, tmp_path:
     write_folder(tmp_path)
     with pytest.raises(InputError, match=said):
         make(tmp_path, **settings)
+
+
+def test_linked_folders_are_visited_once() -> None:
+    write_folder(Path("photos"), ("a", "b"), count=2)
+    write_image(Path("other/o.png"))
+    expected = sorted([*map(str, Path("photos").rglob("*.png")), "photos/first/o.png"])
+    for link, folder in (
+        ("a/0", "../b"),
+        ("a/up", ".."),
+        ("b/up", ".."),
+        ("first", "../other"),
+        ("second", "../other"),
+    ):
+        Path("photos", link).symlink_to(folder)
+    Path("other/back").symlink_to("../photos")
+    start = time.monotonic()
+    assert files_in("photos") == expected
+    assert time.monotonic() - start < 5
+    assert len(files_in("photos/a/up")) == len(expected)
+
+
+def bind_socket(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+
+
+def link_device(path: str) -> None:
+    os.symlink("/dev/zero", path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "create"), [("a FIFO", os.mkfifo), ("a device", link_device), ("a socket", bind_socket)]
+)
+def test_special_files_are_refused_by_name_before_any_reading(kind: str, create: Callable[[str], None]) -> None:
+    write_folder(Path("images"))
+    write_lfw(Path("lfw"))
+    person = "Person_0A"
+    reads: list[tuple[str, Callable[[], object]]] = [
+        ("images/train/red/x.png", lambda: make(Path("images"), skip_unreadable=True)),
+        ("images/train/x", lambda: make(Path("images"))),
+        ("images/test/blue/x.png", lambda: files_in("images")),
+        (f"lfw/images/{person}/x.jpg", lambda: LFWFoldDataModule("lfw", 2, image_size=8)),
+        ("lfw/images/x", lambda: LFWDataModule("lfw/images", "lfw")),
+    ]
+    for path, read in reads:
+        create(path)
+        with pytest.raises(DataError, match=f"^{path} is {kind}, not an image: remove it"):
+            read()
+        with pytest.raises(ValueError, match=f"it is {kind}"):
+            read_image(path, (8, 8))
+        Path(path).unlink()
+    pair = Path(f"lfw/images/{person}/{person}_0001.jpg")
+    pair.unlink()
+    os.mkfifo(pair)
+    with pytest.raises(DataError, match=f"^{pair} is a FIFO, not an image"):
+        LFWDataModule("images/train", "lfw")
+
+
+@pytest.mark.parametrize("path", [b"train/caf\xe9", b"train/red/caf\xe9.png", b"test/blue/caf\xe9.png"])
+def test_names_that_are_not_utf8_are_refused_before_any_work(path: bytes) -> None:
+    write_folder(Path("images"))
+    Path("images", os.fsdecode(path)).mkdir()
+    with pytest.raises(DataError, match=r"^the name of 'images/.*caf\\udce9.*' is not UTF-8: rename it\.$"):
+        make(Path("images"))
+
+
+def test_a_link_to_itself_is_refused_by_name() -> None:
+    write_folder(Path("images"))
+    Path("images/train/red/loop").symlink_to("loop")
+    for read in (lambda: make(Path("images")), lambda: files_in("images")):
+        with pytest.raises(
+            DataError, match=r"^images/train/red/loop cannot be read: Too many levels of symbolic links"
+        ):
+            read()
