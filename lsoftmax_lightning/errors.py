@@ -18,4 +18,4 @@ class DivergenceError(LSoftmaxError, RuntimeError):
 
 
 class RunError(LSoftmaxError, RuntimeError):
-    """Trainings of a comparison failed."""
+    """Runs of a comparison failed, or a file could not be written."""
