@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +20,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # the names that a YAML may use without their path
@@ -43,6 +45,7 @@ _PACKAGE = Path(__file__).parent
 # In the wheel the configs lie inside the package; in a checkout, beside it.
 CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
 
+_RANK_SECONDS = 5  # for the other ranks to print their own error
 _LOCK_SECONDS = 10  # workers of a killed run hold its lock for some seconds
 
 
@@ -369,7 +372,10 @@ class LSoftmaxCLI(LightningCLI):
             yield
         except Exception:
             launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
-            if launcher is not None:
+            if isinstance(launcher, _SubprocessScriptLauncher):
+                deadline = time.monotonic() + _RANK_SECONDS
+                while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
+                    time.sleep(0.1)
                 launcher.kill(signal.SIGKILL)
             raise
 
