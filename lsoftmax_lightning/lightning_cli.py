@@ -155,6 +155,21 @@ def _check_writer(loggers: Any) -> None:
                 raise InputError(f"trainer.logger.{name} must be {expected}, got {value!r}.")
 
 
+_MODES = {"loss": "min", "eer": "min", "angle": "min", "acc": "max", "auc": "max"}  # by the ends of metric names
+
+
+def _checkpoint_mode(monitor: str | None, mode: str) -> str:
+    """Return ``min`` or ``max`` for a metric; refuse the mode that would keep the worst checkpoint."""
+    known = next((better for end, better in _MODES.items() if (monitor or "").endswith(end)), None)
+    if monitor is None or mode not in ("auto", "min", "max"):
+        return "min" if mode == "auto" else mode
+    if mode == "auto" and known is None:
+        raise InputError(f"checkpoint.mode: is not known for {monitor}; set min if lower values are better, or max.")
+    if known not in (None, mode) and mode != "auto":
+        raise InputError(f"checkpoint.mode: the best {monitor} is its {known}imum, got {mode}; leave the mode out.")
+    return known or mode
+
+
 class LSoftmaxCLI(LightningCLI):
     """Lightning's CLI with our parser: bare config names, data linked to model, a test after fit.
 
@@ -221,7 +236,7 @@ class LSoftmaxCLI(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/acc",
-                "checkpoint.mode": "max",
+                "checkpoint.mode": "auto",
                 "checkpoint.filename": "best",
             }
         )
@@ -234,6 +249,11 @@ class LSoftmaxCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the config as it is: Lightning would put a checkpoint's settings over those the user gave."""
+
+    def before_instantiate_classes(self) -> None:
+        """Replace the ``auto`` of ``checkpoint.mode``."""
+        checkpoint = self.config[self.subcommand].checkpoint
+        checkpoint.mode = _checkpoint_mode(checkpoint.monitor, checkpoint.mode)
 
     def instantiate_classes(self) -> None:
         """As Lightning's; whatever a constructor does not take is a user's mistake."""
@@ -343,8 +363,11 @@ class LSoftmaxCLI(LightningCLI):
                 )
 
     def before_fit(self) -> None:
-        """Lock the folder of the run, and refuse one that holds another run."""
+        """Say what the best checkpoint is; lock the folder of the run, and refuse one that holds another run."""
         trainer, run = self.trainer, self.config_init[self.subcommand]
+        if run.checkpoint.monitor and trainer.checkpoint_callbacks:
+            highest = run.checkpoint.mode == "max"
+            rank_zero_info(f"Best checkpoint: {'highest' if highest else 'lowest'} {run.checkpoint.monitor}")
         folder = getattr(trainer.loggers[0], "log_dir", None) if trainer.loggers else None
         if not trainer.is_global_zero or trainer.fast_dev_run or not folder or "://" in folder:  # type: ignore[attr-defined]
             return

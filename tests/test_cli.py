@@ -21,6 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 import lsoftmax_lightning
 from lsoftmax_lightning import ClassificationModule
+from lsoftmax_lightning.callbacks import BestCheckpoint
 from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.schedules import AccuracyFeedback
 
@@ -33,6 +34,8 @@ QUIET = [
     "--trainer.enable_model_summary=false",
     "--dashboard.every_n_epochs=0",
 ]
+# classes move apart, so they are nearest in the first epoch
+FIRST_IS_BEST = ["--checkpoint.monitor=val/centre_angle_nearest", "--checkpoint.mode=min"]
 SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--model.margin=2"]
 
 
@@ -105,8 +108,7 @@ def test_every_shipped_config_is_complete(config: Path) -> None:
 
 
 def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
-    # with the highest loss as the best, best and last are two
-    cli = main(["fit", "--config", "digits", *SHORT, "--trainer.max_epochs=3", "--checkpoint.mode=max"])
+    cli = main(["fit", "--config", "digits", *SHORT, "--trainer.max_epochs=3", *FIRST_IS_BEST])
     assert cli is not None
     run = Path("runs/digits/version_0")
     names = {path.name for path in run.iterdir()}
@@ -117,12 +119,12 @@ def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
     results = json.loads((run / "results.json").read_text())
     angles = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what in ("mean", "nearest", "min")}
     figures = {"acc", "loss", "angle", "feature_norm", "segment_0", "segment_1"} | angles
-    chosen_by = results.pop("val/loss")
+    chosen_by = results.pop("val/centre_angle_nearest")
     assert set(results) == {f"test/{name}" for name in figures}
     scores = [
         state["best_model_score"].item()
         for name, state in torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"].items()
-        if "val/loss" in name
+        if "val/centre_angle_nearest" in name
     ]
     assert scores == pytest.approx([chosen_by])
 
@@ -181,6 +183,44 @@ class Module(ClassificationModule):
     def training_step(self, batch, batch_idx):
         raise IndexError("of the user")
 """
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [
+        (["--checkpoint.monitor=val/acc"], "max"),
+        (["--checkpoint.monitor=val/loss"], "min"),
+        (["--checkpoint.monitor=val/margin_loss", "--checkpoint.mode=min"], "min"),
+        (["--checkpoint.monitor=val/feature_norm", "--checkpoint.mode=max"], "max"),
+        (["--checkpoint.monitor=null"], "min"),
+    ],
+)
+def test_the_mode_follows_the_metric_of_the_best_checkpoint(
+    settings: list[str], mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", *settings])
+    assert cli is not None
+    (best,) = (c for c in cli.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint))
+    assert best.mode == mode
+    assert yaml.safe_load(Path("runs/digits/version_0/config.yaml").read_text())["checkpoint"]["mode"] == mode
+    said = {"max": "Best checkpoint: highest", "min": "Best checkpoint: lowest"}[mode]
+    assert (f"{said} {best.monitor}" in caplog.messages) == (best.monitor is not None)
+
+
+@pytest.mark.parametrize("config", ["digits.yaml", "mnist.yaml"])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["--checkpoint.monitor=val/acc", "--checkpoint.mode=min"], "the best val/acc is its maximum, got min"),
+        (["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"], "the best val/loss is its minimum, got max"),
+        (["--checkpoint.monitor=val/mine"], "checkpoint.mode: is not known for val/mine; set min if"),
+    ],
+)
+def test_the_worst_checkpoint_is_never_kept(
+    settings: list[str], said: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["fit", "--config", config], ["compare", "--config", config, "--margins", "1"]):
+        assert said in fails(capsys, *command, *settings)
 
 
 def test_only_errors_in_the_users_code_show_a_traceback(

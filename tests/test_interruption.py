@@ -24,7 +24,7 @@ from lsoftmax_lightning.user_errors import errors_without_traceback
 from .conftest import file_size_limit
 from .datamodules.formats import write_folder
 from .forked import run_on
-from .test_cli import QUIET, SHORT, fails
+from .test_cli import FIRST_IS_BEST, QUIET, SHORT, fails
 
 LONG = [
     *("fit", "--config=digits.yaml", *QUIET, "--trainer.max_epochs=12"),
@@ -264,8 +264,7 @@ def test_last_is_the_last_run_of_fit_and_goes_on_in_its_folder(caplog: pytest.Lo
 
 @pytest.mark.parametrize("how", ["path", "moved", "renamed"])
 def test_the_best_of_all_epochs_is_tested_where_a_run_continues(how: str) -> None:
-    # with the highest loss as the best, the first epoch is the one to be tested
-    fit = ["fit", "--config=digits.yaml", *SHORT, "--checkpoint.mode=max"]
+    fit = ["fit", "--config=digits.yaml", *SHORT, *FIRST_IS_BEST]
     main([*fit, "--trainer.max_epochs=4", "--trainer.logger.name=whole"])
     whole = json.loads(Path("runs/whole/version_0/results.json").read_text())
     main([*fit, "--trainer.max_epochs=2"])

@@ -25,7 +25,7 @@ from lsoftmax_lightning.compare.train import _Work
 from lsoftmax_lightning.errors import InputError, RunError
 from lsoftmax_lightning.lightning_cli import flat
 
-from ..test_cli import QUIET, fails
+from ..test_cli import FIRST_IS_BEST, QUIET, fails
 
 SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
 
@@ -83,8 +83,8 @@ def test_a_comparison_is_trained_and_another_call_goes_on(capsys: pytest.Capture
     ],
 )
 def test_what_was_interrupted_ends_as_if_it_had_not_been(blow: signal.Signals, at: str, said: str) -> None:
-    # the highest loss is that of the first epochs: a run that forgets its best checkpoint has another in the end
-    args = [*QUIET, "--trainer.max_steps=300", "--trainer.limit_train_batches=10", "--checkpoint.mode=max"]
+    # a run that forgets its best checkpoint, that of the first epoch, has another in the end
+    args = [*QUIET, "--trainer.max_steps=300", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
     command = ["compare", "--config=digits.yaml", "--margins=2", "--seeds=3", *args]
     comparison = subprocess.Popen(
         [sys.executable, "-m", "lsoftmax_lightning", *command],
