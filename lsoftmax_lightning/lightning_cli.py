@@ -368,10 +368,12 @@ class LSoftmaxCLI(LightningCLI):
         if run.checkpoint.monitor and trainer.checkpoint_callbacks:
             highest = run.checkpoint.mode == "max"
             rank_zero_info(f"Best checkpoint: {'highest' if highest else 'lowest'} {run.checkpoint.monitor}")
-        folder = getattr(trainer.loggers[0], "log_dir", None) if trainer.loggers else None
-        if not trainer.is_global_zero or trainer.fast_dev_run or not folder or "://" in folder:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = Path(folder)
+        place = getattr(trainer.loggers[0], "log_dir", None)
+        if not place or "://" in place:
+            return
+        folder = Path(place)
         resumes = run.ckpt_path and Path(run.ckpt_path).resolve().is_relative_to(folder.resolve())
         used = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("results.json")]
         if not run.ckpt_path and run.checkpoint.dirpath:
