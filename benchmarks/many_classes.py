@@ -1,6 +1,7 @@
 """Train with the default schedule of lambda on 1,000 and 10,000 classes of synthetic images.
 
-Each class is a random 8x8 image; its samples are that image under noise, four to train on, one to validate and one to test on.
+Each class is a random 8x8 image; its samples are that image under noise, four to train on, one to validate on and one
+to test on.
 
 Usage: python benchmarks/many_classes.py [--classes 1000 10000] [--margins 1 2 4] [--seeds 0]
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REPEAT_SECONDS = 1.0  # a terminal or launcher may deliver one request twice
 _LAUNCHER_PID = "LSOFTMAX_LIGHTNING_LAUNCHER_PID"
+_command: SignalHandler | None = None  # of the command that runs in this process
 
 
 class Stopped(SystemExit):
@@ -69,38 +71,60 @@ class SignalHandler:
             signal.raise_signal(signum)
 
 
-def stop(signum: signal.Signals) -> None:
+def stop(signum: signal.Signals, seconds: int = 0) -> None:
     """End this process.
 
     A rank that Lightning launched passes the signal to the process that launched it, which ends all ranks.
 
+    Args:
+        signum: The signal.
+        seconds: Time after which a command that has not ended is ended at once, since the exception may have left a
+            lock of a library locked; by default it may take any time.
+
     Raises:
         SystemExit: Always.
     """
-    launcher_pid = os.environ.get(_LAUNCHER_PID)
-    if "LOCAL_RANK" in os.environ and launcher_pid == str(os.getppid()):
+    is_launched = "LOCAL_RANK" in os.environ and os.environ.get(_LAUNCHER_PID) == str(os.getppid())
+    code = 0 if is_launched else 128 + signum  # with another code, Lightning would kill the process that launched it
+    if _command is not None:
+        _command.received = signum
+        if seconds and sys.platform != "win32":
+            signal.signal(signal.SIGALRM, lambda *args: os._exit(code))
+            signal.alarm(seconds)
+    if is_launched:
         os.kill(os.getppid(), signum)
-        raise SystemExit(0)  # with another code, Lightning would kill the process that launched this one
+        raise SystemExit(code)
     raise Stopped(signum)
 
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
     """Raise :class:`Stopped` in the block when a signal arrives, and restore the handlers after it."""
+    global _command
     previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     show = sys.unraisablehook
     sys.unraisablehook = lambda error: None if isinstance(error.exc_value, SystemExit) else show(error)
-    handler = SignalHandler(stop)
-    handler.install()
+    children = multiprocessing.active_children()
+    outer, _command = _command, SignalHandler(stop)
+    command = _command
+    command.install()
     try:
         yield
-        if handler.received is not None:  # a destructor or a weakref callback swallowed the exception
-            stop(handler.received)
+        if command.received is not None:  # a destructor or a weakref callback swallowed the exception
+            stop(command.received)
     finally:
+        _command = outer
         sys.unraisablehook = show
         if threading.current_thread() is threading.main_thread():
             for signum, function in previous.items():
                 signal.signal(signum, function)
+        if command.received is not None:
+            if sys.platform != "win32":
+                signal.alarm(0)
+            for process in multiprocessing.active_children():
+                if process not in children:  # a worker that was not told to end, and that Python would wait for
+                    process.kill()
+                    process.join()
 
 
 def ignore_signals(worker_id: int = 0) -> None:

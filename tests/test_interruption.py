@@ -1,11 +1,13 @@
 """Runs that are stopped, by whatever means, and go on to the same weights."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
+from lsoftmax_lightning.signals import ignore_signals
 from lsoftmax_lightning.user_errors import errors_without_traceback
 
 from .conftest import file_size_limit
@@ -355,3 +358,36 @@ def test_an_error_after_a_signal_does_not_hide_it() -> None:
     done = run_on(1, lambda: run_cli(["fit", "--config=digits.yaml", *SHORT], send, FailInTeardown()))
     assert done.returncode == 143
     assert done.stderr.splitlines()[-1] == "Stopped by SIGTERM."
+
+
+class Block(Callback):
+    """Never return from the end of an interrupted run, as a library does that waits for a lock."""
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        threading.Event().wait()
+
+
+def test_a_stopped_command_that_cannot_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsoftmax_lightning.callbacks.exit_on_signals._EXIT_SECONDS", 1)
+    send = Send(signal.SIGTERM, "on_test_batch_end")
+    done = run_on(1, lambda: run_cli(["fit", "--config=digits.yaml", *SHORT], send, Block()))
+    assert done.returncode == 143
+
+
+def test_workers_that_were_not_told_to_end_do_not_keep_a_stopped_command() -> None:
+    def stopped() -> None:
+        context = multiprocessing.get_context("fork")
+        others = context.Process(target=lambda: time.sleep(100), daemon=True)
+        others.start()
+        try:
+            with errors_without_traceback():
+                worker = context.Process(target=lambda: [ignore_signals(), time.sleep(100)], daemon=True)
+                worker.start()
+                time.sleep(0.5)
+                os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            assert multiprocessing.active_children() == [others]
+            others.kill()
+
+    done = run_on(1, stopped)
+    assert done.returncode == 143, done.stderr

@@ -9,6 +9,8 @@ from lightning import Callback, Trainer
 
 from ..signals import SignalHandler, stop
 
+_EXIT_SECONDS = 15  # for loggers and other callbacks to finish
+
 
 class ExitOnSignals(Callback):
     """End all ranks of a run when one of them is signalled outside of training.
@@ -29,7 +31,7 @@ class ExitOnSignals(Callback):
         def stop_all_ranks(signum: signal.Signals) -> None:
             if (launcher := trainer.strategy.launcher) is not None:
                 launcher.kill(signum)
-            stop(signum)
+            stop(signum, _EXIT_SECONDS)
 
         self._stop_if_received()
         self._handler = SignalHandler(stop_all_ranks)
@@ -57,4 +59,4 @@ class ExitOnSignals(Callback):
     def _stop_if_received(self) -> None:
         """Stop if a signal arrived in a destructor or a weakref callback, where Python ignores exceptions."""
         if self._handler is not None and self._handler.received is not None:
-            stop(self._handler.received)
+            stop(self._handler.received, _EXIT_SECONDS)
