@@ -246,7 +246,7 @@ def test_wrong_types_of_every_setting_are_errors_without_traceback(
     settings = sorted(flat(yaml.safe_load(shown.getvalue())).keys() - UNTRIED)
     assert {"trainer.logger.purge_step", "checkpoint.monitor", "model.optimizer.differentiable"} <= set(settings)
     draw = random.Random(os.environ.get("FUZZ", config.name))
-    for _ in range(int(os.environ.get("FUZZ", "250")) // 10):
+    for _ in range(int(os.environ.get("FUZZ", "250")) // 20):
         setting, value = draw.choice(settings), draw.choice(WRONG_TYPES)
         runs_or_says_what_is_wrong([*args, f"--{setting}={argument(value)}"])
 

@@ -174,6 +174,7 @@ def test_a_signal_to_one_rank_ends_all(command: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_workers_outlive_the_signal_that_a_scheduler_sends_to_all(num_workers: int) -> None:
     write_folder(Path("images"))
     data = ["--data.root=images", "--data.memory_gib=0", f"--data.num_workers={num_workers}", "--data.batch_size=4"]

@@ -237,7 +237,7 @@ def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_
 
     # not finished
     (run / "run.json").unlink()
-    cuts = range(0, len(whole), max(1, len(whole) // 40))
+    cuts = range(0, len(whole), max(1, len(whole) // 10))
     for content in [*(whole[:cut].encode() for cut in cuts), b"\x00" * 100, b"caf\xe9", b"text", b"[1]"]:
         path.write_bytes(content)
         with pytest.warns(
