@@ -389,6 +389,7 @@ class LSoftmaxCLI(LightningCLI):
         except Timeout as error:
             raise InputError(f"another run is at work in {folder}; wait for it, or choose another version.") from error
         _remove_parts(folder)
+        (folder / "hparams.yaml").unlink(missing_ok=True)  # of which a killed run may have left a part; written again
 
     @contextmanager
     def _end_launched_ranks(self) -> Iterator[None]:

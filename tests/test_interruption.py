@@ -202,11 +202,14 @@ def test_a_run_whose_config_was_half_written_continues(content: str) -> None:
         main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
     config = Path("runs/digits/version_0/config.yaml")
     whole = config.read_text()
-    config.write_bytes(content.encode(errors="surrogateescape"))
+    hparams = config.with_name("hparams.yaml").read_text()
+    for path in (config, config.with_name("hparams.yaml")):
+        path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.warns(UserWarning, match=r"config.yaml is not complete"):
         cli = main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
     assert cli is not None
     assert config.read_text() == whole
+    assert config.with_name("hparams.yaml").read_text() == hparams
 
 
 def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
