@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 import torch
 
+from .errors import RunError
+
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 _NAME_LENGTH = 50  # characters of the target's name in a part's name, which a file system limits
 _active: set[str] = set()  # names of the parts that this process is writing
 
@@ -67,10 +71,53 @@ def temporary_path(path: str | Path) -> Iterator[Path]:
             _remove(part)
 
 
+@contextmanager
+def disk_errors(setting: str, path: Path) -> Iterator[None]:
+    """Report a full or read-only disk as an error of the setting that names the file.
+
+    Raises:
+        RunError: For an OSError in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{setting}: {path} cannot be written ({error.strerror or error}); free some space or choose another file."
+        ) from error
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file by :func:`atomic_path`."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: str | Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file by :func:`atomic_path`, with the cells of :func:`csv_safe`."""
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(map(csv_safe, rows))
+
+
+def csv_safe(row: Iterable[Any]) -> list[Any]:
+    """Return the cells of a CSV row such that no spreadsheet takes a text for a formula.
+
+    Texts that begin like a formula get a ``'`` in front, as OWASP recommends against CSV injection. Numbers, and texts
+    that are numbers, do not change.
+
+    Args:
+        row: Cells; those that are not texts do not change.
+    """
+    return [f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell for cell in row]
+
+
+def _is_formula(text: str) -> bool:
+    if not text.startswith(_FORMULA_STARTS):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
 
 
 def torch_save(content: object, path: str | Path) -> None:

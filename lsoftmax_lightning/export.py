@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .atomic import atomic_path, temporary_path
+from .atomic import atomic_path, disk_errors, temporary_path, torch_save
 from .checkpoints import read
 from .errors import InputError, RunError
 
@@ -83,14 +82,12 @@ def export(
     if missing:
         raise InputError(f"to export to ONNX takes {', '.join(missing)}: pip install 'lsoftmax-lightning[export]'.")
     path = Path(path)
-    with _disk_errors(path), temporary_path(path) as folder:
+    with disk_errors("output", path), temporary_path(path) as folder:
         folder.mkdir()  # an error here comes before the work
     model = model.cpu().eval()
     if format == "state_dict":
-        buffer = io.BytesIO()  # on a full disk, torch.save to a file may abort the process
-        torch.save(model.backbone.state_dict(), buffer)
-        with _disk_errors(path), atomic_path(path) as part:
-            part.write_bytes(buffer.getbuffer())
+        with disk_errors("output", path), atomic_path(path) as part:
+            torch_save(model.backbone.state_dict(), part)
             read(part)
         return {}
 
@@ -115,7 +112,7 @@ def export(
     two = torch.cat([images[:1], images[:1]])  # one would be taken for the only size there is
     program = torch.export.export(deployed, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     write = _onnx if format == "onnx" else _torch_export
-    with _disk_errors(path), temporary_path(path) as folder:
+    with disk_errors("output", path), temporary_path(path) as folder:
         folder.mkdir()
         run = write(program, Path(folder, path.name), metadata)
         with torch.inference_mode():
@@ -133,17 +130,6 @@ def export(
             with atomic_path(path.parent / file.name) as part:
                 file.replace(part)
     return differences
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Report a full or read-only disk as an error of the output."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"output: {path} cannot be written ({error.strerror or error}); free some space or choose another file."
-        ) from error
 
 
 Runner = Callable[[Tensor], tuple[Tensor, ...]]

@@ -117,6 +117,15 @@ class _SaveConfig(SaveConfigCallback):
             write_text(Path(folder, self.config_filename), self.parser.dump(self.config, skip_none=False))
 
 
+def read_yaml(path: Path) -> dict[str, Any] | None:
+    """Return the mapping in a YAML file; None if the file is missing, empty or damaged."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return content if content and isinstance(content, dict) else None
+
+
 def flat(settings: Any, path: str = "") -> dict[str, Any]:
     """Settings by the names that the command line has for them.
 
@@ -322,11 +331,8 @@ class LSoftmaxCLI(LightningCLI):
 
     def _report_changed_settings(self, folder: Path) -> None:
         """Log the settings that differ from those of the run's config; refuse those it cannot continue with."""
-        try:
-            config = yaml.safe_load((folder / "config.yaml").read_text())
-        except (OSError, ValueError, yaml.YAMLError):
-            config = None
-        if not isinstance(config, dict) or "ckpt_path" not in config:  # earlier releases left a part when killed
+        config = read_yaml(folder / "config.yaml")
+        if config is None or "ckpt_path" not in config:  # earlier releases left a part when killed
             rank_zero_warn(f"{folder}/config.yaml is not complete: changed settings are not reported.")
             return
         before = flat(config)

@@ -117,6 +117,6 @@ def _advice(error: BaseException) -> BaseException | str | None:
         if isinstance(cause, LSoftmaxError | MisconfigurationException | OSError):
             return cause
         if str(cause).startswith("Expected a <class 'NoneType'>"):
-            return error  # its older versions chain this in the place of ours, which is in the text alone
+            return error  # older versions of jsonargparse chain this error; ours is in its text only
         cause = cause.__cause__
     return None

@@ -1,4 +1,4 @@
-"""Kill commands of the package at many moments, run them again, and compare with runs that nobody killed.
+"""Kill commands of the package at many moments, run them again, and compare with uninterrupted runs.
 
     python tests/kills.py [--kills N] [--seed S] [--only SETTING ...] [--jobs N]
 
@@ -120,7 +120,7 @@ class References:
             expected = place.with_name(str(scenario.expected)) / "work"
             wrong += differences(scenario, expected, work)
         if wrong:
-            self.notes.append(f"reference {scenario.name!r}, which nobody killed: {'; '.join(wrong)}")
+            self.notes.append(f"reference {scenario.name!r}, uninterrupted: {'; '.join(wrong)}")
 
 
 def allowed_codes(kill: Kill, rank: int, started: bool) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ PACKAGE = Path(lsoftmax_lightning.__file__).parent
 # each room and the rooms below it
 BELOW: dict[str, set[str]] = {
     "errors": set(),
-    "atomic": set(),
+    "atomic": {"errors"},
     "signals": set(),
     "functional": {"errors"},
     "schedules": {"errors"},

@@ -301,7 +301,9 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_an_error_and_the_one_before_
     before = last("runs/digits/version_0")
     with file_size_limit(20_000):
         printed = fails(capsys, *fit, "--trainer.max_epochs=2")
+        last_alone = fails(capsys, *fit, "--trainer.max_epochs=2", "--checkpoint.save_top_k=0")
     assert "best.ckpt could not be written: File too large" in printed
+    assert "last.ckpt could not be written: File too large" in last_alone
     assert not list(Path().rglob("*.part"))
     assert_same(last("runs/digits/version_0"), before)
     cli = main([*fit, "--trainer.max_epochs=2"])

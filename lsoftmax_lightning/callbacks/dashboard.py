@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Sequence
@@ -14,13 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ..atomic import atomic_path
+from ..atomic import atomic_path, write_csv
 from ..errors import InputError
 from ..functional import target_angles
 from .baseline import ANGLE_BINS, softmax_angles
 from .frames import ClassFrame, ClassSample, Frame, latest_angles, samples_per_batch, take_frame
 from .listener import HeadListener, tensorboards
-from .predictions import csv_safe
 
 _MAX_TRAIN_ANGLES = 1_000_000  # samples, of 4 bytes each
 _MAX_TRAIN_BATCHES = 1000  # small tensors, of which each takes several hundred bytes more
@@ -191,11 +189,7 @@ class Dashboard(HeadListener):
                 path = self._folder / f"{frame.stage}_{name}{step}"
                 with atomic_path(path.with_suffix(".png")) as part:
                     figure.savefig(part, format="png", dpi=200)
-                with (
-                    atomic_path(path.with_suffix(".csv")) as part,
-                    part.open("w", newline="", encoding="utf-8") as file,
-                ):
-                    csv.writer(file).writerows(map(csv_safe, [header, *rows]))
+                write_csv(path.with_suffix(".csv"), [header, *rows])
             for writer in writers:
                 writer.add_figure(f"{frame.stage}/{name}", figure, frame.step)
         self._cost = time.perf_counter() - start

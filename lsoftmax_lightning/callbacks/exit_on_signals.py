@@ -1,4 +1,4 @@
-"""The end of a run that is told to stop outside of training."""
+"""The exit of a run that a signal stops outside of training."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -14,33 +14,10 @@ import numpy as np
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..atomic import atomic_path, temporary_path
+from ..atomic import atomic_path, csv_safe, disk_errors, temporary_path
 from ..errors import InputError, RunError
 
 _ROWS = 2**12  # taken at a time when files are put together
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
-
-
-def csv_safe(row: Iterable[Any]) -> list[Any]:
-    """Return the cells of a CSV row such that no spreadsheet takes a text for a formula.
-
-    Texts that begin like a formula get a ``'`` in front, as OWASP recommends against CSV injection. Numbers, and texts
-    that are numbers, do not change.
-
-    Args:
-        row: Cells; those that are not texts do not change.
-    """
-    return [f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell for cell in row]
-
-
-def _is_formula(text: str) -> bool:
-    if not text.startswith(_FORMULA_STARTS):
-        return False
-    try:
-        float(text)
-    except ValueError:
-        return True
-    return False
 
 
 class Predictions(Callback):
@@ -54,7 +31,7 @@ class Predictions(Callback):
     Lightning holds all of them.
 
     The output appears when it is complete. What a killed prediction leaves beside it is removed by the next one. In
-    CSV, texts that a spreadsheet would run as a formula have a ``'`` in front (:func:`csv_safe`).
+    CSV, texts that a spreadsheet would run as a formula have a ``'`` in front (``atomic.csv_safe``).
 
     Args:
         output: File to write, ``.csv`` or ``.parquet``; by default ``predictions.csv`` in the folder of the run.
@@ -160,16 +137,8 @@ class Predictions(Callback):
     def _embeddings_path(self) -> Path:
         return self._path.with_suffix(".npy")
 
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        """Report a full or read-only disk as an error of the output."""
-        try:
-            yield
-        except OSError as error:
-            raise RunError(
-                f"predictions.output: {self._path} cannot be written ({error.strerror or error}); free some space or "
-                "choose another file."
-            ) from error
+    def _disk_errors(self) -> AbstractContextManager[None]:
+        return disk_errors("predictions.output", self._path)
 
     def _write_rows(self, parts: list[Path], whole: Path) -> None:
         if self._path.suffix == ".parquet":

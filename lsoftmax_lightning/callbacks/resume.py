@@ -97,7 +97,9 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Load what was saved, and take back the first count of an epoch, which the Trainer makes again."""
         if trainer.state.fn != "fit":
-            for callback in trainer.checkpoint_callbacks:  # what it saved before is of no use, and may have moved
+            for callback in (
+                trainer.checkpoint_callbacks
+            ):  # its state matters to training only, and names files that may have moved
                 checkpoint.get("callbacks", {}).pop(callback.state_key, None)
             return
         saved = checkpoint.get(_KEY, {"seed": self._seed, "watched": {}})

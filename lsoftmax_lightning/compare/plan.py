@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ..atomic import write_text
 from ..errors import InputError
 from ..functional import check_margin
-from ..lightning_cli import LSoftmaxCLI, flat
-from .results import damaged_config, damaged_outcome, file_name, read_outcome, read_yaml
+from ..lightning_cli import LSoftmaxCLI, flat, read_yaml
+from .results import damaged_config, damaged_outcome, file_name, read_outcome
 
 # what a comparison says itself
 _PLACES = ("trainer.logger", "trainer.default_root_dir", "checkpoint.dirpath")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import statistics
@@ -12,8 +11,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from ..atomic import atomic_path, write_text
-from ..callbacks.predictions import csv_safe
+from ..atomic import atomic_path, write_csv, write_text
 from ..errors import InputError
 from .figures import draw
 from .paper import paper_accuracies
@@ -51,12 +49,7 @@ def report(folder: str | Path) -> list[dict[str, Any]]:
         raise InputError(f"no run in {folder.absolute()} is finished; `compare` leaves them there.")
     rows = [run.row() for run in runs]
     columns = list({name: None for row in rows for name in row})
-    with (
-        atomic_path(folder / "results.csv") as part,
-        part.open("w", newline="", encoding="utf-8") as file,
-    ):
-        cells = [columns, *([row.get(name, "") for name in columns] for row in rows)]
-        csv.writer(file).writerows(map(csv_safe, cells))
+    write_csv(folder / "results.csv", [columns, *([row.get(name, "") for name in columns] for row in rows)])
     table = _table(runs)
     write_text(folder / "table.md", table)
     for name, figure in draw(runs):

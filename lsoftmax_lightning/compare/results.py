@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..errors import InputError
+from ..lightning_cli import read_yaml
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):  # ValueError: neither UTF-8 nor JSON
         return None
     return content if isinstance(content, dict) else None
-
-
-def read_yaml(path: Path) -> dict[str, Any] | None:
-    """Return the mapping in a YAML file; None if the file is missing, empty or damaged."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return content if content and isinstance(content, dict) else None
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -14,17 +14,18 @@ from lsoftmax_lightning.checkpoints import indexed, read
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
 
-KEEP_ONE = {"filename": "best"}
-KEEPS = [KEEP_ONE, {"filename": "{epoch}"}, {"filename": "{epoch}", "save_top_k": 2}]
+# the loss falls: each epoch has a new best checkpoint
+FALLING: dict[str, Any] = {"mode": "min", "max_epochs": 4}
+KEEPS = [{"filename": "best"}, {"filename": "{epoch}"}, {"filename": "{epoch}", "save_top_k": 2}]
 
 
 class Killed(BaseException):
     """Stands for a SIGKILL."""
 
 
-def train(folder: Path, keep: dict[str, Any] = KEEP_ONE, max_epochs: int = 5, **fit: Any) -> BestCheckpoint:
-    """Train in a folder; the worst validation counts as the best, so that it is an early one."""
-    best = BestCheckpoint(folder, monitor="val/loss", mode="max", **keep)
+def train(folder: Path, keep: dict[str, Any], max_epochs: int = 5, mode: str = "max", **fit: Any) -> BestCheckpoint:
+    """Train in a folder; with ``max``, the worst validation counts as the best, so that it is an early one."""
+    best = BestCheckpoint(folder, monitor="val/loss", mode=mode, **keep)
     callbacks = [best, LastCheckpoint(folder), ExactResume()]
     trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=max_epochs)
     trainer.fit(make_model(), BlobsDataModule(), **fit)
@@ -73,14 +74,12 @@ def test_a_kill_between_the_best_and_the_last_checkpoint_changes_nothing(
             raise Killed
         original(callback, trainer, path)
 
-    # the loss falls: with `min`, each epoch has a new best checkpoint
-    keep = keep | {"mode": "min"}
-    whole = train_min(tmp_path / "whole", keep)
+    whole = train(tmp_path / "whole", keep, **FALLING)
     original = getattr(*before)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*before, kill)
         try:
-            train_min(tmp_path / "killed", keep)
+            train(tmp_path / "killed", keep, **FALLING)
         except Killed:
             pass
         else:
@@ -88,25 +87,17 @@ def test_a_kill_between_the_best_and_the_last_checkpoint_changes_nothing(
             return
     best = json.loads((tmp_path / "killed" / "index.json").read_text())["best"]
     assert (tmp_path / "killed" / best).is_file()
-    again = train_min(tmp_path / "killed", keep, ckpt_path=tmp_path / "killed" / "last.ckpt")
+    again = train(tmp_path / "killed", keep, **FALLING, ckpt_path=tmp_path / "killed" / "last.ckpt")
     assert_same_best(again, whole)
-
-
-def train_min(folder: Path, keep: dict[str, Any], **fit: Any) -> BestCheckpoint:
-    best = BestCheckpoint(folder, monitor="val/loss", **keep)
-    callbacks = [best, LastCheckpoint(folder), ExactResume()]
-    trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=4)
-    trainer.fit(make_model(), BlobsDataModule(), **fit)
-    return best
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_an_earlier_checkpoint_continues_without_the_later_best(tmp_path: Path) -> None:
     keep = {"filename": "{epoch}", "save_top_k": 2}
-    best = train_min(tmp_path, keep)
+    best = train(tmp_path, keep, **FALLING)
     assert {Path(path).name for path in best.best_k_models} == {"epoch=2.ckpt", "epoch=3.ckpt"}
     with pytest.warns(UserWarning, match=r"is chosen without epoch=1.ckpt: not found there"):
-        again = train_min(tmp_path / "back", keep, ckpt_path=tmp_path / "epoch=2.ckpt")
+        again = train(tmp_path / "back", keep, **FALLING, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert_same_best(again, best)
 
 

@@ -19,8 +19,8 @@ from pyarrow import parquet
 from torch import Tensor
 
 from lsoftmax_lightning import ClassificationModule, VerificationModule
+from lsoftmax_lightning.atomic import csv_safe
 from lsoftmax_lightning.callbacks import Predictions
-from lsoftmax_lightning.callbacks.predictions import csv_safe
 from lsoftmax_lightning.datamodules.images import read_image
 from lsoftmax_lightning.errors import DataError, InputError, RunError
 
