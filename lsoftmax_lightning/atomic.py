@@ -122,7 +122,13 @@ def _is_formula(text: str) -> bool:
 
 def torch_save(content: object, path: str | Path) -> None:
     """Write by :func:`torch.save` and :func:`atomic_path`."""
-    with atomic_path(path) as part, part.open("wb") as file:
+    with atomic_path(path) as part:
+        torch_save_part(content, part)
+
+
+def torch_save_part(content: object, part: Path) -> None:
+    """Write the part of :func:`atomic_path` by :func:`torch.save`, which may abort the process on a full disk."""
+    with part.open("wb") as file:
         deferred = _DeferredErrorFile(file)
         torch.save(content, deferred)  # type: ignore[arg-type]  # it needs write and flush alone
         if deferred.error is not None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .atomic import atomic_path, disk_errors, temporary_path, torch_save
+from .atomic import atomic_path, disk_errors, temporary_path, torch_save_part
 from .checkpoints import read
 from .errors import InputError, RunError
 
@@ -87,7 +87,7 @@ def export(
     model = model.cpu().eval()
     if format == "state_dict":
         with disk_errors("output", path), atomic_path(path) as part:
-            torch_save(model.backbone.state_dict(), part)
+            torch_save_part(model.backbone.state_dict(), part)
             read(part)
         return {}
 

@@ -21,6 +21,7 @@ from lsoftmax_lightning.errors import InputError, RunError
 from lsoftmax_lightning.export import Format, Pixels, export
 
 from .conftest import WRITES_ONNX, BlobsDataModule, file_size_limit, make_model
+from .forked import run_on
 from .test_cli import QUIET, SHORT, fails
 
 
@@ -174,6 +175,20 @@ def test_a_killed_export_leaves_no_output_and_the_next_one_removes_its_parts() -
     (left,) = Path("out").iterdir()
     assert left.name.startswith(".model.")
     assert (left / "model").is_file()
+    export(make_model(), BlobsDataModule(), "out/model", "state_dict")
+    assert os.listdir("out") == ["model"]
+
+
+def test_weights_of_a_killed_export_are_removed_by_the_next_one() -> None:
+    def kill(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed() -> None:
+        torch.serialization._save = kill
+        export(make_model(), BlobsDataModule(), "out/model", "state_dict")
+
+    assert run_on(1, killed).returncode == -signal.SIGKILL
+    assert len(os.listdir("out")) == 1
     export(make_model(), BlobsDataModule(), "out/model", "state_dict")
     assert os.listdir("out") == ["model"]
 
