@@ -3,7 +3,7 @@
 Each class is a random 8x8 image; its samples are that image under noise, four to train on, one to validate on and one
 to test on.
 
-Usage: python benchmarks/many_classes.py [--classes 1000 10000] [--margins 1 2 4] [--seeds 0]
+Usage: python benchmarks/many_classes.py [--classes 1000 10000] [--margins 1 2 4] [--seeds 0] [--steps 3000]
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from lsoftmax_lightning.datamodules.base import Images
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
 
 BATCH_SIZE = 1000
-STEPS = 3000
 NOISE = 60.0
 
 
@@ -58,7 +57,7 @@ class Net(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(64, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 32))
 
 
-def train(num_classes: int, margin: int, seed: int) -> list[str]:
+def train(num_classes: int, margin: int, seed: int, steps: int) -> list[str]:
     """Train and test one network; a row of the table."""
     seed_everything(seed, verbose=False)
     data = RandomClasses(num_classes)
@@ -71,8 +70,8 @@ def train(num_classes: int, margin: int, seed: int) -> list[str]:
         lr_scheduler=lambda optimizer: FractionalMultiStepLR(optimizer, [0.6, 0.85]),
     )
     settings: dict[str, Any] = {"limit_val_batches": 0, "logger": False, "enable_checkpointing": False}
-    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(max_steps=STEPS, callbacks=[MarginMonitor()], **settings)
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_steps=steps, callbacks=[MarginMonitor()], **settings)
     trainer.fit(model, data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     lambda_ = "-" if margin == 1 else f"{float(model.head.lambda_):.3g}"
@@ -94,6 +93,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--margins", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -101,7 +101,7 @@ def main() -> None:
     for num_classes in args.classes:
         for margin in args.margins:
             for seed in args.seeds:
-                rows.append(train(num_classes, margin, seed))
+                rows.append(train(num_classes, margin, seed, args.steps))
                 print(*rows[-1], flush=True)
     header = ["classes", "m", "seed", "train/acc", "last lambda", "test accuracy", "angle to own class, degrees"]
     print(f"\n{machine()}\n\n{table(header, rows)}")
