@@ -21,7 +21,8 @@ from .functional import (
 
 LEAN_FROM = 4000
 """Classes from which on the loss by chunks is the default (docs/performance.md)."""
-_FEW = 2**23  # logits, 32 MiB of them
+_FEW_LOGITS = 2**23  # of a chunk, 32 MiB of them
+_FEW_LOGITS_ACCELERATOR = 2**27
 
 
 class LeanLoss(NamedTuple):
@@ -200,84 +201,110 @@ def _by_chunks(
     shard: ClassShard,
 ) -> tuple[Tensor, ...]:
     """Loss, predictions and correctness of this rank's samples; to differentiate, gradients of features and weight."""
-    classes = len(weight)
-    if not classes:  # one that is never of use, so that this process goes along with the others
+    num_local = len(weight)
+    if not num_local:  # one class that is never the target, so that this rank takes part in the collectives
         weight = weight.new_zeros(1, weight.shape[1])
     features, target = shard.gather(features), shard.gather(target)
     size = max(len(features), 1)
 
-    # the logit with the margin, where the class of a sample is here: the code, and the autograd, of the whole head
-    own = target - shard.start
-    here = (own >= 0) & (own < classes)
-    own = own.clamp(0, len(weight) - 1)
-    x, w = (of.detach().requires_grad_(differentiate) for of in promote(features, weight[own]))
+    # the target logit with the margin, where its class is in this shard: by the code, and the autograd, of a dense head
+    index = target - shard.start
+    here = None if shard.group is None else (index >= 0) & (index < num_local)
+    index = index.clamp(0, len(weight) - 1)
+    x, w = (rows.detach().requires_grad_(differentiate) for rows in promote(features, weight[index]))
     with torch.set_grad_enabled(differentiate):
-        own_logit = (x * w).sum(dim=1)
+        target_logit = (x * w).sum(dim=1)
         if margin > 1:
-            x_norm, w_norm = (torch.linalg.vector_norm(of, dim=1) for of in (x, w))
-            own_logit = margin_target(own_logit, x_norm, w_norm, margin, lambda_)
+            x_norm, w_norm = (torch.linalg.vector_norm(rows, dim=1) for rows in (x, w))
+            target_logit = margin_target(target_logit, x_norm, w_norm, margin, lambda_)
     dtype, features, weight = x.dtype, features.to(product_dtype), weight.to(product_dtype)
 
-    # so that logits take no more than half of what the weight does, or than is nothing: fewer rows are slower
-    rows = max(64, features.shape[1] // 2, _FEW // len(weight))
-    product = features.new_empty(min(rows, len(features)), len(weight))
     smooth = label_smoothing / shard.num_classes
-    losses, of_own, predictions = x.new_empty(len(x)), x.new_empty(len(x)), torch.empty_like(target)
-    correct = torch.empty_like(target, dtype=torch.bool)
+    own = _where(here, target_logit.detach(), -torch.inf)
+    plain, others, shift, partition, sums = own.new_empty(5, len(x))
+    best = torch.empty_like(target)
+    length = _chunk_length(features, weight)
+    product = features.new_empty(min(length, len(x)), len(weight))
     if differentiate:
-        of_features, of_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=dtype)
-    for first in range(0, len(x), rows):
-        part = slice(first, first + rows)
-        inside, at = here[part], own[part].unsqueeze(1)
+        of_features, of_weight, scaled = torch.empty_like(features), torch.zeros_like(weight, dtype=dtype), x / size
+    for first in range(0, len(x), length):
+        part = slice(first, first + length)
+        at, inside = index[part].unsqueeze(1), None if here is None else here[part].unsqueeze(1)
         logits = torch.mm(features[part], weight.T, out=product[: len(at)]).to(dtype)
-        logits[:, classes:] = -torch.inf
-        plain = torch.where(inside, logits.gather(1, at).squeeze(1), -torch.inf)
-        ours = torch.where(inside, own_logit.detach()[part], -torch.inf)
-        stats = logits.new_zeros(4, len(at))
-        stats[1] = torch.where(inside, ours, 0)
+        if not num_local:
+            logits.fill_(-torch.inf)
+        torch.gather(logits, 1, at, out=plain[part].unsqueeze(1))
+        _place(logits, at, inside, -torch.inf)
+        torch.max(logits, dim=1, out=(others[part], best[part]))
+        shard.reduce(torch.maximum(others[part], own[part], out=shift[part]), dist.ReduceOp.MAX)
+        _place(logits, at, inside, own[part].unsqueeze(1))
         if label_smoothing:
-            stats[2] = logits[:, :classes].sum(dim=1) + torch.where(inside, ours - plain, 0)
-        _set_own(logits, at, inside, -torch.inf)  # apart from the others from now on
-
-        others, best = logits.max(dim=1)
-        local = torch.stack([others.maximum(plain), others.maximum(ours)])
-        highest, shift = shard.reduce(local.clone(), dist.ReduceOp.MAX)
-        best = torch.where(plain >= others, target[part], best + shard.start)
-        best = torch.where(local[0] == highest, best, shard.num_classes)  # the first one, of several
-        predictions[part] = shard.reduce(best, dist.ReduceOp.MIN).clamp_max(shard.num_classes - 1)  # where it is NaN
-
-        stats[3] = ours == shift
-        logits.sub_(shift.unsqueeze(1)).exp_()
-        ours = (ours - shift).exp()
-        stats[0] = logits.sum(dim=1) + ours
-        partition, own_value, sums, correct[part] = shard.reduce(stats)
-        losses[part] = partition.log() + shift - (1 - label_smoothing) * own_value - smooth * sums
+            torch.sum(logits[:, :num_local], dim=1, out=sums[part])
+        logits.sub_(shift[part].unsqueeze(1)).exp_()
+        scale = shard.reduce(torch.sum(logits, dim=1, out=partition[part])).unsqueeze(1)
         if not differentiate:
             continue
-        partition *= size
-        logits.div_(partition.unsqueeze(1))
+        # the gradients of the logits are these over `scale`, by which N x D numbers are divided instead of N x C
         if label_smoothing:
-            logits.sub_(smooth / size)
-            _set_own(logits, at, inside, 0)
-        of_own[part] = torch.where(inside, ours / partition - (1 - label_smoothing + smooth) / size, 0)
-        of_logits = logits.to(weight.dtype)
-        of_features[part] = of_logits @ weight
+            logits.sub_(scale * smooth)
+        _place(logits, at, inside, 0.0)  # the gradient of the target logit goes through the margin
         if weight.dtype == dtype:
-            of_weight.addmm_(of_logits.T, features[part])
+            of_weight.addmm_(logits.T, scaled[part] / scale)
         else:
-            of_weight += of_logits.T @ features[part]
+            logits = product[: len(at)].copy_(logits)
+            of_weight += logits.T @ (scaled[part] / scale).to(weight.dtype)
+        torch.mm(logits, weight, out=of_features[part])
 
+    prediction = _predictions(_where(here, plain, -torch.inf), others, best, target, shard)
+    correct = own >= shift
+    if shard.group is not None:
+        correct = shard.reduce(correct.to(torch.int32)) > 0
+    losses = partition.log() + shift - (1 - label_smoothing) * shard.reduce(_where(here, own, 0.0))
+    if label_smoothing:
+        losses -= smooth * shard.reduce(sums)
     loss = losses.sum() / size
-    predictions, correct = shard.share(predictions), shard.share(correct)
+    prediction, correct = shard.share(prediction), shard.share(correct)
     if not differentiate:
-        return loss, predictions, correct
-    x_rest, w_rest = torch.autograd.grad(own_logit, (x, w), of_own)
-    of_features += x_rest
-    of_weight.index_add_(0, own, w_rest)
-    of_features = shard.share(shard.reduce(of_features)) * shard.processes
-    return loss, predictions, correct, of_features, of_weight[:classes]
+        return loss, prediction, correct
+    of_target = ((own - shift).exp() / partition - (1 - label_smoothing + smooth)) / size
+    of_x, of_w = torch.autograd.grad(target_logit, (x, w), _where(here, of_target, 0.0))
+    of_x += of_features / (partition * size).unsqueeze(1)
+    of_weight.index_add_(0, index, of_w)
+    of_x = shard.share(shard.reduce(of_x)) * shard.processes
+    return loss, prediction, correct, of_x, of_weight[:num_local]
 
 
-def _set_own(logits: Tensor, at: Tensor, inside: Tensor, value: float) -> None:
-    """Sets the logit of each sample's own class, where that is here."""
-    logits.scatter_(1, at, torch.where(inside.unsqueeze(1), value, logits.gather(1, at)))
+def _chunk_length(features: Tensor, weight: Tensor) -> int:
+    """Return how many samples make a chunk: few logits for memory, enough of them to keep a device busy."""
+    few = _FEW_LOGITS if features.device.type == "cpu" else _FEW_LOGITS_ACCELERATOR
+    return max(64, features.shape[1] // 2, few // len(weight))
+
+
+def _where(condition: Tensor | None, value: Tensor, other: float) -> Tensor:
+    """Return ``value`` where the condition holds, everywhere if it is None."""
+    return value if condition is None else torch.where(condition, value, other)
+
+
+def _place(logits: Tensor, at: Tensor, inside: Tensor | None, value: Tensor | float) -> None:
+    """Set the target logits, where their class is in this shard."""
+    if inside is not None:
+        value = torch.where(inside, value, logits.gather(1, at))
+    logits.scatter_(1, at, value)  # type: ignore[arg-type]
+
+
+def _predictions(plain: Tensor, others: Tensor, best: Tensor, target: Tensor, shard: ClassShard) -> Tensor:
+    """Return the class of the highest plain logit, the target among equals.
+
+    Args:
+        plain: Plain target logits, (N,); -infinity where the class is in another shard.
+        others: Highest of the other logits of this shard, (N,).
+        best: Its index in this shard, (N,).
+        target: Target classes, (N,).
+        shard: The shard.
+    """
+    prediction = torch.where(plain >= others, target, best + shard.start)
+    if shard.group is None:
+        return prediction
+    highest = plain.maximum(others)
+    first = torch.where(highest == shard.reduce(highest.clone(), dist.ReduceOp.MAX), prediction, shard.num_classes)
+    return shard.reduce(first, dist.ReduceOp.MIN).clamp_max(shard.num_classes - 1)  # NaN equals nothing
