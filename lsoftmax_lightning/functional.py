@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import InputError
 
@@ -245,8 +246,14 @@ def promote(*tensors: Tensor) -> list[Tensor]:
 def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
     """Disables autocast on the type of ``device``; a null context, which exported graphs do not show, if it is off."""
     kind = device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    enabled = _autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if enabled else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _autocast_available(kind: str) -> bool:
+    """Return whether a type of device has autocast; some releases of ``torch.compile`` cannot trace the question."""
+    return torch.amp.is_autocast_available(kind)
 
 
 def plain_logits(features: Tensor, weight: Tensor) -> Tensor:
@@ -358,7 +365,9 @@ class _MarginLinear(torch.autograd.Function):
         u, u_below = twice, torch.ones_like(cosine)
         for _ in range(m - 2):
             u, u_below = twice * u - u_below, u
-        knots, signs = _segments(m, x.dtype, x.device)
+        # a fake tensor, once in the cache, would meet real ones later
+        segments = _segments.__wrapped__ if isinstance(x, FakeTensor) else _segments
+        knots, signs = segments(m, x.dtype, x.device)
         sign, slope, offset = signs[:, torch.bucketize(cosine, knots)]
         psi = torch.addcmul(offset, sign, cosine * u - u_below)
         slope = slope * u

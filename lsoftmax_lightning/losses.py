@@ -289,7 +289,7 @@ def _place(logits: Tensor, at: Tensor, inside: Tensor | None, value: Tensor | fl
     """Set the target logits, where their class is in this shard."""
     if inside is not None:
         value = torch.where(inside, value, logits.gather(1, at))
-    logits.scatter_(1, at, value)  # type: ignore[arg-type]
+    logits.scatter_(1, at, value)
 
 
 def _predictions(plain: Tensor, others: Tensor, best: Tensor, target: Tensor, shard: ClassShard) -> Tensor:

@@ -17,6 +17,8 @@ from ..schedules import AccuracyFeedback, LambdaSchedule
 from .running_accuracy import RunningAccuracy
 
 _NEVER = torch.iinfo(torch.int64).max
+_MAX_STEPS = 1000
+"""Steps between two checks of the loss where nothing is logged."""
 
 
 class LambdaAnnealing(Callback):
@@ -29,9 +31,9 @@ class LambdaAnnealing(Callback):
     needs a ``training_step`` that calls ``head(x, target)`` or ``head.cross_entropy(x, target)``. The paper anneals
     lambda in its section 4.
 
-    A NaN or infinite loss stops the run before another checkpoint is written. The loss is checked on the device
-    and read every ``log_every_n_steps`` steps, before a validation or a checkpoint and at the end of an epoch, so that
-    it costs no wait per step.
+    A NaN or infinite loss stops the run before another checkpoint is written. The losses are kept on the device and
+    checked every ``log_every_n_steps`` steps, before a validation or a checkpoint and at the end of an epoch, so that
+    a step costs no wait.
 
     Args:
         schedule: Schedule of lambda. Default: the ``lambda_schedule`` of the module, or
@@ -52,12 +54,12 @@ class LambdaAnnealing(Callback):
         self.schedule = schedule
         self._accuracy: RunningAccuracy | None = None
         self._module_id = 0  # of the module that the accuracy belongs to
-        self._first_bad_step: Tensor | None = None
+        self._losses: list[tuple[int, Tensor]] = []  # step and loss of each batch since the last check
         self._lambdas: dict[int, float] = {}  # lambda of each step since the last check of the loss
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self._first_bad_step = None
+        self._losses.clear()
         if stage != "fit":
             return
         if trainer.global_step == 0 or id(pl_module) != self._module_id:
@@ -93,11 +95,8 @@ class LambdaAnnealing(Callback):
         pl_module.head.lambda_ = self._lambdas[trainer.global_step] = lambda_
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        """Records the first step whose loss is not finite, without waiting for the device."""
-        if self._first_bad_step is None:
-            self._first_bad_step = torch.full((), _NEVER, device=loss.device)
-        step = torch.where(loss.detach().isfinite(), _NEVER, trainer.global_step)
-        self._first_bad_step = torch.minimum(self._first_bad_step, step)
+        """Keeps the loss, to be checked later without a wait for the device now."""
+        self._losses.append((trainer.global_step, loss.detach().clone()))  # a CUDA graph reuses the memory of its own
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Adds the accuracy of the step."""
@@ -111,9 +110,10 @@ class LambdaAnnealing(Callback):
 
         Not in ``on_train_epoch_end``: there Lightning's progress bar makes the first process wait for the others.
         """
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.is_last_batch or trainer.should_stop or (every and trainer.global_step % every == 0):
-            pl_module.log("lambda", pl_module.head.lambda_, prog_bar=True)  # no more often: it costs half a millisecond
+        every = trainer.log_every_n_steps or _MAX_STEPS  # type: ignore[attr-defined]
+        if trainer.is_last_batch or trainer.should_stop or trainer.global_step % every == 0:
+            pl_module.log("lambda", pl_module.head.lambda_)  # no more often: it costs half a millisecond
+            trainer.progress_bar_metrics["lambda"] = pl_module.head.lambda_  # `prog_bar` would wait at every step
             if self._accuracy is not None:
                 pl_module.log("train/margin_acc", self._accuracy.value)
             self._stop_if_diverged(trainer, pl_module)
@@ -146,10 +146,14 @@ class LambdaAnnealing(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def _stop_if_diverged(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._first_bad_step is None:
+        if not self._losses:
             return
-        # the same answer on every process, or the others would wait for the one that stopped
-        step = int(trainer.strategy.reduce(self._first_bad_step, reduce_op="min"))
+        steps, losses = zip(*self._losses, strict=True)
+        self._losses.clear()
+        finite = torch.stack(losses).isfinite()
+        first = torch.where(finite, _NEVER, torch.tensor(steps, device=finite.device)).min()
+        # the same answer on every rank, or the others would wait for the one that stopped
+        step = int(trainer.strategy.reduce(first, reduce_op="min"))
         if step == _NEVER:
             return
         paths = [

@@ -41,7 +41,9 @@ class RunningAccuracy:
         self.decay = decay
         self.value = 0.0
         self._empty_steps = 0
-        self._counts: Tensor | None = None  # correct samples and all samples of the current step
+        self._device = torch.device("cpu")
+        self._correct: list[Tensor] = []  # correct samples of each batch of the current step, on the device
+        self._total = 0  # all samples of these
         self._pending: deque[tuple[Tensor, torch.Event | None]] = deque()
         self._hook: RemovableHandle | None = None
 
@@ -53,7 +55,7 @@ class RunningAccuracy:
             device: Device of its logits.
         """
         self.detach()
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self._device = device
         self._hook = head.register_forward_hook(self._forward_hook, with_kwargs=True)
 
     def detach(self) -> None:
@@ -64,20 +66,21 @@ class RunningAccuracy:
 
     def _forward_hook(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         target = args[1] if len(args) > 1 else kwargs.get("target")
-        if target is None or not torch.is_grad_enabled() or self._counts is None:
+        if target is None or not torch.is_grad_enabled():
             return
         if hasattr(output, "correct"):  # the chunked loss, which holds no logits
             correct = output.correct
         else:
             logits = output[0] if isinstance(output, tuple) else output
             correct = logits.argmax(dim=1) == target
-        self._counts[0] += correct.sum()
-        self._counts[1] += len(target)
+        self._correct.append(correct.sum())
+        self._total += len(target)
 
     def end_step(self) -> None:
         """Queue the counts of an optimiser step; call it on every rank."""
-        assert self._counts is not None
-        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        first, *rest = self._correct or [torch.zeros((), dtype=torch.int64, device=self._device)]
+        counts = torch.stack([sum(rest, first), torch.full_like(first, self._total)])
+        self._correct, self._total = [], 0
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
         copy = counts.to("cpu", non_blocking=True)

@@ -12,10 +12,9 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.transforms import v2
 
 from ..errors import DataError, InputError
-from ..transforms import Augmentation, RandomCropFlip
+from ..transforms import Augmentation, Normalize, RandomCropFlip
 from .images import ImageFiles, ImageStore, ImageSubset, files_in, select
 from .loader import DRAWS, BatchLoader, BatchSampler, seeded_generator
 from .subsets import check_size, random_labels, stratified_subset, subset_length
@@ -72,6 +71,8 @@ class BatchDataModule(LightningDataModule):
             over all classes. A drawn label may equal the one it replaces. Validation and test labels do not change.
         train_seed: Seed of the subset and of the label noise. None uses the seed of ``seed_everything``, so that runs
             with one seed train on the same images and labels.
+        device_memory_gib: Images in memory are kept on the GPU, uint8, where a set of them (training, validation, test)
+            takes no more than this, in GiB: CIFAR-10 takes 0.15. 0 keeps them in the memory of the host.
 
     Attributes:
         class_names: Name of each class.
@@ -103,6 +104,7 @@ class BatchDataModule(LightningDataModule):
         train_size: float | None = None,
         label_noise: float = 0.0,
         train_seed: int | None = None,
+        device_memory_gib: float = 4.0,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -119,7 +121,10 @@ class BatchDataModule(LightningDataModule):
                 f"label_noise: must be a fraction from 0 to 1, got {label_noise}; use 0.2 to replace a fifth of the "
                 "training labels."
             )
+        if not device_memory_gib >= 0:
+            raise InputError(f"device_memory_gib: must be 0 or more, got {device_memory_gib}.")
         self.batch_size = batch_size
+        self.device_memory_gib = device_memory_gib
         self.predict_folder = predict_folder
         self.train_size = None if train_size is None else check_size("train_size", train_size)
         self.label_noise = label_noise
@@ -128,9 +133,7 @@ class BatchDataModule(LightningDataModule):
         if not hasattr(self, "num_workers"):
             self.num_workers = min(8, torch.get_num_threads())
         self.augment = RandomCropFlip(crop_padding, flip) if crop_padding or flip else None
-        self.normalize = v2.Compose(  # in place of the floats made of the bytes
-            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std), inplace=True)]
-        )
+        self.normalize = Normalize(self.mean, self.std)
 
     @property
     def num_classes(self) -> int:
@@ -230,17 +233,20 @@ class BatchDataModule(LightningDataModule):
     def _loader(
         self, data: Images, shuffle: bool = False, drop_last: bool = False, num_draws: int | None = None
     ) -> BatchLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        device = trainer.strategy.root_device if trainer else torch.device("cpu")
         sampler = BatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, _global_seed())
         store = data.images.store if isinstance(data.images, ImageSubset) else data.images
         num_workers = 0 if isinstance(store, Tensor) else self.num_workers
-        return BatchLoader(data.images, data.targets, sampler, num_draws, num_workers)
+        memory = self.device_memory_gib * 2**30
+        return BatchLoader(data.images, data.targets, sampler, num_draws, num_workers, device, memory)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augments training images and normalises all, on the device."""
         images, targets, *draws = batch
         if self.augment and draws:
-            images = self.augment(images, draws[0].to(torch.float32) / DRAWS)
+            images = self.augment(images, draws[0].to(torch.float32).div_(DRAWS))
         images = self.normalize(images)
         # the Trainer's precision (bf16-true, say) was applied before the images were floats
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images, targets

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import DataError, InputError
 from ..signals import ignore_signals
-from .images import ImageStore
+from .images import ImageStore, ImageSubset
 
 DRAWS = 2**24
 """A draw over this is exact in float32, and uniform on [0, 1)."""
@@ -95,9 +95,9 @@ class BatchSampler:
 class BatchLoader:
     """An iterable of (images, targets) batches, or of (images, targets, draws) for an augmentation.
 
-    Images in memory are indexed by the whole batch, which leaves nothing to a worker process; those in files are read
-    by ``num_workers`` of them. The draws belong to seed, epoch and sample, so neither the number of processes nor that
-    of workers changes an augmented image.
+    Images in memory are kept on the device and indexed by the whole batch there, so that a training step copies
+    nothing; those in files are read by ``num_workers`` processes. The draws belong to seed, epoch and sample, so an
+    augmented image depends on neither the processes, nor the workers, nor the device.
 
     Its state, which the Trainer keeps in a checkpoint, is how much of an epoch it has served: a run that is resumed
     amid an epoch goes on with the batch that comes next.
@@ -109,6 +109,9 @@ class BatchLoader:
         num_draws: How many draws go with each sample, or None where there is no augmentation. They are integers,
             uniform below :data:`DRAWS`, since the Trainer's precision may round whatever is a float.
         num_workers: Processes that read batches ahead.
+        device: Device of the batches. Batches of images that are read from files, or that take more than
+            ``device_memory``, stay in pinned memory of the host, from where the Trainer copies them.
+        device_memory: Bytes that the images may take on a device other than the CPU.
     """
 
     batch_sampler = None  # where there is a sampler, Lightning looks for this too
@@ -120,11 +123,15 @@ class BatchLoader:
         sampler: BatchSampler,
         num_draws: int | None = None,
         num_workers: int = 0,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (a constant)
+        device_memory: float = 0,
     ) -> None:
         self.images, self.targets, self.sampler = images, targets, sampler
         self.num_draws, self.num_workers = num_draws, num_workers
+        self.device, self.device_memory = device, device_memory
         self._served = 0  # batches of this epoch
         self._resumed: dict[str, int] = {}
+        self._on_device: Tensor | None = None
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, how many batches of it were served, and their size."""
@@ -151,18 +158,49 @@ class BatchLoader:
                 )
         shape = (len(self.targets), self.num_draws or 0)
         draws = torch.randint(DRAWS, shape, dtype=torch.int32, generator=self.sampler.generator(" draws"))
+        indices = list(self.sampler)[self._served :]
+        images = self._in_memory()
+        batches = self._by_reading(indices, draws) if images is None else self._by_index(images, indices, draws)
+        for batch in batches:
+            self._served += 1
+            yield batch if self.num_draws is not None else batch[:2]
+
+    def _in_memory(self) -> ImageStore | None:
+        """Return the images in the memory of the device, copied once; None if they are in files or too many."""
+        store = self.images.store if isinstance(self.images, ImageSubset) else self.images
+        if not isinstance(store, Tensor):
+            return None
+        if self.device.type == "cpu":
+            return self.images
+        if self._on_device is None and store[:1].nbytes * len(self.images) <= self.device_memory:
+            self._on_device = self.images[torch.arange(len(self.images))].to(self.device)
+        return self._on_device
+
+    def _by_index(self, images: ImageStore, indices: list[Tensor], draws: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Index images on the device; what else a batch needs is put in order, and copied, once an epoch."""
+        if not indices:
+            return
+        index = torch.cat(indices)
+        columns = [column.to(self.device) for column in (index, self.targets[index], draws[index])]
+        sizes = [len(index) for index in indices]
+        for batch, targets, batch_draws in zip(*(torch.split(column, sizes) for column in columns), strict=True):
+            yield images[batch], targets, batch_draws
+
+    def _by_reading(self, indices: list[Tensor], draws: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        pin = self.device.type == "cuda"
         # with a generator of its own the loader takes no draw from the model's
         loader: DataLoader[Any] = DataLoader(
             self,  # type: ignore[arg-type] # indexed by batch, not by sample
             batch_size=None,
-            sampler=list(self.sampler)[self._served :],
+            sampler=indices,
             num_workers=self.num_workers,
             worker_init_fn=ignore_signals,
+            pin_memory=pin,
             generator=torch.Generator(),
         )
         try:
             for images, targets, index in loader:
-                self._served += 1
-                yield (images, targets) if self.num_draws is None else (images, targets, draws[index])
+                batch_draws = draws[index]
+                yield images, targets, batch_draws.pin_memory() if pin else batch_draws
         except DataError as error:  # a worker's comes with its traceback in the message
             raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error

@@ -141,7 +141,9 @@ class LSoftmaxModule(LightningModule):
     def configure_metrics(self) -> None:
         """Sets ``self.train_metrics``, which reads what :meth:`margin_loss` gives, and classes [N]."""
         self.train_metrics = MetricCollection(
-            {"acc": MulticlassAccuracy(self.hparams["num_classes"], average="micro")}, prefix="train/"
+            # the head checks the classes, and this check would wait for the device
+            {"acc": MulticlassAccuracy(self.hparams["num_classes"], average="micro", validate_args=False)},
+            prefix="train/",
         )
 
     def embed(self, x: Tensor) -> Tensor:
@@ -162,12 +164,23 @@ class LSoftmaxModule(LightningModule):
         """Loss of the margin logits; metrics of the plain ones."""
         x, target = batch
         loss, guess = self.margin_loss(self.embed(x), target)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)
         if not any(metric.update_called for metric in self.train_metrics.values(copy_state=False)):
             # once an epoch, at the end of which Lightning reads and resets them: each call costs half a millisecond
             self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
         self.train_metrics.update(guess, target)
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Shows the loss on the progress bar, every ``log_every_n_steps`` steps and at the end of an epoch.
+
+        By ``prog_bar=True`` it would be read, and the device waited for, at every step.
+        """
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.trainer.is_last_batch or (every and self.trainer.global_step % every == 0):
+            metrics = self.trainer.callback_metrics
+            if "train/loss" in metrics:
+                self.trainer.progress_bar_metrics["train/loss"] = float(metrics["train/loss"])
 
     def margin_loss(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of the margin logits, and what ``train_metrics`` reads of the plain ones.
