@@ -41,7 +41,8 @@ class ClassShardedStrategy(ModelParallelStrategy):
         """Divides over all processes there are."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        if self._layer_sync is not None:  # which Lightning leaves out here
+        sharded = any(isinstance(parameter, DTensor) for parameter in self._module.parameters())
+        if self._layer_sync is not None and not sharded:  # Lightning leaves it out; FSDP2 would not know new layers
             self._layer_sync.apply(self._module)
         if not is_overridden("configure_model", self._module):
             shard = getattr(self._module, "shard", None)

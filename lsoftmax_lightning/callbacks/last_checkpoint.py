@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -15,12 +17,15 @@ from ..checkpoints import update_index
 from ..signals import SignalHandler, Stopped
 
 
+_CHECK_SECONDS = 1.0  # between two questions whether to stop
+
+
 class LastCheckpoint(ModelCheckpoint):
     """Keep ``last.ckpt``; when training is stopped by SIGINT (Ctrl-C) or SIGTERM (schedulers), save it first.
 
     It is saved after each validation and at the end of each epoch. After a signal the run ends behind the next
-    optimiser step, or the one after, and the validation that falls there, on all ranks together, with the signal's exit
-    code (130, 143). A second signal ends it at once.
+    optimiser step, or the one after, and the validation that falls there, with the signal's exit code (130, 143). Several
+    ranks end together, and ask each other about once a second. A second signal ends the run at once.
 
     Args:
         dirpath: Folder of the checkpoint; by default ``checkpoints`` in the folder of the run.
@@ -34,11 +39,14 @@ class LastCheckpoint(ModelCheckpoint):
         self._handler = SignalHandler(_announce)
         self._save_pending = False  # whether a validation left the checkpoint to the end of the optimiser step
         self._exit_after_save = False
+        self._next_check = 0  # the step from which on ranks ask each other whether one received a signal
+        self._last_check = (0, 0.0)  # step and time
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Handle signals in place of Lightning, which restores the handlers when the Trainer is done."""
         super().on_train_start(trainer, pl_module)
         self._handler, self._exit_after_save = SignalHandler(_announce), False
+        self._next_check, self._last_check = 0, (trainer.global_step, time.monotonic())
         self._handler.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -57,7 +65,7 @@ class LastCheckpoint(ModelCheckpoint):
         ends = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
         if validates or ends or _is_accumulating(trainer):
             return
-        stop = self._stop_requested(trainer)
+        stop = trainer.global_step >= self._next_check and self._stop_requested(trainer)
         if stop or self._save_pending:
             self._save_checkpoint(trainer, self.format_checkpoint_name({}))
             self._save_pending, self._exit_after_save = False, stop
@@ -90,7 +98,16 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _stop_requested(self, trainer: Trainer) -> bool:
         """Return whether any rank received a signal: the same answer on all of them."""
-        return trainer.strategy.reduce_boolean_decision(self._handler.received is not None, all=False)
+        stop = self._handler.received is not None
+        if trainer.world_size == 1:
+            return stop
+        (step, since), now = self._last_check, time.monotonic()
+        self._last_check = trainer.global_step, now
+        steps = max(1, int((trainer.global_step - step) / max(now - since, 1e-9) * _CHECK_SECONDS))
+        answer = torch.tensor([stop, -steps], device=trainer.strategy.root_device)  # an answer makes the device wait
+        any_stop, fewest = trainer.strategy.reduce(answer, reduce_op="max").tolist()
+        self._next_check = trainer.global_step - fewest
+        return bool(any_stop)
 
     def _exit(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:

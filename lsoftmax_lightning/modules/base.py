@@ -30,6 +30,10 @@ from ..lr_schedulers import FractionalMultiStepLR
 from ..schedules import AccuracyFeedback, LambdaSchedule
 
 
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+"""Modes of :func:`torch.compile`."""
+
+
 class LSoftmaxModule(LightningModule):
     """A backbone under an L-Softmax head, and its training.
 
@@ -58,8 +62,9 @@ class LSoftmaxModule(LightningModule):
             :class:`~lsoftmax_lightning.lr_schedulers.FractionalMultiStepLR` are fractions of the run.
         lr_scheduler_interval: Whether the scheduler moves with the optimiser, as in the paper, or by epoch.
         label_smoothing: As in :class:`torch.nn.CrossEntropyLoss`.
-        channels_last: Whether images lie in memory pixel by pixel, which some devices prefer.
-        compile: Whether :func:`torch.compile` is applied to the backbone. A checkpoint does not keep it.
+        channels_last: Whether images and weights lie in memory pixel by pixel, which some devices prefer.
+        compile: Whether :func:`torch.compile` is applied to the backbone in training: True, or its mode. Evaluation,
+            whose batches differ in size, stays eager. A checkpoint does not keep it.
         warm_start: File of the weights to begin with, of a network trained with plain softmax: a checkpoint of
             Lightning, or the state dict of a bare module. See :func:`~lsoftmax_lightning.checkpoints.warm_start`.
 
@@ -83,7 +88,7 @@ class LSoftmaxModule(LightningModule):
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
         label_smoothing: float = 0.0,
         channels_last: bool = False,
-        compile: bool = False,
+        compile: bool | CompileMode = False,
         warm_start: str | None = None,
     ) -> None:
         super().__init__()
@@ -100,8 +105,9 @@ class LSoftmaxModule(LightningModule):
             start_from(self, warm_start)
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
+        self._channels_last, self._compiled = channels_last, bool(compile)
         if compile:
-            self.backbone.compile()
+            self.backbone.compile(mode="default" if compile is True else compile)
 
     def configure_model_parts(self, backbone: str | nn.Module) -> None:
         """Sets ``self.backbone`` and ``self.head``.
@@ -148,7 +154,13 @@ class LSoftmaxModule(LightningModule):
 
     def embed(self, x: Tensor) -> Tensor:
         """Features [N, D] of images [N, channels, height, width]."""
-        features: Tensor = self.backbone(x)
+        if self._channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.training or not self._compiled:
+            features: Tensor = self.backbone(x)
+        else:  # or it would be compiled again, for this mode and for each size of a batch
+            with torch.compiler.set_stance("force_eager"):
+                features = self.backbone(x)
         return features
 
     def represent(self, images: Tensor) -> Tensor:

@@ -229,11 +229,21 @@ def test_channels_last_changes_the_layout_and_nothing_else() -> None:
     torch.testing.assert_close(last.eval()(x), plain.eval()(x))
 
 
-def test_a_compiled_backbone_leaves_no_trace_in_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr("torch.compile", lambda call, **kwargs: lambda *args: calls.append(args) or call(*args))
-    model = make_model(compile=True)
-    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 4)
-    assert len(calls) == 1
+def test_a_compiled_backbone_is_compiled_once_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes, graphs = [], []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile = torch.compile
+    monkeypatch.setattr("torch.compile", lambda call, mode: modes.append(mode) or compile(call, backend=backend))
+    model = make_model(compile="reduce-overhead")
+    data = BlobsDataModule(batch_size=20, val_size=30)  # the last batch of the validation is smaller
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(model, data)
+    trainer.test(model, data)
+    assert modes == ["reduce-overhead"]
+    assert len(graphs) == 1
     assert "compile" not in model.hparams
     assert model.state_dict().keys() == make_model().state_dict().keys()
