@@ -27,6 +27,14 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 WRITES_ONNX = torch.__version__ >= "2.7"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
 class BlobsDataModule(ImageDataModule):
     """Four classes of 8x8 images, each a bright quarter under noise; 200 to train on, 50 to test on."""
 

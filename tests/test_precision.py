@@ -14,8 +14,6 @@ from lsoftmax_lightning.functional import margin_linear
 
 from .test_cli import QUIET
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-
 
 def adversarial(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Features, and classes, at which something may be divided by zero or rounded beyond 1."""
@@ -28,7 +26,7 @@ def adversarial(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", range(1, 7))
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_whole_margin_at_once_makes_no_nan(device: str, m: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     head = LSoftmaxLinear(16, 5, margin=m, lambda_=0.0, device=device)
@@ -109,7 +107,7 @@ def test_half_precision_does_not_round_the_target_logit(
     ("accelerator", "precision"),
     [
         ("cpu", "bf16-mixed"),  # which Lightning takes, on a CPU, for 16-mixed too
-        *(pytest.param("gpu", precision, marks=NEEDS_GPU) for precision in ("bf16-mixed", "16-mixed")),
+        *(pytest.param("gpu", precision, marks=pytest.mark.gpu) for precision in ("bf16-mixed", "16-mixed")),
     ],
 )
 def test_half_precision_learns_as_single_does(
