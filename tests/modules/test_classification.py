@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import MultiStepLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
+from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.schedules import Constant
 
@@ -205,6 +206,45 @@ def test_predict_gives_classes_and_probabilities_in_order() -> None:
         expected = model(data.normalize(data.test_data.images)).softmax(1).max(1)
     assert torch.equal(predicted, expected.indices)
     torch.testing.assert_close(shares, expected.values)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_checkpoint_classifies_raw_images_as_the_test_does(precision: Any) -> None:
+    data, trainer = BlobsDataModule(), make_trainer(max_epochs=3, precision=precision)
+    trainer.fit(make_model(), data)
+    (results,) = trainer.test(trainer.lightning_module, data, verbose=False)
+    trainer.save_checkpoint("some.ckpt")
+    model = ClassificationModule.load_from_checkpoint("some.ckpt", weights_only=True)
+    model.backbone.layers[0].eval()  # a frozen layer
+    before = [part.training for part in model.modules()]
+    images, targets = data.load(train=False)
+    names, probabilities = model.classify(images)
+    correct = [name == data.class_names[target] for name, target in zip(names, targets.tolist(), strict=True)]
+    assert sum(correct) / len(correct) == pytest.approx(results["test/acc"])
+    assert results["test/acc"] > 0.9
+    assert (probabilities.shape, probabilities.dtype) == ((50,), torch.float32)
+    assert [part.training for part in model.modules()] == before
+    one = model.classify(images[:1])
+    assert (one.names, one.probabilities.item()) == (names[:1], pytest.approx(probabilities[0].item(), abs=1e-2))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda images: images.float(), r"images: must be uint8 \(N, 1, 8, 8\).* got float32 \(50, 1, 8, 8\)"),
+        (lambda images: images[0], r"got uint8 \(1, 8, 8\)"),
+        (lambda images: images[:, :, 1:], r"got uint8 \(50, 1, 7, 8\)"),
+        (lambda images: images.repeat(1, 3, 1, 1), r"got uint8 \(50, 3, 8, 8\)"),
+    ],
+)
+def test_only_raw_images_are_classified(change: Any, said: str) -> None:
+    model, data = make_model(), BlobsDataModule()
+    images = data.load(train=False).images
+    with pytest.raises(InputError, match="data_spec: must have class_names, image_shape, mean, std"):
+        model.classify(images)
+    model.data_spec = DataSpec.from_datamodule(data)
+    with pytest.raises(InputError, match=said):
+        model.classify(change(images))
 
 
 def test_bf16_training_learns() -> None:
