@@ -28,6 +28,7 @@ class DataSpec(NamedTuple):
             this size, and its middle cut out.
 
     Example:
+        >>> from lsoftmax_lightning.data_spec import DataSpec
         >>> from lsoftmax_lightning.datamodules import DigitsDataModule
         >>> DataSpec.from_datamodule(DigitsDataModule()).image_shape
         (1, 8, 8)
