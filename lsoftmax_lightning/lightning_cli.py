@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
 
 # the names that a YAML may use without their path
 from . import datamodules, lr_schedulers, modules, schedules  # noqa: F401
@@ -421,7 +422,11 @@ class LSoftmaxCLI(LightningCLI):
             self.model.data_spec = spec
             self.model.check_data(self.datamodule, training=self.subcommand == "fit")
         saved = checkpoint["state_dict"]
-        shapes, own = ({name: tuple(w.shape) for name, w in of.items()} for of in (saved, self.model.state_dict()))
+        shapes = {name: tuple(weight.shape) for name, weight in saved.items()}
+        own = {
+            name: shapes.get(name) if is_lazy(weight) else tuple(weight.shape)
+            for name, weight in self.model.state_dict(keep_vars=True).items()
+        }
         for name in [*shapes, *own]:
             if shapes.get(name) != own.get(name):
                 raise InputError(

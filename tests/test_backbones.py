@@ -9,6 +9,8 @@ from torch import nn
 from lsoftmax_lightning.backbones import create_backbone, list_backbones
 from lsoftmax_lightning.errors import InputError
 
+from .test_cli import fails
+
 PAPER = {
     "digits": (1, 8, 8),
     "mnist": (1, 28, 28),
@@ -105,6 +107,11 @@ def test_images_that_a_model_does_not_take_are_one_line_before_training(
     with pytest.raises(InputError, match=said) as caught, torch.device("meta"):
         create_backbone(name, shape, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_names_the_backbone_and_the_images(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "fit", "--config=digits.yaml", "--model.backbone=alexnet")
+    assert "error: backbone 'alexnet' does not take images of (1, 8, 8): " in said
 
 
 def test_bad_requests_are_refused() -> None:

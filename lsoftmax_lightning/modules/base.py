@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parameter import is_lazy
 from torch.optim import SGD
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -49,8 +50,8 @@ class LSoftmaxModule(LightningModule):
             images to features [N, D] with D as its ``num_features``. A checkpoint keeps a name; a module has to be
             given again: ``load_from_checkpoint(path, backbone=...)``.
         margin: m, an integer >= 1; 1 is plain softmax.
-        image_shape: Channels, height and width of the images, for a backbone by name. The command line takes it from
-            the data.
+        image_shape: Channels, height and width of the images, for a backbone by name or with lazy layers. The command
+            line takes it from the data.
         backbone_args: Further arguments of a backbone by name.
         lambda_schedule: Schedule of lambda. By default lambda follows the training accuracy, see
             :class:`~lsoftmax_lightning.schedules.AccuracyFeedback`.
@@ -101,6 +102,7 @@ class LSoftmaxModule(LightningModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self.configure_model_parts(backbone)
+        self._initialize_lazy_layers()
         self.configure_losses()
         self.configure_metrics()
         if warm_start is not None:
@@ -134,6 +136,22 @@ class LSoftmaxModule(LightningModule):
             )
         self.backbone = backbone
         self.head = LSoftmaxLinear(num_features, self.hparams["num_classes"], self.hparams["margin"])
+
+    def _initialize_lazy_layers(self) -> None:
+        """Give lazy layers the shapes that the optimizer and a checkpoint need, by a forward pass of one image."""
+        if not self._has_lazy_layers() or self.hparams["image_shape"] is None:
+            return
+        try:
+            with torch.no_grad(), evaluation_mode(self):
+                self.embed(torch.zeros(1, *self.hparams["image_shape"]))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"the backbone {type(self.backbone).__name__} does not take images of "
+                f"{tuple(self.hparams['image_shape'])}: {str(error).partition(chr(10))[0]}"
+            ) from error
+
+    def _has_lazy_layers(self) -> bool:
+        return any(is_lazy(value) for value in (*self.parameters(), *self.buffers()))
 
     def configure_losses(self) -> None:
         """Sets ``self.criterion``, which takes logits [N, C] (margin logits in training) and classes [N].
@@ -275,7 +293,16 @@ class LSoftmaxModule(LightningModule):
     on_test_end = on_predict_end = on_validation_end
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimiser over two parameter groups, with and without weight decay, and the scheduler if there is one."""
+        """The optimiser over two parameter groups, with and without weight decay, and the scheduler if there is one.
+
+        Raises:
+            InputError: If they do not take their settings, or lazy layers have no shapes yet.
+        """
+        if self._has_lazy_layers():
+            raise InputError(
+                f"image_shape: is needed by the lazy layers of {type(self.backbone).__name__}, got None; pass "
+                "image_shape=(channels, height, width)."
+            )
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1]},

@@ -14,11 +14,13 @@ from torch.optim.lr_scheduler import MultiStepLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
+from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.schedules import Constant
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..test_cli import QUIET, SHORT
 
 
 class Flat(nn.Module):
@@ -26,6 +28,15 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)
+
+
+class LazyModule(ClassificationModule):
+    """A network whose layers find out their input shapes."""
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        layers = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(16))
+        layers.num_features = 16  # type: ignore[assignment]
+        super().__init__(num_classes, layers, **kwargs)
 
 
 def test_forward_and_embed_know_no_margin() -> None:
@@ -245,6 +256,41 @@ def test_only_raw_images_are_classified(change: Any, said: str) -> None:
     model.data_spec = DataSpec.from_datamodule(data)
     with pytest.raises(InputError, match=said):
         model.classify(change(images))
+
+
+def test_lazy_layers_have_their_shapes_before_training() -> None:
+    model, data = LazyModule(4, image_shape=(1, 8, 8)), BlobsDataModule()
+    assert all(part.training for part in model.modules())
+    shapes = {tuple(weight.shape) for weight in model.configure_optimizers().param_groups[0]["params"]}  # type: ignore[union-attr]
+    assert shapes == {(4, 1, 3, 3), (16, 144), (4, 16)}  # those with weight decay
+    trainer = make_trainer()
+    trainer.fit(model, data)
+    (results,) = trainer.test(model, data, verbose=False)
+    trainer.save_checkpoint("some.ckpt")
+    loaded = LazyModule.load_from_checkpoint("some.ckpt", weights_only=True)
+    assert make_trainer().test(loaded, data, verbose=False)[0] == pytest.approx(results)
+
+
+def test_lazy_layers_without_an_image_shape_are_refused_before_training() -> None:
+    with pytest.raises(InputError, match="image_shape: is needed by the lazy layers of Sequential, got None; pass"):
+        make_trainer().fit(LazyModule(4), BlobsDataModule())
+    with pytest.raises(InputError, match=r"the backbone Sequential does not take images of \(1, 2, 2\): Calculated"):
+        LazyModule(4, image_shape=(1, 2, 2))
+    torch.save(LazyModule(4, image_shape=(1, 8, 8)).state_dict(), "weights.pt")
+    model = LazyModule(4).eval()  # as from a checkpoint of an earlier release
+    model.load_state_dict(torch.load("weights.pt", weights_only=True))
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_network_with_lazy_layers_takes_part_in_every_command() -> None:
+    lazy = ["--config=digits.yaml", "--model=tests.modules.test_classification.LazyModule", "--model.margin=2"]
+    main(["fit", *lazy, *SHORT])
+    last = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
+    for command in ("validate", "test", "predict"):
+        main([command, *lazy, *QUIET, last])
+    main(["fit", *lazy, *SHORT, "--trainer.max_epochs=2", last])
+    main(["export", last, "--format=torch_export"])
 
 
 def test_bf16_training_learns() -> None:
