@@ -63,8 +63,8 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
     except (TypeError, ValueError, KeyError, OSError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"backbone {name!r} cannot be made for images of {tuple(image_shape)} with {kwargs or 'no arguments'}: "
-            f"{reason}"
+            f"backbone {name!r} cannot be made with {kwargs or 'no arguments'} for images of "
+            f"{tuple(image_shape)}: {reason}"
         ) from error
     _check_image_shape(name, backbone, image_shape)
     return backbone
