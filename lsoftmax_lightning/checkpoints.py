@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from .atomic import torch_save, write_text
+from .data_spec import DataSpec
 from .errors import InputError, RunError
 
 FORMAT = 1
@@ -68,13 +69,29 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return read(path)
 
 
-def stamp(checkpoint: dict[str, Any]) -> None:
-    """Notes in a checkpoint by which release and in which format it is written.
+def stamp(checkpoint: dict[str, Any], data_spec: DataSpec | None = None) -> None:
+    """Notes in a checkpoint by which release and in which format it is written, and what data it was trained on.
 
     Args:
         checkpoint: As a module's ``on_save_checkpoint`` is given it.
+        data_spec: Specification of the training data, if it is known.
     """
     checkpoint[_KEY] = {"format": FORMAT, "version": version("lsoftmax-lightning")}
+    if data_spec is not None:
+        checkpoint[_KEY]["data"] = data_spec.to_json()
+
+
+def saved_data_spec(checkpoint: dict[str, Any]) -> DataSpec | None:
+    """Return the specification of the data that a checkpoint was trained on; None if it does not have one.
+
+    Args:
+        checkpoint: As it was loaded.
+
+    Raises:
+        InputError: If the specification is damaged.
+    """
+    text = checkpoint.get(_KEY, {}).get("data")
+    return None if text is None else DataSpec.from_json(text)
 
 
 def check_format(checkpoint: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from .checkpoints import read
 from .compare import compare, report
 from .errors import InputError
 from .export import Format, Pixels, export
-from .lightning_cli import CONFIGS, LSoftmaxCLI, find_config
+from .lightning_cli import CONFIGS, LSoftmaxCLI, find_config, is_ours, reads_files
 from .signals import Stopped
 from .user_errors import errors_without_traceback
 
@@ -109,6 +109,9 @@ def compare_margins(args: list[str]) -> None:
 class _Restored(LSoftmaxCLI):
     """Model, with the weights of a checkpoint, and datamodule of a config; nothing is run."""
 
+    def skips_data_set(self, data: Any) -> bool:
+        return reads_files(data)
+
     def predict(self, **kwargs: Any) -> None:
         self.model.load_state_dict(read(kwargs["ckpt_path"])["state_dict"])
 
@@ -127,7 +130,7 @@ def export_checkpoint(args: list[str]) -> None:
         prog="lsoftmax_lightning export",
         usage="%(prog)s --ckpt_path FILE [--format FORMAT] [--output FILE] [--pixels KIND] [--KEY VALUE ...]",
         description="Writes normalisation, backbone, embedding and margin-free logits to a file for batches of any "
-        "size, and compares what it gives for test images with what the module gives. Class names and normalisation "
+        "size, and compares what it gives for images with what the module gives. Class names and normalisation "
         "are in its metadata. `state_dict` is the weights of the backbone alone.",
         epilog="Any other setting is one of the config, as in --data.root my_images.",
         allow_abbrev=False,
@@ -145,9 +148,12 @@ def export_checkpoint(args: list[str]) -> None:
     alone = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
     restored = _Restored(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
     output = given.output or suffixes[given.format]
-    found = export(restored.model, restored.datamodule, output, given.format, given.pixels)
+    # a datamodule of the user's may normalise in another way, which its test images show
+    data = None if restored.model.data_spec and is_ours(type(restored.datamodule)) else restored.datamodule
+    found = export(restored.model, data, output, given.format, given.pixels)
     differs = " and ".join(f"{difference:.2g} in the {name}" for name, difference in found.items())
-    print(f"Wrote {output}." + (f" For test images it differs from the module by at most {differs}." if found else ""))
+    images = "test images" if data else "random images"
+    print(f"Wrote {output}." + (f" For {images} it differs from the module by at most {differs}." if found else ""))
 
 
 def main(args: list[str] | None = None) -> LSoftmaxCLI | None:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from .atomic import atomic_path, disk_errors, temporary_path, torch_save_part
 from .checkpoints import read
+from .data_spec import DataSpec
 from .errors import InputError, RunError
 
 Format = Literal["onnx", "torch_export", "state_dict"]
 Pixels = Literal["uint8", "float"]
 
 _TOLERANCE = 1e-3  # of the largest value; rounding leaves a thousandth of that
+_IMAGES = 64  # that a file is checked with
 _OUTPUTS = ("embedding", "logits")
 
 
@@ -51,9 +53,9 @@ class Deployed(nn.Module):
 
 
 def export(
-    model: Any, datamodule: Any, path: str | Path, format: Format = "onnx", pixels: Pixels = "uint8"
+    model: Any, datamodule: Any | None, path: str | Path, format: Format = "onnx", pixels: Pixels = "uint8"
 ) -> dict[str, float]:
-    """Writes a network to a file, and checks what that gives for real images.
+    """Writes a network to a file, and checks what that gives for images.
 
     ``onnx`` and ``torch_export`` are of :class:`Deployed`, for batches of any size, with ``class_names``, ``mean``,
     ``std``, ``pixels`` and ``margin`` in the metadata: of ONNX each as JSON, of torch.export in the extra file
@@ -62,7 +64,8 @@ def export(
 
     Args:
         model: A module of ours, with the weights that are to be exported. It is put on the CPU, in evaluation mode.
-        datamodule: Of the data that it was trained on; some of its test images are looked at.
+        datamodule: Of the data that it was trained on, whose test images check the file. With None, random images do,
+            and class names and normalisation are those of ``model.data_spec``, from the checkpoint.
         path: Of the file.
         format: What to write.
         pixels: Whether the exported network is to be given uint8 images, or floats in 0 .. 1.
@@ -71,7 +74,8 @@ def export(
         Of embedding and logits, the largest difference between the exported network and the module.
 
     Raises:
-        InputError: If the data do not say how to normalise, or a package is missing.
+        InputError: If class names or normalisation are not known, the datamodule is of other data than those of the
+            training, or a package is missing.
         RunError: If the network cannot be written so, what was written gives something else than the module, or the
             disk is full or read-only. A file that was there before is unchanged.
     """
@@ -91,24 +95,27 @@ def export(
             read(part)
         return {}
 
-    if not all(hasattr(datamodule, name) for name in ("mean", "std", "class_names")):
-        raise InputError(
-            f"{type(datamodule).__name__} must say how images are normalised and what classes are called, by mean, std "
-            "and class_names."
-        )
-    datamodule.prepare_data()
-    datamodule.setup("test")
-    images, targets, *_ = (part[:64] for part in next(iter(datamodule.test_dataloader())))
+    if datamodule is None:
+        spec = model.data_spec or DataSpec()
+        images, normalized = _random_images(spec)
+    else:
+        spec = DataSpec.from_datamodule(datamodule)
+        spec.require("class_names", "mean", "std")
+        model.check_data(datamodule)
+        images, normalized = _test_images(datamodule)
     with torch.inference_mode():
-        embedding = model.represent(datamodule.on_after_batch_transfer((images, targets), 0)[0])
+        embedding = model.represent(normalized)
         expected = embedding, model.head(embedding)
     if pixels == "float":
         images = images / 255
     metadata = {
-        **{name: getattr(datamodule, name) for name in ("class_names", "mean", "std")},
-        **{"pixels": pixels, "margin": model.head.margin},
+        "class_names": spec.class_names,
+        "mean": spec.mean,
+        "std": spec.std,
+        "pixels": pixels,
+        "margin": model.head.margin,
     }
-    deployed = Deployed(model, datamodule.mean, datamodule.std, pixels).eval()
+    deployed = Deployed(model, spec.mean, spec.std, pixels).eval()
     two = torch.cat([images[:1], images[:1]])  # one would be taken for the only size there is
     program = torch.export.export(deployed, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     write = _onnx if format == "onnx" else _torch_export
@@ -130,6 +137,21 @@ def export(
             with atomic_path(path.parent / file.name) as part:
                 file.replace(part)
     return differences
+
+
+def _random_images(spec: DataSpec) -> tuple[Tensor, Tensor]:
+    """Return images, and the same normalised."""
+    spec.require("class_names", "image_shape")
+    images = torch.randint(256, (_IMAGES, *spec.image_shape), generator=torch.Generator().manual_seed(0))
+    return images.byte(), spec.normalize(images.byte())
+
+
+def _test_images(datamodule: Any) -> tuple[Tensor, Tensor]:
+    """Return test images, and the same as the datamodule gives them to a network."""
+    datamodule.prepare_data()
+    datamodule.setup("test")
+    images, targets, *_ = (part[:_IMAGES] for part in next(iter(datamodule.test_dataloader())))
+    return images, datamodule.on_after_batch_transfer((images, targets), 0)[0]
 
 
 Runner = Callable[[Tensor], tuple[Tensor, ...]]

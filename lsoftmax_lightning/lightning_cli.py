@@ -11,17 +11,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
 import yaml
 from filelock import FileLock, Timeout
-from jsonargparse import ActionConfigFile, get_loader, set_loader  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader  # type: ignore[attr-defined]
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
 
 # the names that a YAML may use without their path
 from . import datamodules, lr_schedulers, modules, schedules  # noqa: F401
@@ -35,7 +37,9 @@ from .callbacks import (
     MarginMonitor,
     Predictions,
 )
-from .checkpoints import indexed, local_file, read
+from .checkpoints import indexed, local_file, read, saved_data_spec
+from .datamodules import PredictFolderDataModule
+from .datamodules.files import FileDataModule
 from .errors import InputError
 from .signals import mark_launcher
 from .strategies import ClassShardedStrategy
@@ -179,6 +183,32 @@ def _checkpoint_mode(monitor: str | None, mode: str) -> str:
     return known or mode
 
 
+class _Run(NamedTuple):
+    logger: int
+    """Index of the logger that writes to the folder."""
+    folder: Path
+    version: str | int
+    checkpoint: Path
+    """May be missing."""
+
+
+def _is_tensorboard(logger: Any) -> bool:
+    """Return whether the settings of a logger are those of a TensorBoardLogger."""
+    class_path = getattr(logger, "class_path", None)
+    return class_path is not None and issubclass(resolve_name(class_path), TensorBoardLogger)
+
+
+def is_ours(kind: type) -> bool:
+    """Return whether a class is one of this package, not one derived from it."""
+    return kind.__module__.startswith(f"{__package__}.")
+
+
+def reads_files(data: Any) -> bool:
+    """Return whether the settings of a datamodule are those of one of ours that looks for images when it is made."""
+    kind = resolve_name(data.class_path) if isinstance(data, Namespace) else object
+    return issubclass(kind, FileDataModule) and is_ours(kind)
+
+
 class LSoftmaxCLI(LightningCLI):
     """Lightning's CLI with our parser: bare config names, data linked to model, a test after fit.
 
@@ -260,9 +290,29 @@ class LSoftmaxCLI(LightningCLI):
         """Leaves the config as it is: Lightning would put a checkpoint's settings over those the user gave."""
 
     def before_instantiate_classes(self) -> None:
-        """Replace the ``auto`` of ``checkpoint.mode``."""
-        checkpoint = self.config[self.subcommand].checkpoint
-        checkpoint.mode = _checkpoint_mode(checkpoint.monitor, checkpoint.mode)
+        """Replace the ``auto`` of ``checkpoint.mode``, and data that a prediction does not need."""
+        settings = self.config[self.subcommand]
+        settings.checkpoint.mode = _checkpoint_mode(settings.checkpoint.monitor, settings.checkpoint.mode)
+        if self.subcommand == "predict" and settings.ckpt_path and self.skips_data_set(settings.data):
+            self._replace_data(settings)
+
+    def skips_data_set(self, data: Any) -> bool:
+        """Return whether ``predict`` needs none of the files that a datamodule with these settings would look for."""
+        return reads_files(data) and data.init_args.predict_folder is not None
+
+    def _replace_data(self, settings: Namespace) -> None:
+        """Replace the datamodule, whose images may be absent, by one with the class names of the checkpoint."""
+        if settings.ckpt_path in ("last", "best"):
+            settings.ckpt_path = str(self._find_run(settings.ckpt_path).checkpoint)
+        elif "://" in settings.ckpt_path:
+            settings.ckpt_path = str(self._resources.enter_context(local_file(settings.ckpt_path)))
+        spec = saved_data_spec(read(settings.ckpt_path))
+        if spec is None or not spec.class_names:  # of an earlier release, or of a datamodule without them
+            return
+        names = ("predict_folder", "image_size", "mean", "std", "batch_size", "num_workers")
+        arguments = {name: settings.data.init_args[name] for name in names}
+        settings.data.class_path = f"{PredictFolderDataModule.__module__}.{PredictFolderDataModule.__name__}"
+        settings.data.init_args = Namespace(checkpoint=settings.ckpt_path, **arguments)  # type: ignore[no-untyped-call]
 
     def instantiate_classes(self) -> None:
         """As Lightning's; whatever a constructor does not take is a user's mistake."""
@@ -296,20 +346,9 @@ class LSoftmaxCLI(LightningCLI):
             The loggers for the Trainer, of which one writes there.
         """
         settings, run = self.config[self.subcommand], self.config_init[self.subcommand]
+        index, folder, version, path = self._find_run(word)
         places, loggers = (x if isinstance(x, list) else [x] for x in (settings.trainer.logger, run.trainer.logger))
-        index = next((n for n, logger in enumerate(loggers) if isinstance(logger, TensorBoardLogger)), None)
-        if index is None:
-            raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
         place = places[index].init_args
-        runs, version = Path(place.save_dir, place.name or ""), place.version
-        if version is None:  # tests and predictions leave no config
-            numbers = [path.parent.name.removeprefix("version_") for path in runs.glob("version_*/config.yaml")]
-            version = max((int(number) for number in numbers if number.isdecimal()), default=0)
-        folder = runs / (version if isinstance(version, str) else f"version_{version}")
-        checkpoints = folder / "checkpoints"
-        if word == "best" and settings.checkpoint.dirpath:
-            checkpoints = Path(settings.checkpoint.dirpath)
-        path = indexed(checkpoints, word)
         resumes = self.subcommand == "fit" and word == "last"
         if not path.is_file() and not resumes:
             raise InputError(f"--ckpt_path {word} means the last run of fit, and there is no {path}.")
@@ -328,6 +367,25 @@ class LSoftmaxCLI(LightningCLI):
             again = {"version": version, "purge_step": read(path)["global_step"] + 1}
             loggers[index] = type(loggers[index])(**place.as_dict() | again)
         return {"logger": loggers}
+
+    def _find_run(self, word: str) -> _Run:
+        """Find the last run of ``fit``, and its ``last`` or ``best`` checkpoint."""
+        settings = self.config[self.subcommand]
+        loggers = settings.trainer.logger
+        loggers = loggers if isinstance(loggers, list) else [loggers]
+        index = next((n for n, logger in enumerate(loggers) if _is_tensorboard(logger)), None)
+        if index is None:
+            raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
+        place = loggers[index].init_args
+        runs, version = Path(place.save_dir, place.name or ""), place.version
+        if version is None:  # tests and predictions leave no config
+            numbers = [path.parent.name.removeprefix("version_") for path in runs.glob("version_*/config.yaml")]
+            version = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        folder = runs / (version if isinstance(version, str) else f"version_{version}")
+        checkpoints = folder / "checkpoints"
+        if word == "best" and settings.checkpoint.dirpath:
+            checkpoints = Path(settings.checkpoint.dirpath)
+        return _Run(index, folder, version, indexed(checkpoints, word))
 
     def _report_changed_settings(self, folder: Path) -> None:
         """Log the settings that differ from those of the run's config; refuse those it cannot continue with."""
@@ -352,15 +410,23 @@ class LSoftmaxCLI(LightningCLI):
             rank_zero_warn("Settings of optimizer and lr_scheduler are those of the checkpoint: others have no effect.")
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there or of another network, before any work."""
+        """Refuse a checkpoint that is not there, or of other data or another network, before any work."""
         path = self.config_init[self.subcommand].ckpt_path
         if not path or path.startswith("registry"):
             return
         checkpoint = read(path)
         if "pytorch-lightning_version" not in checkpoint:
             raise InputError(f"{path} has weights alone: begin with them by --model.warm_start {path}.")
+        spec = saved_data_spec(checkpoint)
+        if spec is not None and isinstance(self.model, modules.LSoftmaxModule):
+            self.model.data_spec = spec
+            self.model.check_data(self.datamodule, training=self.subcommand == "fit")
         saved = checkpoint["state_dict"]
-        shapes, own = ({name: tuple(w.shape) for name, w in of.items()} for of in (saved, self.model.state_dict()))
+        shapes = {name: tuple(weight.shape) for name, weight in saved.items()}
+        own = {
+            name: shapes.get(name) if is_lazy(weight) else tuple(weight.shape)
+            for name, weight in self.model.state_dict(keep_vars=True).items()
+        }
         for name in [*shapes, *own]:
             if shapes.get(name) != own.get(name):
                 raise InputError(

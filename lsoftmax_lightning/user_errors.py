@@ -109,12 +109,17 @@ def _is_in_users_code(error: BaseException) -> bool:
 
 def _advice(error: BaseException) -> BaseException | str | None:
     """Return the error that a user can mend, found in what jsonargparse wraps around that of a constructor."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LSoftmaxError):
+            return cause
+        cause = cause.__cause__
     for message, advice in _ADVICE.items():
         if message in str(error):
             return advice
-    cause: BaseException | None = error
+    cause = error
     while cause is not None:
-        if isinstance(cause, LSoftmaxError | MisconfigurationException | OSError):
+        if isinstance(cause, MisconfigurationException | OSError):
             return cause
         if str(cause).startswith("Expected a <class 'NoneType'>"):
             return error  # older versions of jsonargparse chain this error; ours is in its text only

@@ -13,6 +13,7 @@ BELOW: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
     "signals": set(),
+    "data_spec": {"errors"},
     "functional": {"errors"},
     "schedules": {"errors"},
     "lr_schedulers": {"errors"},
@@ -20,7 +21,7 @@ BELOW: dict[str, set[str]] = {
     "heads": {"errors", "functional", "losses"},
     "strategies": {"checkpoints", "errors"},
     "backbones": {"errors"},
-    "checkpoints": {"atomic", "errors"},
+    "checkpoints": {"atomic", "data_spec", "errors"},
     "callbacks": {
         "atomic",
         "checkpoints",
@@ -37,6 +38,7 @@ BELOW: dict[str, set[str]] = {
         "backbones",
         "callbacks",
         "checkpoints",
+        "data_spec",
         "heads",
         "lr_schedulers",
         "metrics",
@@ -45,7 +47,7 @@ BELOW: dict[str, set[str]] = {
     "metrics": {"errors", "functional"},
     "pictures": set(),
     "transforms": {"errors"},
-    "datamodules": {"atomic", "errors", "signals", "transforms"},
+    "datamodules": {"atomic", "checkpoints", "data_spec", "errors", "signals", "transforms"},
     "__init__": {"heads", "modules"},
     "lightning_cli": {
         "atomic",
@@ -62,7 +64,7 @@ BELOW: dict[str, set[str]] = {
     },
     "user_errors": {"errors", "signals"},
     "compare": {"atomic", "errors", "functional", "callbacks", "lightning_cli", "pictures", "signals", "user_errors"},
-    "export": {"atomic", "errors", "checkpoints"},
+    "export": {"atomic", "data_spec", "errors", "checkpoints"},
     "cli": {"errors", "checkpoints", "compare", "export", "lightning_cli", "signals", "user_errors"},
     "__main__": {"cli"},
 }

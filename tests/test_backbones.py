@@ -1,11 +1,15 @@
 """Networks by name."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from lsoftmax_lightning.backbones import create_backbone, list_backbones
 from lsoftmax_lightning.errors import InputError
+
+from .test_cli import fails
 
 PAPER = {
     "digits": (1, 8, 8),
@@ -72,6 +76,42 @@ def test_torchvision_backbones_train(name: str, channels: int) -> None:
     features.sum().backward()
     assert features.shape == (2, backbone.num_features)
     assert all(p.grad is not None for p in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("vit_b_32", (3, 64, 64)), ("vit_b_16", (1, 32, 32)), ("maxvit_t", (3, 448, 448))]
+)
+def test_models_of_one_image_size_are_made_for_that_of_the_images(name: str, shape: tuple[int, int, int]) -> None:
+    with torch.device("meta"):
+        backbone = create_backbone(name, shape).train()
+        assert backbone(torch.empty(2, *shape)).shape == (2, backbone.num_features)
+    assert all(module.training for module in backbone.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "settings", "said"),
+    [
+        ("vit_b_16", (3, 64, 48), {}, r"'vit_b_16' does not take images of \(3, 64, 48\): Wrong image width!"),
+        ("vit_b_16", (3, 30, 30), {}, r"with no arguments for images of \(3, 30, 30\): .* indivisible by patch size"),
+        ("vit_b_16", (3, 32, 32), {"image_size": 64}, "Wrong image height! Expected 64 but got 32"),
+        ("vit_b_16", (3, 32, 32), {"weights": "DEFAULT"}, "expected value 224 but got 32"),
+        ("maxvit_t", (3, 64, 64), {}, "is not divisible by partition size 7"),
+        ("maxvit_t", (3, 448, 224), {}, "Grid size must be divisible by partition size"),
+        ("alexnet", (3, 32, 32), {}, "Output size is too small; use another size"),
+        ("inception_v3", (3, 64, 64), {}, "Kernel size can't be greater than actual input size; use another size"),
+    ],
+)
+def test_images_that_a_model_does_not_take_are_one_line_before_training(
+    name: str, shape: tuple[int, int, int], settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said) as caught, torch.device("meta"):
+        create_backbone(name, shape, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_names_the_backbone_and_the_images(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "fit", "--config=digits.yaml", "--model.backbone=alexnet")
+    assert "error: backbone 'alexnet' does not take images of (1, 8, 8): " in said
 
 
 def test_bad_requests_are_refused() -> None:

@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR10
 from lsoftmax_lightning.cli import main
 
 from .conftest import WRITES_ONNX
-from .datamodules.formats import write_cifar, write_folder, write_lfw, write_mnist
+from .datamodules.formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
 from .forked import run_on, srun, torchrun
 
 ROOT = Path(__file__).parent.parent
@@ -162,6 +162,8 @@ def test_the_programs_run() -> None:
         "train.py",
         "my.yaml",
         "bare.py",
+        "classify.py",
+        "classify_files.py",
         "predict.py",
         "use_onnx.py",
         "existing_module.py",
@@ -182,6 +184,10 @@ def test_the_programs_run() -> None:
     assert len(np.load("digits.npy")) == 360
     with Path("digits.csv").open() as file:
         predicted = [row["prediction"] for row in csv.DictReader(file)]
+    assert program("classify.py").split() == predicted
+    for digit in (7, 8):
+        write_image(Path("photos", f"{digit}.png"), (100,))
+    program("classify_files.py")
     if WRITES_ONNX:
         main(["export", "--ckpt_path", checkpoint, "--output", "digits.onnx"])
         assert program("use_onnx.py").split() == predicted

@@ -16,6 +16,7 @@ from torch import Tensor
 from lsoftmax_lightning import ClassificationModule, VerificationModule
 from lsoftmax_lightning.atomic import atomic_path
 from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.datamodules import DigitsDataModule
 from lsoftmax_lightning.errors import InputError, RunError
 from lsoftmax_lightning.export import Format, Pixels, export
@@ -78,7 +79,7 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
 
     main(["export", "--ckpt_path", checkpoint, "--format", "torch_export", "--output", "model.pt2"])
     printed = capsys.readouterr().out
-    assert "Wrote model.pt2. For test images it differs from the module by at most" in printed
+    assert "Wrote model.pt2. For random images it differs from the module by at most" in printed
     data = DigitsDataModule()
     _, (_, logits) = run("model.pt2", data.load(train=False).images)
     predicted = main(["predict", "--config", "digits.yaml", "--ckpt_path", checkpoint, *QUIET[:3]])
@@ -93,6 +94,19 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
         (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "there is no file nope.ckpt"),
     ):
         assert said in fails(capsys, "export", *args)
+
+
+def test_without_data_the_specification_of_the_checkpoint_is_exported() -> None:
+    model = make_model().eval()
+    with pytest.raises(InputError, match="data_spec: must have class_names, image_shape of the training data"):
+        export(model, None, "model.pt2", "torch_export")
+    model.data_spec = DataSpec.from_datamodule(BlobsDataModule())
+    export(model, None, "model.pt2", "torch_export")
+    images = BlobsDataModule().load(train=False).images
+    metadata, (_, logits) = run("model.pt2", images)
+    assert json.loads(metadata["class_names"]) == ["nw", "ne", "sw", "se"]
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(BlobsDataModule().normalize(images)), rtol=1e-4, atol=1e-4)
 
 
 def test_mirrored_faces() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
+from torch.func import functional_call
 
 from ..errors import InputError
 from .paper import PaperNet
@@ -32,7 +34,7 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
     """Builds a network without a classifier.
 
     A torchvision model loses its classifier, and its first convolution is made anew where the images do not have
-    three channels.
+    three channels. Models of one image size (``vit_b_16``, ``maxvit_t``) are made for that of ``image_shape``.
 
     Args:
         name: One of :func:`list_backbones`.
@@ -44,7 +46,7 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
         A module from images [N, C, H, W] to features [N, D], with D as its ``num_features``.
 
     Raises:
-        InputError: If no network has this name, or the settings do not fit it.
+        InputError: If no network has this name, or the settings or the images do not fit it.
     """
     if name not in list_backbones():
         raise InputError(
@@ -54,11 +56,43 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
     try:
         if name in _PAPER:
             return PaperNet(image_shape, **(_PAPER[name] | kwargs))
-        return _torchvision_backbone(name, image_shape[0], **kwargs)
+        size = tuple(image_shape[1:])
+        backbone = _torchvision_backbone(name, image_shape[0], **(_size_arguments(name, size) | kwargs))
     except InputError:
         raise
-    except (TypeError, ValueError, KeyError, OSError) as error:
-        raise InputError(f"backbone {name!r} cannot be made with {kwargs or 'no arguments'}: {error}") from error
+    except (TypeError, ValueError, KeyError, OSError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"backbone {name!r} cannot be made with {kwargs or 'no arguments'} for images of "
+            f"{tuple(image_shape)}: {reason}"
+        ) from error
+    _check_image_shape(name, backbone, image_shape)
+    return backbone
+
+
+def _size_arguments(name: str, size: tuple[int, ...]) -> dict[str, Any]:
+    """Return the argument by which a torchvision model takes the height and width of its images, if it has one."""
+    if name.startswith("vit_"):
+        return {"image_size": size[0]}
+    return {"input_size": size} if name.startswith("maxvit_") else {}
+
+
+def _check_image_shape(name: str, backbone: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Check that a network takes images of a shape, without computing anything."""
+    state = {key: value.to("meta") for key, value in [*backbone.named_parameters(), *backbone.named_buffers()]}
+    modes = [module for module in backbone.modules() if module.training]
+    backbone.eval()  # batch normalisation in training takes no single value
+    try:
+        functional_call(backbone, state, torch.empty(1, *image_shape, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"backbone {name!r} does not take images of {tuple(image_shape)}: {reason.rstrip('.')}; use another size, "
+            "such as 224x224."
+        ) from error
+    finally:
+        for module in modes:
+            module.training = True
 
 
 def _torchvision_backbone(name: str, channels: int, **kwargs: Any) -> nn.Module:

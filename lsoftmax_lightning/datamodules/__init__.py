@@ -3,7 +3,7 @@
 from .base import ImageDataModule
 from .cifar import CIFAR10DataModule, CIFAR100DataModule
 from .digits import DigitsDataModule
-from .folder import ImageFolderDataModule
+from .folder import ImageFolderDataModule, PredictFolderDataModule
 from .lfw import LFWDataModule, LFWFoldDataModule
 from .mnist import FashionMNISTDataModule, MNISTDataModule
 
@@ -17,4 +17,5 @@ __all__ = [
     "LFWDataModule",
     "LFWFoldDataModule",
     "MNISTDataModule",
+    "PredictFolderDataModule",
 ]

@@ -79,6 +79,8 @@ class BatchDataModule(LightningDataModule):
         image_shape: Channels, height and width.
         mean: Mean of each channel over the training images, in 0 .. 1.
         std: Likewise the standard deviation.
+        resize: How an image of another size gets ``image_shape``: ``cover``, it is scaled to cover this size and its
+            middle cut out.
         num_workers: Processes that read batches of images that are not in memory; by default one for each of torch's
             threads, up to 8.
         augment: What training does to uint8 images on the device, or None; a subclass may set any
@@ -92,6 +94,7 @@ class BatchDataModule(LightningDataModule):
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize = "cover"
     num_workers: int
     augment: Augmentation | None
 

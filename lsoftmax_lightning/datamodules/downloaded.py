@@ -35,11 +35,13 @@ class DownloadedDataModule(ImageDataModule):
         self.root = root
 
     def prepare_data(self) -> None:
-        """Downloads what is missing.
+        """Downloads what is missing, unless the images of ``predict_folder`` are predicted.
 
         Raises:
             DataError: If that fails.
         """
+        if self.predict_folder is not None and self.trainer and self.trainer.predicting:
+            return
         self._read(train=False, download=True)  # fetches both parts, and reads the smaller
 
     def load(self, train: bool) -> Images:

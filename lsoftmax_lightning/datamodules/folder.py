@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoints import read, saved_data_spec
+from ..data_spec import DataSpec
 from ..errors import DataError
 from .base import Images, stratified_split
 from .files import FileDataModule, Files, class_folders, list_files
@@ -78,3 +80,37 @@ class ImageFolderDataModule(FileDataModule):
         """Reads the test images."""
         (test_data,) = self.read(self.files["test"])
         return self._checked(test_data)
+
+
+class PredictFolderDataModule(FileDataModule):
+    """Images to predict with a network whose own data are not there.
+
+    ``predict`` of the command line uses it instead of our other datamodules of files.
+
+    Args:
+        checkpoint: Checkpoint of the network, which holds the class names.
+        predict_folder: Folder of images, in folders or not.
+        image_size: Side of the square images, or height and width. An image is scaled to cover that and its middle cut
+            out.
+        **kwargs: As :class:`FileDataModule`. The Trainer refuses sizes, means and standard deviations that are not
+            those of the checkpoint.
+
+    Raises:
+        InputError: If a setting is out of range, or the checkpoint does not hold class names.
+    """
+
+    def __init__(
+        self, checkpoint: str, predict_folder: str | None, image_size: int | tuple[int, int], **kwargs: Any
+    ) -> None:
+        super().__init__(image_size, predict_folder=predict_folder, **kwargs)
+        spec = saved_data_spec(read(checkpoint)) or DataSpec()
+        spec.require("class_names")
+        self.class_names = spec.class_names
+
+    def load_train_val(self) -> tuple[Images, Images]:
+        """Raise an error: there are no such images."""
+        raise DataError("PredictFolderDataModule has images to predict only; use the datamodule of the training.")
+
+    def load_test(self) -> Images:
+        """Raise an error: there are no such images."""
+        return self.load_train_val()[0]

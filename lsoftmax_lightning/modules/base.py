@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -16,14 +17,16 @@ from lightning.pytorch.utilities.types import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parameter import is_lazy
 from torch.optim import SGD
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..backbones import create_backbone
 from ..callbacks import LambdaAnnealing
-from ..checkpoints import check_format, stamp
+from ..checkpoints import check_format, saved_data_spec, stamp
 from ..checkpoints import warm_start as start_from
+from ..data_spec import DataSpec
 from ..errors import InputError
 from ..heads import LSoftmaxLinear
 from ..lr_schedulers import FractionalMultiStepLR
@@ -51,8 +54,8 @@ class LSoftmaxModule(LightningModule):
             images to features [N, D] with D as its ``num_features``. A checkpoint keeps a name; a module has to be
             given again: ``load_from_checkpoint(path, backbone=...)``.
         margin: m, an integer >= 1; 1 is plain softmax.
-        image_shape: Channels, height and width of the images, for a backbone by name. The command line takes it from
-            the data.
+        image_shape: Channels, height and width of the images, for a backbone by name or with lazy layers. The command
+            line takes it from the data.
         backbone_args: Further arguments of a backbone by name.
         lambda_schedule: Schedule of lambda. By default lambda follows the training accuracy, see
             :class:`~lsoftmax_lightning.schedules.AccuracyFeedback`.
@@ -67,6 +70,10 @@ class LSoftmaxModule(LightningModule):
             whose batches differ in size, stays eager. A checkpoint does not keep it.
         warm_start: File of the weights to begin with, of a network trained with plain softmax: a checkpoint of
             Lightning, or the state dict of a bare module. See :func:`~lsoftmax_lightning.checkpoints.warm_start`.
+
+    Attributes:
+        data_spec: Specification of the training data, which ``fit`` takes from the Trainer's datamodule and a
+            checkpoint holds. With plain data loaders it is None unless you set it.
 
     Raises:
         InputError: If a setting is out of range, or the parts or ``warm_start`` do not fit together.
@@ -92,6 +99,7 @@ class LSoftmaxModule(LightningModule):
         warm_start: str | None = None,
     ) -> None:
         super().__init__()
+        self.data_spec: DataSpec | None = None
         # nor where a run began, as its checkpoints go on without that file, nor what a machine was good for
         objects = ["lambda_schedule", "optimizer", "lr_scheduler", "compile", "warm_start"]
         self.save_hyperparameters(ignore=objects if isinstance(backbone, str) else [*objects, "backbone"])
@@ -99,6 +107,7 @@ class LSoftmaxModule(LightningModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self.configure_model_parts(backbone)
+        self._initialize_lazy_layers()
         self.configure_losses()
         self.configure_metrics()
         if warm_start is not None:
@@ -133,6 +142,22 @@ class LSoftmaxModule(LightningModule):
             )
         self.backbone = backbone
         self.head = LSoftmaxLinear(num_features, self.hparams["num_classes"], self.hparams["margin"])
+
+    def _initialize_lazy_layers(self) -> None:
+        """Give lazy layers the shapes that the optimizer and a checkpoint need, by a forward pass of one image."""
+        if not self._has_lazy_layers() or self.hparams["image_shape"] is None:
+            return
+        try:
+            with torch.no_grad(), evaluation_mode(self):
+                self.embed(torch.zeros(1, *self.hparams["image_shape"]))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"the backbone {type(self.backbone).__name__} does not take images of "
+                f"{tuple(self.hparams['image_shape'])}: {str(error).partition(chr(10))[0]}"
+            ) from error
+
+    def _has_lazy_layers(self) -> bool:
+        return any(is_lazy(value) for value in (*self.parameters(), *self.buffers()))
 
     def configure_losses(self) -> None:
         """Sets ``self.criterion``, which takes logits [N, C] (margin logits in training) and classes [N].
@@ -258,8 +283,31 @@ class LSoftmaxModule(LightningModule):
             elif isinstance(part, FSDPModule):
                 part.reshard()
 
+    def compared_data(self, training: bool) -> DataSpec:
+        """Return what data must be like to resume the training, or to evaluate the network."""
+        return self.data_spec or DataSpec()
+
+    def check_data(self, datamodule: Any, training: bool = False) -> None:
+        """Check that data are like those that the network was trained on.
+
+        Args:
+            datamodule: A datamodule. Without one, or without its attributes, nothing is compared.
+            training: Whether the training is to be resumed on them.
+
+        Raises:
+            InputError: If they differ.
+        """
+        self.compared_data(training).check(DataSpec.from_datamodule(datamodule))
+
+    def on_fit_start(self) -> None:
+        """Takes the specification of the training data."""
+        if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
+            self.data_spec = DataSpec.from_datamodule(self.trainer.datamodule)  # type: ignore[attr-defined]
+
     def on_validation_start(self) -> None:
-        """Gathers what was divided."""
+        """Checks the data; gathers what was divided."""
+        if self.trainer.state.fn != "fit":
+            self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
         self._gather()
 
     def on_validation_end(self) -> None:
@@ -270,7 +318,16 @@ class LSoftmaxModule(LightningModule):
     on_test_end = on_predict_end = on_validation_end
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimiser over two parameter groups, with and without weight decay, and the scheduler if there is one."""
+        """The optimiser over two parameter groups, with and without weight decay, and the scheduler if there is one.
+
+        Raises:
+            InputError: If they do not take their settings, or lazy layers have no shapes yet.
+        """
+        if self._has_lazy_layers():
+            raise InputError(
+                f"image_shape: is needed by the lazy layers of {type(self.backbone).__name__}, got None; pass "
+                "image_shape=(channels, height, width)."
+            )
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1]},
@@ -314,17 +371,32 @@ class LSoftmaxModule(LightningModule):
                 config.scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes the release and the format."""
-        stamp(checkpoint)
+        """Notes the release, the format and the specification of the data."""
+        stamp(checkpoint, self.data_spec)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of a later release."""
+        """Refuses a checkpoint of a later release, or of other data than those of the training to resume."""
         check_format(checkpoint)
+        self.data_spec = saved_data_spec(checkpoint) or self.data_spec
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.check_data(self.trainer.datamodule, training=True)  # type: ignore[attr-defined]
 
     def configure_callbacks(self) -> list[Callback]:
         """Annealing of lambda, unless the Trainer has its own."""
         configured = any(isinstance(callback, LambdaAnnealing) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if configured else [LambdaAnnealing()]
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Set a module and its parts to evaluation mode, and back to the mode that each had."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _is_cross_entropy(criterion: nn.Module) -> TypeGuard[nn.CrossEntropyLoss]:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from ..data_spec import DataSpec
 from ..errors import InputError
 from ..functional import own_logits, target_angles
 from ..metrics import MeanLoss
-from .base import LSoftmaxModule
+from .base import LSoftmaxModule, evaluation_mode
+
+
+class Classification(NamedTuple):
+    """Predicted classes of images.
+
+    Args:
+        names: Name of the predicted class of each image.
+        probabilities: Probability of this class, float32, ``(N,)``.
+    """
+
+    names: list[str]
+    probabilities: Tensor
 
 
 class ClassificationModule(LSoftmaxModule):
@@ -67,3 +81,29 @@ class ClassificationModule(LSoftmaxModule):
         probability, prediction = self.head(embedding).softmax(dim=1).max(dim=1)
         angle = target_angles(embedding, self.head.full_weight[prediction])
         return {"prediction": prediction, "probability": probability, "angle": angle, "embedding": embedding}
+
+    @torch.inference_mode()
+    def classify(self, images: Tensor) -> Classification:
+        """Return the class name and its probability for images as they are in a file.
+
+        The images are normalised as in the training, and the network is in evaluation mode, whatever its mode is before
+        and after the call. Class names and normalisation are those of ``data_spec``, which a checkpoint holds.
+
+        Args:
+            images: Images, uint8, ``(N, channels, height, width)``, of the size that the network was trained on;
+                :func:`~lsoftmax_lightning.datamodules.images.read_image` reads one from a file.
+
+        Raises:
+            InputError: If the images are of another type or size, or the checkpoint does not describe its data.
+
+        Example:
+            >>> model = ClassificationModule.load_from_checkpoint("best.ckpt")  # doctest: +SKIP
+            >>> names, probabilities = model.classify(images)  # doctest: +SKIP
+        """
+        spec = self.data_spec or DataSpec()
+        spec.require("class_names", "image_shape", "mean", "std")
+        normalized = spec.normalize(images.to(self.head.weight.device)).to(self.head.weight.dtype)
+        with evaluation_mode(self):
+            outputs = self.predict_step(normalized, 0)
+        names = [spec.class_names[index] for index in outputs["prediction"].tolist()]
+        return Classification(names, outputs["probability"].float())

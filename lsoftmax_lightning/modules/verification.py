@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..data_spec import DataSpec
 from ..errors import InputError
 from ..metrics import PairVerification
 from .base import LSoftmaxModule
@@ -41,6 +42,11 @@ class VerificationModule(LSoftmaxModule):
         super().__init__(num_classes, backbone, **kwargs)
         if pca_components is not None and not 1 <= pca_components <= self.head.in_features:
             raise InputError(f"pca_components must be 1 to {self.head.in_features}, got {pca_components}.")
+
+    def compared_data(self, training: bool) -> DataSpec:
+        """Leave the classes out of an evaluation, whose people are others."""
+        spec = super().compared_data(training)
+        return spec if training else spec._replace(class_names=())
 
     def configure_verification(self, pairs: Tensor) -> PairVerification:
         """The metric of an evaluation on ``pairs``, int64 [P, 4]."""

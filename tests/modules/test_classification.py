@@ -14,10 +14,13 @@ from torch.optim.lr_scheduler import MultiStepLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
+from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.schedules import Constant
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..test_cli import QUIET, SHORT
 
 
 class Flat(nn.Module):
@@ -25,6 +28,15 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)
+
+
+class LazyModule(ClassificationModule):
+    """A network whose layers find out their input shapes."""
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        layers = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(16))
+        layers.num_features = 16  # type: ignore[assignment]
+        super().__init__(num_classes, layers, **kwargs)
 
 
 def test_forward_and_embed_know_no_margin() -> None:
@@ -205,6 +217,80 @@ def test_predict_gives_classes_and_probabilities_in_order() -> None:
         expected = model(data.normalize(data.test_data.images)).softmax(1).max(1)
     assert torch.equal(predicted, expected.indices)
     torch.testing.assert_close(shares, expected.values)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_checkpoint_classifies_raw_images_as_the_test_does(precision: Any) -> None:
+    data, trainer = BlobsDataModule(), make_trainer(max_epochs=3, precision=precision)
+    trainer.fit(make_model(), data)
+    (results,) = trainer.test(trainer.lightning_module, data, verbose=False)
+    trainer.save_checkpoint("some.ckpt")
+    model = ClassificationModule.load_from_checkpoint("some.ckpt", weights_only=True)
+    model.backbone.layers[0].eval()  # a frozen layer
+    before = [part.training for part in model.modules()]
+    images, targets = data.load(train=False)
+    names, probabilities = model.classify(images)
+    correct = [name == data.class_names[target] for name, target in zip(names, targets.tolist(), strict=True)]
+    assert sum(correct) / len(correct) == pytest.approx(results["test/acc"])
+    assert results["test/acc"] > 0.9
+    assert (probabilities.shape, probabilities.dtype) == ((50,), torch.float32)
+    assert [part.training for part in model.modules()] == before
+    one = model.classify(images[:1])
+    assert (one.names, one.probabilities.item()) == (names[:1], pytest.approx(probabilities[0].item(), abs=1e-2))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda images: images.float(), r"images: must be uint8 \(N, 1, 8, 8\).* got float32 \(50, 1, 8, 8\)"),
+        (lambda images: images[0], r"got uint8 \(1, 8, 8\)"),
+        (lambda images: images[:, :, 1:], r"got uint8 \(50, 1, 7, 8\)"),
+        (lambda images: images.repeat(1, 3, 1, 1), r"got uint8 \(50, 3, 8, 8\)"),
+    ],
+)
+def test_only_raw_images_are_classified(change: Any, said: str) -> None:
+    model, data = make_model(), BlobsDataModule()
+    images = data.load(train=False).images
+    with pytest.raises(InputError, match="data_spec: must have class_names, image_shape, mean, std"):
+        model.classify(images)
+    model.data_spec = DataSpec.from_datamodule(data)
+    with pytest.raises(InputError, match=said):
+        model.classify(change(images))
+
+
+def test_lazy_layers_have_their_shapes_before_training() -> None:
+    model, data = LazyModule(4, image_shape=(1, 8, 8)), BlobsDataModule()
+    assert all(part.training for part in model.modules())
+    shapes = {tuple(weight.shape) for weight in model.configure_optimizers().param_groups[0]["params"]}  # type: ignore[union-attr]
+    assert shapes == {(4, 1, 3, 3), (16, 144), (4, 16)}  # those with weight decay
+    trainer = make_trainer()
+    trainer.fit(model, data)
+    (results,) = trainer.test(model, data, verbose=False)
+    trainer.save_checkpoint("some.ckpt")
+    loaded = LazyModule.load_from_checkpoint("some.ckpt", weights_only=True)
+    assert make_trainer().test(loaded, data, verbose=False)[0] == pytest.approx(results)
+
+
+def test_lazy_layers_without_an_image_shape_are_refused_before_training() -> None:
+    with pytest.raises(InputError, match="image_shape: is needed by the lazy layers of Sequential, got None; pass"):
+        make_trainer().fit(LazyModule(4), BlobsDataModule())
+    with pytest.raises(InputError, match=r"the backbone Sequential does not take images of \(1, 2, 2\): Calculated"):
+        LazyModule(4, image_shape=(1, 2, 2))
+    torch.save(LazyModule(4, image_shape=(1, 8, 8)).state_dict(), "weights.pt")
+    model = LazyModule(4).eval()  # as from a checkpoint of an earlier release
+    model.load_state_dict(torch.load("weights.pt", weights_only=True))
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_network_with_lazy_layers_takes_part_in_every_command() -> None:
+    lazy = ["--config=digits.yaml", "--model=tests.modules.test_classification.LazyModule", "--model.margin=2"]
+    main(["fit", *lazy, *SHORT])
+    last = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
+    for command in ("validate", "test", "predict"):
+        main([command, *lazy, *QUIET, last])
+    main(["fit", *lazy, *SHORT, "--trainer.max_epochs=2", last])
+    main(["export", last, "--format=torch_export"])
 
 
 def test_bf16_training_learns() -> None:
