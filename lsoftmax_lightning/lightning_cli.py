@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import ActionConfigFile, get_loader, set_loader  # type: ignore[attr-defined]
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -102,6 +103,21 @@ class _Parser(LightningArgumentParser):
         if kwargs.get("action") is ActionConfigFile:
             kwargs["action"] = _ConfigFile
         return super().add_argument(*args, **kwargs)
+
+
+class _Instantiator(_InstantiatorFn):
+    """Lightning's, with optimizers and schedulers that copy and pickle: jsonargparse's hold the whole parser."""
+
+    def __call__(self, class_type: Any, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
+        kwargs = {name: _plain_partial(value) for name, value in kwargs.items()}
+        return super().__call__(class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
+
+
+def _plain_partial(value: Any) -> Any:
+    """Return the partial of a class in place of that of jsonargparse, whose last argument is the class."""
+    if not isinstance(value, partial) or not str(value.func.__module__).startswith("jsonargparse"):
+        return value
+    return partial(value.args[-1], **{name: _plain_partial(setting) for name, setting in value.keywords.items()})
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -255,6 +271,10 @@ class LSoftmaxCLI(LightningCLI):
         if subcommand == "predict":
             parser.add_lightning_class_args(Predictions, "predictions")
         return parser
+
+    def _add_instantiators(self) -> None:
+        for key, kind in (("model", LightningModule), ("data", LightningDataModule)):
+            self.parser.add_instantiator(_Instantiator(cli=self, key=key), kind, subclasses=True)
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the config as it is: Lightning would put a checkpoint's settings over those the user gave."""

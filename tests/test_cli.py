@@ -146,6 +146,39 @@ def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
     assert loaded.head.margin == 2
 
 
+ZEROES_WEIGHTS = """
+import torch
+from lightning import Callback
+class ZeroWeights(Callback):
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        for weight in pl_module.parameters():
+            torch.nn.init.zeros_(weight)
+"""
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        ["lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay=0.9"],
+        ["lightning.pytorch.callbacks.WeightAveraging"],
+        ["zeroes_weights.ZeroWeights"],
+    ],
+    ids=lambda callback: callback[0].rpartition(".")[2],
+)
+@pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:You're using the WeightAveraging")
+def test_fit_tests_the_weights_of_the_best_checkpoint(callback: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("zeroes_weights.py").write_text(ZEROES_WEIGHTS)
+    monkeypatch.syspath_prepend("")
+    name, *settings = callback
+    main(
+        ["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=3", f"--trainer.callbacks+={name}", *settings]
+    )
+    results = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    del results["val/loss"]
+    main(["test", "--config", "digits.yaml", *QUIET, "--model.margin=2", "--ckpt_path=best"])
+    assert json.loads(Path("runs/digits/version_1/results.json").read_text()) == pytest.approx(results)
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # said by Lightning, rightly, of a folder named twice
 def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", "--config", "digits.yaml", *SHORT]

@@ -37,6 +37,15 @@ class BestCheckpoint(ModelCheckpoint):
         )
         return exists and not is_leftover
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Load the weights of the file again, except to continue training: a callback may have loaded others.
+
+        ``WeightAveraging``, for one, loads those that training continues with. Checkpoint callbacks come last.
+        """
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.state.fn != "fit":
+            trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero and "://" not in filepath:
