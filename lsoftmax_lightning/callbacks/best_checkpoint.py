@@ -21,13 +21,20 @@ class BestCheckpoint(ModelCheckpoint):
     """Keep the best checkpoints by a metric, and an index of the best one beside them.
 
     The arguments are those of :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. A file that a killed run left
-    beyond its last checkpoint is overwritten: Lightning would write ``best-v1.ckpt`` beside it.
+    beyond its last checkpoint is overwritten: Lightning would write ``best-v1.ckpt`` beside it. A ``/`` in a file name,
+    as in that of a metric, becomes ``_``: Lightning would create a folder.
     """
 
     @property
     def state_key(self) -> str:
         """The key of ModelCheckpoint, which earlier releases used."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
+
+    def format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
+        """Return the path of a checkpoint, which is a file directly in the folder."""
+        path = super().format_checkpoint_name(*args, **kwargs)
+        folder = f"{self.dirpath}/" if self.dirpath else ""
+        return folder + path.removeprefix(folder).replace("/", "_")
 
     def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
         """Return whether a file exists that must not be overwritten."""
