@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from lightning import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -23,6 +24,7 @@ import lsoftmax_lightning
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.callbacks import BestCheckpoint
 from lsoftmax_lightning.cli import CONFIGS, main
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from lsoftmax_lightning.schedules import AccuracyFeedback
 
 from .datamodules.formats import write_cifar, write_folder, write_lfw, write_mnist
@@ -285,6 +287,41 @@ def test_only_errors_in_the_users_code_show_a_traceback(
 def test_settings_of_the_event_writer_are_checked(setting: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert said in fails(capsys, "fit", "--config", "digits.yaml", *SHORT, f"--trainer.logger.{setting}")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("finder", "batch_size"),
+    [
+        (["BatchSizeFinder"], 1293),  # all training images
+        (["BatchSizeFinder", "--trainer.callbacks.mode=binsearch"], 1228),  # 5 % fewer
+        (["BatchSizeFinder", "--trainer.callbacks.init_val=5000"], 1293),
+        (["BatchSizeFinder", "--trainer.callbacks.max_trials=3"], 8),
+        (["LearningRateFinder"], 64),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_tuners_of_lightning_run_before_the_training(finder: list[str], batch_size: int) -> None:
+    seen = []
+
+    class Record(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            (config,) = trainer.lr_scheduler_configs
+            seen.append((len(batch[0]), trainer.optimizers[0].param_groups[0]["lr"], config.scheduler.total_steps))
+
+    name, *settings = finder
+    args = ["fit", "--config=digits.yaml", *QUIET, "--trainer.max_epochs=3", f"--trainer.callbacks+={name}", *settings]
+    cli = LSoftmaxCLI(args, callbacks=[Record()])
+    steps = 3 * (1293 // batch_size)
+    learning_rate = cli.model.learning_rate if name == "LearningRateFinder" else 0.05
+    assert seen[0] == (batch_size, learning_rate, steps)
+    assert seen[-1] == (batch_size, pytest.approx(learning_rate / 100), steps)
+    assert len(seen) == steps
+    assert not list(Path().glob(".*"))
+    results = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    del results["val/loss"]
+    main(["test", "--config=digits.yaml", *QUIET, "--ckpt_path=best"])
+    assert json.loads(Path("runs/digits/version_1/results.json").read_text()) == pytest.approx(results, rel=1e-3)
 
 
 ALIASES = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))])

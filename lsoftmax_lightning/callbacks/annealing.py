@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -65,6 +66,10 @@ class LambdaAnnealing(Callback):
         decay = getattr(self.schedule_for(pl_module), "accuracy_decay", None)
         if decay is not None and self._accuracy is None:
             self._accuracy = RunningAccuracy(decay)
+        if any(isinstance(callback, BatchSizeFinder | LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._check_module(pl_module)
+            schedule: Callable[..., float] = self.schedule_for(pl_module)
+            pl_module.head.lambda_ = schedule(0, 1)  # the loops of tuners run without callbacks
 
     def schedule_for(self, pl_module: Any) -> LambdaSchedule:
         """Returns the schedule that applies to a module."""
@@ -73,6 +78,11 @@ class LambdaAnnealing(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Checks the module and its schedule, and starts to measure the accuracy if the schedule uses it."""
+        self._check_module(pl_module)
+        if self._accuracy is not None:
+            self._accuracy.attach(pl_module.head, pl_module.device)
+
+    def _check_module(self, pl_module: Any) -> None:
         name = type(pl_module).__name__
         if not hasattr(getattr(pl_module, "head", None), "lambda_"):
             raise InputError(f"LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}.")
@@ -82,8 +92,6 @@ class LambdaAnnealing(Callback):
                 f"lambda_schedule: must be callable, got {schedule!r}; pass a LambdaSchedule, or a function of (step, "
                 "total_steps)."
             )
-        if self._accuracy is not None:
-            self._accuracy.attach(pl_module.head, pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
         """Sets lambda."""

@@ -63,12 +63,16 @@ class LSoftmaxModule(LightningModule):
         warm_start: File of the weights to begin with, of a network trained with plain softmax: a checkpoint of
             Lightning, or the state dict of a bare module. See :func:`~lsoftmax_lightning.checkpoints.warm_start`.
 
+    Attributes:
+        learning_rate: Learning rate that replaces the optimizer's, or None. Lightning's ``LearningRateFinder`` sets it.
+
     Raises:
         InputError: If a setting is out of range, or the parts or ``warm_start`` do not fit together.
     """
 
     backbone: nn.Module
     head: LSoftmaxLinear
+    learning_rate: float | None = None
 
     def __init__(
         self,
@@ -253,6 +257,8 @@ class LSoftmaxModule(LightningModule):
         ]
         try:
             optimizer = self._optimizer(groups)
+            for group in optimizer.param_groups if self.learning_rate is not None else ():
+                group["lr"] = self.learning_rate
             scheduler = self._lr_scheduler and self._lr_scheduler(optimizer)
         except (TypeError, ValueError) as error:
             raise InputError(f"the optimizer or lr_scheduler does not take its settings: {error}") from error
@@ -283,7 +289,7 @@ class LSoftmaxModule(LightningModule):
                     f"interval {config.interval!r} and frequency {config.frequency}; set the interval to 'step' and "
                     "the frequency to 1."
                 )
-            if config.scheduler.total_steps is None:
+            if config.scheduler.follows_run:
                 # they differ after a second call of fit, and in checkpoints of a MultiStepLR that counted epochs
                 config.scheduler.last_epoch = self.trainer.global_step
                 config.scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
