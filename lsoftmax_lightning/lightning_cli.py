@@ -19,10 +19,11 @@ import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader  # type: ignore[attr-defined]
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # the names that a YAML may use without their path
@@ -129,14 +130,26 @@ def _plain_partial(value: Any) -> Any:
 class _SaveConfig(SaveConfigCallback):
     """Write the config of a training run at once as a whole; testing it later does not write it again."""
 
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        super().__init__(parser, config, **kwargs)
+        self._text = parser.dump(config, skip_none=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the parser, which does not pickle."""
+        return self.__dict__ | {"parser": None, "config": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not trainer.loggers:  # without a logger there is no folder of this run
             return
         folder = str(trainer.log_dir)  # a collective: every rank must read it
+        if not trainer.is_global_zero:
+            return
         if "://" in folder:
-            super().setup(trainer, pl_module, stage)
-        elif trainer.is_global_zero:
-            write_text(Path(folder, self.config_filename), self.parser.dump(self.config, skip_none=False))
+            files = get_filesystem(folder)
+            files.makedirs(folder, exist_ok=True)
+            files.write_text(f"{folder}/{self.config_filename}", self._text)
+        else:
+            write_text(Path(folder, self.config_filename), self._text)
 
 
 def read_yaml(path: Path) -> dict[str, Any] | None:
@@ -535,6 +548,9 @@ class LSoftmaxCLI(LightningCLI):
     def after_fit(self) -> None:
         """Tests the best checkpoint."""
         checkpoint: Any = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
+        if checkpoint and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            checkpoint.restore_best(self.trainer)
+            self.trainer.callback_metrics.clear()  # of the training
         best = checkpoint.best_model_path if checkpoint else ""
         chosen_by = {}
         if not Path(best).is_file():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -369,6 +370,16 @@ def test_a_backbone_is_a_name_or_a_class(backbone: str, kind: str, monkeypatch: 
     assert cli is not None
     assert type(cli.model.backbone).__name__ == kind
     assert cli.model.head.in_features == (5 if kind == "Net" else 512)
+
+
+def test_a_trained_module_pickles_without_the_parser() -> None:
+    cli = main(["fit", "--config", "digits.yaml", *SHORT])
+    assert cli is not None
+    torch.save(cli.model, "model.pt")
+    assert b"jsonargparse" not in Path("model.pt").read_bytes()
+    loaded = torch.load("model.pt", weights_only=False)
+    assert loaded.configure_optimizers()["optimizer"].defaults["lr"] == 0.05
+    pickle.dumps(cli.datamodule)  # which holds the Trainer and its callbacks
 
 
 RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a new folder for the rest of the run

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..atomic import atomic_path
-from ..checkpoints import read, update_index
+from ..checkpoints import indexed, read, update_index
 from ..errors import InputError
 
 
@@ -52,6 +52,13 @@ class BestCheckpoint(ModelCheckpoint):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if trainer.state.fn != "fit":
             trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+
+    def restore_best(self, trainer: Trainer) -> None:
+        """Read path and score of the best checkpoint from its file: processes that trained may have ended."""
+        path = indexed(self.dirpath or Path(str(trainer.log_dir), "checkpoints"), "best")
+        if path.is_file():
+            self.best_model_path = str(path)
+            self.best_model_score = read(path)["callbacks"][self.state_key]["best_model_score"]
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

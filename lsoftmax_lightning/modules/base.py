@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, TypeGuard
 
@@ -95,7 +96,8 @@ class LSoftmaxModule(LightningModule):
         objects = ["lambda_schedule", "optimizer", "lr_scheduler", "compile", "warm_start"]
         self.save_hyperparameters(ignore=objects if isinstance(backbone, str) else [*objects, "backbone"])
         self.lambda_schedule = lambda_schedule
-        self._optimizer = optimizer
+        # jsonargparse reads the settings of the default from a lambda, which does not pickle
+        self._optimizer = _paper_sgd if optimizer is _DEFAULT_OPTIMIZER else optimizer
         self._lr_scheduler = lr_scheduler
         self.configure_model_parts(backbone)
         self.configure_losses()
@@ -306,6 +308,13 @@ class LSoftmaxModule(LightningModule):
         """Annealing of lambda, unless the Trainer has its own."""
         configured = any(isinstance(callback, LambdaAnnealing) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if configured else [LambdaAnnealing()]
+
+
+_DEFAULT_OPTIMIZER = inspect.signature(LSoftmaxModule).parameters["optimizer"].default
+
+
+def _paper_sgd(params: Any) -> SGD:
+    return SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
 def _is_cross_entropy(criterion: nn.Module) -> TypeGuard[nn.CrossEntropyLoss]:

@@ -1,6 +1,7 @@
 """The classification module: what it logs, what it optimises, what a subclass may change."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ def test_forward_and_embed_know_no_margin() -> None:
     assert torch.equal(models[0](x), models[1](x))
     assert models[0].embed(x).shape == (5, models[0].head.in_features)
     assert torch.equal(models[0](x), F.linear(models[0].embed(x), models[0].head.weight))
+
+
+def test_a_module_pickles_copies_and_saves() -> None:
+    model = make_model()
+    torch.save(model, "model.pt")
+    copies = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model), torch.load("model.pt", weights_only=False)]
+    x = torch.randn(5, 1, 8, 8)
+    settings = [model.configure_optimizers().defaults for model in (model, *copies)]
+    assert settings[0]["lr"] == 0.1
+    assert all(other == settings[0] for other in settings)
+    assert all(torch.equal(other.eval()(x), model.eval()(x)) for other in copies)
 
 
 def test_it_learns_and_always_logs_the_same_names() -> None:
