@@ -85,8 +85,10 @@ _load_yaml = get_loader("yaml")
 
 
 def _load_bounded_yaml(text: str) -> Any:
-    """Load YAML; refuse aliases that stand for more than can be parsed, or for themselves."""
+    """Load YAML; refuse duplicate keys, and aliases that stand for more than can be parsed, or for themselves."""
     content = _load_yaml(text)
+    if isinstance(content, dict | list):
+        _check_keys(yaml.compose(text, yaml.SafeLoader), set())
     counts: dict[int, float] = {}
 
     def count(node: Any) -> float:
@@ -100,6 +102,24 @@ def _load_bounded_yaml(text: str) -> Any:
     if count(content) > _MAX_NODES:
         raise InputError(f"the YAML has more than {_MAX_NODES:,} values once its aliases are replaced; write it out.")
     return content
+
+
+def _check_keys(node: Any, seen: set[int]) -> None:
+    """Refuse a mapping with a key twice, of which PyYAML drops the first in silence."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if not isinstance(node, yaml.MappingNode):
+        for item in node.value:
+            _check_keys(item, seen)
+        return
+    lines: dict[tuple[str, str], int] = {}
+    for key, value in node.value:
+        name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+        if name in lines:
+            raise InputError(f"{key.value}: must be in a mapping once, got lines {lines[name]} and {line}; remove one.")
+        lines[name] = line
+        _check_keys(value, seen)
 
 
 set_loader("yaml", _load_bounded_yaml, (yaml.YAMLError,))

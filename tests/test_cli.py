@@ -335,6 +335,26 @@ def test_aliases_of_a_config_are_bounded(argument: str, text: str, capsys: pytes
     assert "more than 100,000 values once its aliases are replaced" in fails(capsys, "fit", *argument.split())
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed_everything: 1\nseed_everything: 2\n", "seed_everything: must be in a mapping once, got lines 1 and 2"),
+        ("trainer:\n  logger: {name: a, name: b}\n", "name: must be in a mapping once, got lines 2 and 2"),
+        ("trainer:\n  callbacks:\n  - {class_path: a, class_path: b}\n", "class_path: must be in a mapping once"),
+    ],
+)
+def test_a_key_is_given_once(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("twice.yaml").write_text(text)
+    assert said in fails(capsys, "fit", "--config=digits.yaml", "--config=twice.yaml")
+
+
+def test_merged_keys_may_be_given_again() -> None:
+    Path("merged.yaml").write_text("trainer:\n  <<: {max_epochs: 1, max_steps: 7}\n  max_epochs: 2\n")
+    cli = main(["fit", "--config=digits.yaml", "--config=merged.yaml", *QUIET, "--trainer.limit_train_batches=2"])
+    assert cli is not None
+    assert (cli.trainer.max_epochs, cli.trainer.max_steps) == (2, 7)
+
+
 def test_a_port_in_use_ends_all_ranks_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}

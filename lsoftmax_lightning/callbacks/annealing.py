@@ -166,9 +166,13 @@ class LambdaAnnealing(Callback):
             for callback in trainer.checkpoint_callbacks
         ]
         kept = next(filter(os.path.exists, paths), "none was saved yet")
+        precision = trainer.precision
+        overflow = f"Precision {precision} overflows above 65504: try bf16-mixed or 32-true. "
         raise DivergenceError(
             f"The training loss was NaN or infinite at optimiser step {step}, where lambda was "
-            f"{self._lambdas[step]:.4g} (margin {pl_module.head.margin}). Try a lower learning rate, slower annealing "
+            f"{self._lambdas[step]:.4g} (margin {pl_module.head.margin}). "
+            + (overflow if str(precision).startswith("16") else "")
+            + "Try a lower learning rate, slower annealing "
             "(a larger `gain` or `fraction`, or a smaller `gamma`), or a `lambda_min` above 0. "
             f"Last good checkpoint: {kept}."
         )

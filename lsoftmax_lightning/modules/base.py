@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeGuard
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import (
+    LRSchedulerConfig,
     LRSchedulerConfigType,
     OptimizerLRScheduler,
     OptimizerLRSchedulerConfig,
@@ -18,6 +20,7 @@ from lightning.pytorch.utilities.types import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import SGD
+from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -57,7 +60,8 @@ class LSoftmaxModule(LightningModule):
             is kept off biases, normalisation layers and PReLU slopes.
         lr_scheduler: Makes the learning rate scheduler from the optimiser. The milestones of a
             :class:`~lsoftmax_lightning.lr_schedulers.FractionalMultiStepLR` are fractions of the run.
-        lr_scheduler_interval: Whether the scheduler moves with the optimiser, as in the paper, or by epoch.
+        lr_scheduler_interval: Whether the scheduler moves with the optimiser, as in the paper, or by epoch. A
+            ``ReduceLROnPlateau`` of a validation metric moves after each validation epoch.
         label_smoothing: As in :class:`torch.nn.CrossEntropyLoss`.
         channels_last: Whether images lie in memory pixel by pixel, which some devices prefer.
         compile: Whether :func:`torch.compile` is applied to the backbone. A checkpoint does not keep it.
@@ -266,23 +270,27 @@ class LSoftmaxModule(LightningModule):
             raise InputError(f"the optimizer or lr_scheduler does not take its settings: {error}") from error
         if scheduler is None:
             return optimizer
+        monitor = getattr(scheduler, "monitor", "val/loss")
         config = LRSchedulerConfigType(
-            scheduler=scheduler,
-            interval=self.hparams["lr_scheduler_interval"],
-            monitor=getattr(scheduler, "monitor", "val/loss"),
+            scheduler=scheduler, interval=self.hparams["lr_scheduler_interval"], monitor=monitor
         )
+        if isinstance(scheduler, ReduceLROnPlateau) and monitor.startswith("val/"):
+            config["interval"] = "epoch"
+            config["frequency"] = (self._trainer and self._trainer.check_val_every_n_epoch) or 1
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=config)
 
     def on_train_start(self) -> None:
-        """Set the length of the run in a scheduler whose milestones are fractions of it.
+        """Set the length of the run in a scheduler whose milestones are fractions of it; refuse one that is too short.
 
         ``configure_optimizers`` is too early: Lightning would create the data loaders to compute the length, and then
         ignore their state in the checkpoint (https://github.com/Lightning-AI/pytorch-lightning/issues/20550).
 
         Raises:
-            InputError: If the run has no known length, or the scheduler is not stepped once per optimizer step.
+            InputError: If the run has no known length, the scheduler is not stepped once per optimizer step, or a
+                ``OneCycleLR`` has fewer steps than the run.
         """
         for config in self.trainer.lr_scheduler_configs:
+            self._check_one_cycle(config)
             if not isinstance(config.scheduler, FractionalMultiStepLR):
                 continue
             if (config.interval, config.frequency) != ("step", 1):
@@ -295,6 +303,19 @@ class LSoftmaxModule(LightningModule):
                 # they differ after a second call of fit, and in checkpoints of a MultiStepLR that counted epochs
                 config.scheduler.last_epoch = self.trainer.global_step
                 config.scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
+
+    def _check_one_cycle(self, config: LRSchedulerConfig) -> None:
+        chain = config.scheduler
+        for scheduler in chain._schedulers if isinstance(chain, ChainedScheduler) else [chain]:
+            if not isinstance(scheduler, OneCycleLR):
+                continue
+            length = self.trainer.estimated_stepping_batches if config.interval == "step" else self.trainer.max_epochs
+            steps = (length or 0) // config.frequency
+            if scheduler.total_steps < steps < math.inf:
+                raise InputError(
+                    f"total_steps: OneCycleLR must have at least the {steps:g} steps of the run, got "
+                    f"{scheduler.total_steps}; set total_steps={steps:g}."
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes the release and the format."""
