@@ -326,10 +326,8 @@ class Clock(Callback):
             activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
             self.profiler = torch.profiler.profile(activities=activities)
             self.profiler.__enter__()
-            self.since = time.perf_counter()
         elif step == 95:
             synchronize()
-            wall = time.perf_counter() - self.since
             self.profiler.__exit__(None, None, None)
             kernels = [event for event in self.profiler.events() or [] if event.device_type.name == "CUDA"]
             kernels = [event for event in kernels if not event.is_user_annotation]

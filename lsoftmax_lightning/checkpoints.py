@@ -62,11 +62,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint by :func:`read`, on the CPU, whatever the other arguments are.
+        """Read a checkpoint, or bare weights, as :func:`read` does, on the CPU, whatever the other arguments are.
 
         Lightning reads a checkpoint at a URL with ``weights_only=False``, which runs code in it.
         """
-        return read(path)
+        return _read_content(path)
 
 
 def stamp(checkpoint: dict[str, Any], data_spec: DataSpec | None = None) -> None:
@@ -147,16 +147,19 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: If the file is missing, damaged, unsafe, or something else.
     """
+    content = _read_content(path)
+    return content if "state_dict" in content else {"state_dict": content}
+
+
+def _read_content(path: str | Path) -> dict[str, Any]:
+    """Read the dict in a file: a checkpoint, or a state dict."""
     with local_file(path) as file:
-        content = _load(path, file)
-    whole: dict[str, Any] = (
-        content if isinstance(content, dict) and "state_dict" in content else {"state_dict": content}
-    )
-    weights = whole["state_dict"]
+        content: Any = _load(path, file)
+    weights = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else content
     if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
         raise InputError(f"{path} has no state_dict, or one that has more than tensors in it.")
-    check_format(whole)
-    return whole
+    check_format(content)
+    return content  # type: ignore[no-any-return]
 
 
 def _load(path: str | Path, file: Path) -> Any:

@@ -14,7 +14,7 @@ from .checkpoints import read
 from .compare import compare, report
 from .errors import InputError
 from .export import Format, Pixels, export
-from .lightning_cli import CONFIGS, LSoftmaxCLI, find_config, is_ours, reads_files
+from .lightning_cli import CONFIGS, LSoftmaxCLI, expand_path, find_config, is_ours, reads_files
 from .signals import Stopped
 from .user_errors import errors_without_traceback
 
@@ -80,9 +80,9 @@ def compare_margins(args: list[str]) -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at once, on devices or cores of their own"
     )
-    parser.add_argument("--folder", type=Path, help="where all is left (default: runs/compare-NAME)")
+    parser.add_argument("--folder", type=_path, help="where all is left (default: runs/compare-NAME)")
     parser.add_argument(
-        "--report", type=Path, metavar="FOLDER", help="make table and figures of FOLDER again; no training"
+        "--report", type=_path, metavar="FOLDER", help="make table and figures of FOLDER again; no training"
     )
     given, settings = parser.parse_known_args(args)
     if given.report:
@@ -104,6 +104,10 @@ def compare_margins(args: list[str]) -> None:
     except Stopped:
         print("The same command continues from here.", file=sys.stderr)
         raise
+
+
+def _path(text: str) -> Path:
+    return Path(expand_path(text))
 
 
 class _Restored(LSoftmaxCLI):
@@ -136,10 +140,10 @@ def export_checkpoint(args: list[str]) -> None:
         allow_abbrev=False,
     )
     suffixes = dict(zip(get_args(Format), ("model.onnx", "model.pt2", "backbone.pt"), strict=True))
-    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="a checkpoint of fit")
+    parser.add_argument("--ckpt_path", type=expand_path, required=True, metavar="FILE", help="a checkpoint of fit")
     parser.add_argument("-c", "--config", metavar="NAME", help="its config (default: that of its run)")
     parser.add_argument("--format", choices=suffixes, default="onnx", help="default: onnx")
-    parser.add_argument("--output", metavar="FILE", help=f"default: {', '.join(suffixes.values())}")
+    parser.add_argument("--output", type=expand_path, metavar="FILE", help=f"default: {', '.join(suffixes.values())}")
     parser.add_argument("--pixels", choices=get_args(Pixels), default="uint8", help="of images; floats are 0 to 1")
     given, settings = parser.parse_known_args(args)
     config = given.config or Path(given.ckpt_path).parent.parent / "config.yaml"

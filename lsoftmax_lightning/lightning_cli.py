@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader  # type: ignore[attr-defined]
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parameter import is_lazy
 
@@ -53,6 +56,11 @@ _RANK_SECONDS = 5  # for the other ranks to print their own error
 _LOCK_SECONDS = 10  # workers of a killed run hold its lock for some seconds
 
 
+def expand_path(path: str) -> str:
+    """Return a path with ``~`` and environment variables replaced; a variable that is not set stays as it is."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
 def find_config(name: str) -> Path:
     """A config by path, or a shipped one by its bare name.
 
@@ -62,7 +70,7 @@ def find_config(name: str) -> Path:
     Raises:
         InputError: If there is neither.
     """
-    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+    for path in (Path(expand_path(name)), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
     shipped = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
@@ -81,8 +89,10 @@ _load_yaml = get_loader("yaml")
 
 
 def _load_bounded_yaml(text: str) -> Any:
-    """Load YAML; refuse aliases that stand for more than can be parsed, or for themselves."""
+    """Load YAML; refuse duplicate keys, and aliases that stand for more than can be parsed, or for themselves."""
     content = _load_yaml(text)
+    if isinstance(content, dict | list):
+        _check_keys(yaml.compose(text, yaml.SafeLoader), set())
     counts: dict[int, float] = {}
 
     def count(node: Any) -> float:
@@ -98,6 +108,24 @@ def _load_bounded_yaml(text: str) -> Any:
     return content
 
 
+def _check_keys(node: Any, seen: set[int]) -> None:
+    """Refuse a mapping with a key twice, of which PyYAML drops the first in silence."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if not isinstance(node, yaml.MappingNode):
+        for item in node.value:
+            _check_keys(item, seen)
+        return
+    lines: dict[tuple[str, str], int] = {}
+    for key, value in node.value:
+        name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+        if name in lines:
+            raise InputError(f"{key.value}: must be in a mapping once, got lines {lines[name]} and {line}; remove one.")
+        lines[name] = line
+        _check_keys(value, seen)
+
+
 set_loader("yaml", _load_bounded_yaml, (yaml.YAMLError,))
 
 
@@ -108,17 +136,44 @@ class _Parser(LightningArgumentParser):
         return super().add_argument(*args, **kwargs)
 
 
+class _Instantiator(_InstantiatorFn):
+    """Lightning's, with optimizers and schedulers that copy and pickle: jsonargparse's hold the whole parser."""
+
+    def __call__(self, class_type: Any, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
+        kwargs = {name: _plain_partial(value) for name, value in kwargs.items()}
+        return super().__call__(class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
+
+
+def _plain_partial(value: Any) -> Any:
+    """Return the partial of a class in place of that of jsonargparse, whose last argument is the class."""
+    if not isinstance(value, partial) or not str(value.func.__module__).startswith("jsonargparse"):
+        return value
+    return partial(value.args[-1], **{name: _plain_partial(setting) for name, setting in value.keywords.items()})
+
+
 class _SaveConfig(SaveConfigCallback):
     """Write the config of a training run at once as a whole; testing it later does not write it again."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        super().__init__(parser, config, **kwargs)
+        self._text = parser.dump(config, skip_none=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the parser, which does not pickle."""
+        return self.__dict__ | {"parser": None, "config": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not trainer.loggers:  # without a logger there is no folder of this run
             return
         folder = str(trainer.log_dir)  # a collective: every rank must read it
+        if not trainer.is_global_zero:
+            return
         if "://" in folder:
-            super().setup(trainer, pl_module, stage)
-        elif trainer.is_global_zero:
-            write_text(Path(folder, self.config_filename), self.parser.dump(self.config, skip_none=False))
+            files = get_filesystem(folder)
+            files.makedirs(folder, exist_ok=True)
+            files.write_text(f"{folder}/{self.config_filename}", self._text)
+        else:
+            write_text(Path(folder, self.config_filename), self._text)
 
 
 def read_yaml(path: Path) -> dict[str, Any] | None:
@@ -143,6 +198,47 @@ def flat(settings: Any, path: str = "") -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 
+_PATHS = {"ckpt_path", "default_root_dir", "dirpath", "output", "root", "save_dir", "train_root", "warm_start"}
+
+
+def _expand_paths(settings: Any) -> None:
+    """Expand the paths in settings: Lightning expands some of them, and writes to two folders."""
+    for item in settings if isinstance(settings, list) else []:
+        _expand_paths(item)
+    for name, value in vars(settings).items() if isinstance(settings, Namespace) else []:
+        if name in _PATHS and isinstance(value, str):
+            setattr(settings, name, expand_path(value))
+        else:
+            _expand_paths(value)
+
+
+def _as_list(loggers: Any) -> list[Any]:
+    return loggers if isinstance(loggers, list) else [loggers]
+
+
+def _apply_root(trainer: Any) -> None:
+    """Put the folders of loggers below ``default_root_dir``, as Lightning does for its default logger."""
+    root = trainer.default_root_dir
+    if root is None or "://" in root:
+        return
+    trainer.default_root_dir = os.path.abspath(root)  # so that the saved config means the same folder
+    for logger in _as_list(trainer.logger):
+        settings: Any = getattr(logger, "init_args", None) or {}
+        if settings.get("save_dir") and "://" not in settings.save_dir:
+            settings.save_dir = os.path.join(trainer.default_root_dir, settings.save_dir)
+
+
+def _config_of(folder: Path, place: Any) -> Path:
+    """Return the path of the config in the folder of a run, by the settings of its TensorBoardLogger."""
+    return Path(folder, place.sub_dir or "", "config.yaml")
+
+
+def _version(folder: Path) -> int | str:
+    """Return the version of a run as loggers take it."""
+    number = folder.name.removeprefix("version_")
+    return int(number) if number != folder.name and number.isdecimal() else folder.name
+
+
 def _remove_parts(folder: Path) -> None:
     """Remove what a killed run left in its folder, which is locked."""
     for part in folder.rglob(".*.part"):
@@ -159,7 +255,7 @@ _WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
 
 def _check_writer(loggers: Any) -> None:
     """Check the settings that TensorBoardLogger passes on unchecked, and that fail in training, in a thread of it."""
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
+    for logger in _as_list(loggers):
         settings = getattr(logger, "init_args", None) or {}
         for name, (kind, expected) in _WRITER_SETTINGS.items():
             value = settings.get(name, "" if kind is str else 0)
@@ -181,15 +277,6 @@ def _checkpoint_mode(monitor: str | None, mode: str) -> str:
     if known not in (None, mode) and mode != "auto":
         raise InputError(f"checkpoint.mode: the best {monitor} is its {known}imum, got {mode}; leave the mode out.")
     return known or mode
-
-
-class _Run(NamedTuple):
-    logger: int
-    """Index of the logger that writes to the folder."""
-    folder: Path
-    version: str | int
-    checkpoint: Path
-    """May be missing."""
 
 
 def _is_tensorboard(logger: Any) -> bool:
@@ -286,12 +373,18 @@ class LSoftmaxCLI(LightningCLI):
             parser.add_lightning_class_args(Predictions, "predictions")
         return parser
 
+    def _add_instantiators(self) -> None:
+        for key, kind in (("model", LightningModule), ("data", LightningDataModule)):
+            self.parser.add_instantiator(_Instantiator(cli=self, key=key), kind, subclasses=True)
+
     def _parse_ckpt_path(self) -> None:
         """Leaves the config as it is: Lightning would put a checkpoint's settings over those the user gave."""
 
     def before_instantiate_classes(self) -> None:
-        """Replace the ``auto`` of ``checkpoint.mode``, and data that a prediction does not need."""
+        """Replace the ``auto`` of ``checkpoint.mode``, and data that a prediction does not need; expand paths."""
         settings = self.config[self.subcommand]
+        _expand_paths(settings)
+        _apply_root(settings.trainer)
         settings.checkpoint.mode = _checkpoint_mode(settings.checkpoint.monitor, settings.checkpoint.mode)
         if self.subcommand == "predict" and settings.ckpt_path and self.skips_data_set(settings.data):
             self._replace_data(settings)
@@ -303,7 +396,9 @@ class LSoftmaxCLI(LightningCLI):
     def _replace_data(self, settings: Namespace) -> None:
         """Replace the datamodule, whose images may be absent, by one with the class names of the checkpoint."""
         if settings.ckpt_path in ("last", "best"):
-            settings.ckpt_path = str(self._find_run(settings.ckpt_path).checkpoint)
+            _, place = self._place_of_runs(settings.ckpt_path)
+            folder = self._find_run(place, settings.ckpt_path, resumes=False)
+            settings.ckpt_path = str(self._checkpoint_of(folder, place, settings.ckpt_path))
         elif "://" in settings.ckpt_path:
             settings.ckpt_path = str(self._resources.enter_context(local_file(settings.ckpt_path)))
         spec = saved_data_spec(read(settings.ckpt_path))
@@ -328,28 +423,37 @@ class LSoftmaxCLI(LightningCLI):
         _check_writer(self.config[self.subcommand].trainer.logger)
         if run.get("weights_only") is False:
             raise InputError("weights_only: checkpoints are always read without running code in them; leave it out.")
+        loggers = _as_list(run.trainer.logger)
         if run.ckpt_path in ("last", "best"):
-            kwargs |= self._resume_last_run(run.ckpt_path)
+            loggers = self._resume_last_run(run.ckpt_path, loggers)
         elif run.ckpt_path and "://" in run.ckpt_path:
             run.ckpt_path = str(self._resources.enter_context(local_file(run.ckpt_path)))
+        if isinstance(run.trainer.logger, list):  # the first logger names the folder of the run
+            kwargs["logger"] = sorted(loggers, key=lambda logger: not isinstance(logger, TensorBoardLogger))
+        elif isinstance(run.trainer.logger, TensorBoardLogger):
+            kwargs["logger"] = loggers
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.accumulate_grad_batches < 1:  # which Lightning divides by
             raise InputError(f"accumulate_grad_batches must be 1 or more, got {trainer.accumulate_grad_batches}.")
         return trainer
 
-    def _resume_last_run(self, word: str) -> dict[str, Any]:
+    def _resume_last_run(self, word: str, loggers: list[Any]) -> list[Any]:
         """Find what ``--ckpt_path last`` and ``best`` mean: checkpoints of the last run of ``fit``.
 
         A ``fit`` of the last one continues in that run's folder.
+
+        Args:
+            word: ``last`` or ``best``.
+            loggers: The loggers of this command.
 
         Returns:
             The loggers for the Trainer, of which one writes there.
         """
         settings, run = self.config[self.subcommand], self.config_init[self.subcommand]
-        index, folder, version, path = self._find_run(word)
-        places, loggers = (x if isinstance(x, list) else [x] for x in (settings.trainer.logger, run.trainer.logger))
-        place = places[index].init_args
+        index, place = self._place_of_runs(word)
         resumes = self.subcommand == "fit" and word == "last"
+        folder = self._find_run(place, word, resumes)
+        path = self._checkpoint_of(folder, place, word)
         if not path.is_file() and not resumes:
             raise InputError(f"--ckpt_path {word} means the last run of fit, and there is no {path}.")
         run.ckpt_path = str(path) if path.is_file() else None
@@ -360,53 +464,85 @@ class LSoftmaxCLI(LightningCLI):
                 with suppress(Timeout), FileLock(folder / ".lock", timeout=0):
                     _remove_parts(folder)
         elif resumes:
-            self._report_changed_settings(folder)
+            self._report_changed_settings(_config_of(folder, place))
             # said by Lightning, rightly, of a folder named twice
             warnings.filterwarnings("ignore", "Checkpoint directory")
+            version = _version(folder) if place.version is None else place.version
             # what was logged beyond the checkpoint is logged again
             again = {"version": version, "purge_step": read(path)["global_step"] + 1}
             loggers[index] = type(loggers[index])(**place.as_dict() | again)
-        return {"logger": loggers}
+        return loggers
 
-    def _find_run(self, word: str) -> _Run:
-        """Find the last run of ``fit``, and its ``last`` or ``best`` checkpoint."""
-        settings = self.config[self.subcommand]
-        loggers = settings.trainer.logger
-        loggers = loggers if isinstance(loggers, list) else [loggers]
+    def _place_of_runs(self, word: str) -> tuple[int, Any]:
+        """Return the index of the TensorBoardLogger, in whose folders checkpoints are found, and its settings."""
+        loggers = _as_list(self.config[self.subcommand].trainer.logger)
         index = next((n for n, logger in enumerate(loggers) if _is_tensorboard(logger)), None)
         if index is None:
             raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
         place = loggers[index].init_args
-        runs, version = Path(place.save_dir, place.name or ""), place.version
-        if version is None:  # tests and predictions leave no config
-            numbers = [path.parent.name.removeprefix("version_") for path in runs.glob("version_*/config.yaml")]
-            version = max((int(number) for number in numbers if number.isdecimal()), default=0)
-        folder = runs / (version if isinstance(version, str) else f"version_{version}")
-        checkpoints = folder / "checkpoints"
-        if word == "best" and settings.checkpoint.dirpath:
-            checkpoints = Path(settings.checkpoint.dirpath)
-        return _Run(index, folder, version, indexed(checkpoints, word))
+        if "://" in place.save_dir:
+            raise InputError(f"--ckpt_path {word} looks in local folders, got {place.save_dir}; give a URL of a file.")
+        return index, place
 
-    def _report_changed_settings(self, folder: Path) -> None:
+    def _find_run(self, place: Any, word: str, resumes: bool) -> Path:
+        """Find the folder of the last run of ``fit`` that has a checkpoint; it may be missing.
+
+        A run that ended before its first checkpoint is repeated if it has the settings of this command.
+
+        Args:
+            place: Settings of the TensorBoardLogger. Without a version, the runs of its name are compared.
+            word: ``last`` or ``best``.
+            resumes: Whether the run is to continue.
+        """
+        runs = Path(place.save_dir, place.name or "")
+        if place.version is not None:
+            return runs / (place.version if isinstance(place.version, str) else f"version_{place.version}")
+        started = {}
+        for folder in runs.glob("*/"):
+            config = _config_of(folder, place)  # tests and predictions leave none
+            if config.is_file():
+                started[folder] = (config.stat().st_mtime, str(_version(folder)).rjust(9))
+        latest = sorted(started, key=lambda folder: started[folder], reverse=True)
+        for folder in latest:
+            if self._checkpoint_of(folder, place, word).is_file():
+                return folder
+            if resumes and not self._changed_settings(_config_of(folder, place)):
+                return folder
+        return latest[0] if latest else runs / "version_0"
+
+    def _checkpoint_of(self, folder: Path, place: Any, word: str) -> Path:
+        """Return the path of the ``best`` or ``last`` checkpoint of a run; the file may be missing."""
+        config = read_yaml(_config_of(folder, place)) or {}
+        best_folder = self.config[self.subcommand].checkpoint.dirpath or flat(config).get("checkpoint.dirpath")
+        return indexed(best_folder if word == "best" and best_folder else folder / "checkpoints", word)
+
+    def _changed_settings(self, config: Path) -> dict[str, tuple[Any, Any]] | None:
+        """Return the settings that differ from those of a run's config, before and now; None if it is damaged."""
+        content = read_yaml(config)
+        if content is None or "ckpt_path" not in content:  # earlier releases left a part when killed
+            return None
+        before = flat(content)
+        now = flat(yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)))
+        pairs = {name: (before.get(name), now.get(name)) for name in sorted({**before, **now})}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name != "ckpt_path"}
+
+    def _report_changed_settings(self, config: Path) -> None:
         """Log the settings that differ from those of the run's config; refuse those it cannot continue with."""
-        config = read_yaml(folder / "config.yaml")
-        if config is None or "ckpt_path" not in config:  # earlier releases left a part when killed
-            rank_zero_warn(f"{folder}/config.yaml is not complete: changed settings are not reported.")
+        changed = self._changed_settings(config)
+        if changed is None:
+            rank_zero_warn(f"{config} is not complete: changed settings are not reported.")
             return
-        before = flat(config)
-        now = flat(yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False)))
-        changed = {name for name in {**before, **now} if before.get(name) != now.get(name)} - {"ckpt_path"}
         for part in ("model.optimizer", "model.lr_scheduler"):
-            kind, other = (settings.get(f"{part}.class_path") for settings in (before, now))
+            kind, other = changed.get(f"{part}.class_path", (None, None))
             if kind != other:
                 raise InputError(
-                    f"the run in {folder} has {kind} for its {part} and cannot go on with {other}. Set it back, or "
-                    "begin anew without --ckpt_path."
+                    f"the run in {config.parent} has {kind} for its {part} and cannot go on with {other}. Set it back, "
+                    "or begin anew without --ckpt_path."
                 )
-        said = "".join(f"\n  {name} {before.get(name)} -> {now.get(name)}" for name in sorted(changed))
-        rank_zero_info(f"Continuing {folder}" + (f", with other settings:{said}" if changed else ""))
+        said = "".join(f"\n  {name} {before} -> {now}" for name, (before, now) in changed.items())
+        rank_zero_info(f"Continuing {config.parent}" + (f", with other settings:{said}" if changed else ""))
         kept = ("model.optimizer.", "model.lr_scheduler.")
-        if any(name.startswith(kept) for name in changed - {"model.lr_scheduler.monitor"}):
+        if any(name.startswith(kept) for name in changed.keys() - {"model.lr_scheduler.monitor"}):
             rank_zero_warn("Settings of optimizer and lr_scheduler are those of the checkpoint: others have no effect.")
 
     def after_instantiate_classes(self) -> None:
@@ -445,9 +581,9 @@ class LSoftmaxCLI(LightningCLI):
         place = getattr(trainer.loggers[0], "log_dir", None)
         if not place or "://" in place:
             return
-        folder = Path(place)
+        folder = Path(place.removesuffix(getattr(trainer.loggers[0], "sub_dir", None) or ""))
         resumes = run.ckpt_path and Path(run.ckpt_path).resolve().is_relative_to(folder.resolve())
-        used = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("results.json")]
+        used = [*folder.glob("checkpoints/*.ckpt"), *Path(place).glob("results.json")]
         if not run.ckpt_path and run.checkpoint.dirpath:
             used += Path(run.checkpoint.dirpath).glob("*.ckpt")
         if used and not resumes:
@@ -461,7 +597,7 @@ class LSoftmaxCLI(LightningCLI):
         except Timeout as error:
             raise InputError(f"another run is at work in {folder}; wait for it, or choose another version.") from error
         _remove_parts(folder)
-        (folder / "hparams.yaml").unlink(missing_ok=True)  # of which a killed run may have left a part; written again
+        Path(place, "hparams.yaml").unlink(missing_ok=True)  # of which a killed run may have left a part; written again
 
     @contextmanager
     def _end_launched_ranks(self) -> Iterator[None]:
@@ -488,6 +624,9 @@ class LSoftmaxCLI(LightningCLI):
     def after_fit(self) -> None:
         """Tests the best checkpoint."""
         checkpoint: Any = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
+        if checkpoint and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            checkpoint.restore_best(self.trainer)
+            self.trainer.callback_metrics.clear()  # of the training
         best = checkpoint.best_model_path if checkpoint else ""
         chosen_by = {}
         if not Path(best).is_file():

@@ -40,6 +40,10 @@ class FractionalMultiStepLR(LRScheduler):
         total_steps: Length of the run in steps. By default the length of the Trainer's run.
         last_epoch: Index of the last step, -1 at the start of a run.
 
+    Attributes:
+        follows_run: Whether ``total_steps`` was left to the Trainer, which sets it at the start of each loop: those of
+            tuners are shorter than the run.
+
     Raises:
         InputError: If an argument is out of range, or ``total_steps`` is unknown when the first step is taken.
 
@@ -70,6 +74,7 @@ class FractionalMultiStepLR(LRScheduler):
         self.milestones = [float(milestone) for milestone in milestones]
         self.gamma = gamma
         self.total_steps = None if total_steps is None else _check_total_steps(total_steps)
+        self.follows_run = total_steps is None
         self._num_decays = self._count_milestones(last_epoch)  # decays that the learning rate already contains
         super().__init__(optimizer, last_epoch)
 
@@ -113,7 +118,7 @@ class FractionalMultiStepLR(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the scheduler, without the length of the run."""
-        return {key: value for key, value in super().state_dict().items() if key != "total_steps"}
+        return {key: value for key, value in super().state_dict().items() if key not in ("total_steps", "follows_run")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of the scheduler, or that of a ``MultiStepLR``.

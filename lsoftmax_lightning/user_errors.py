@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import sysconfig
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from .errors import InputError, LSoftmaxError
 from .signals import Stopped, exit_on_signals
@@ -23,6 +25,7 @@ _HINT = f"({_DEBUG}=1 prints the traceback.)"
 _MAX_LINES = 30  # of a message
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = (str(Path(__file__).parent), _PATHS["stdlib"], _PATHS["purelib"], _PATHS["platlib"], "<")
+_USERS_ERROR = r"^(?:lsoftmax_lightning\.errors\.\w+|lightning\.\S+\.MisconfigurationException): (.+)"  # in a traceback
 _ADVICE = {
     "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
     "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
@@ -102,9 +105,11 @@ def _stopped(error: BaseException | None) -> Stopped | None:
 
 
 def _is_in_users_code(error: BaseException) -> bool:
-    """Return whether the traceback passes through files outside of this package, the libraries and Python."""
+    """Return whether the traceback passes, or may pass, through files other than ours, the libraries and Python."""
     frames = traceback.extract_tb(error.__traceback__)
-    return any(not frame.filename.startswith(_LIBRARIES) for frame in frames)
+    return isinstance(error, ProcessRaisedException) or any(
+        not frame.filename.startswith(_LIBRARIES) for frame in frames
+    )
 
 
 def _advice(error: BaseException) -> BaseException | str | None:
@@ -124,4 +129,7 @@ def _advice(error: BaseException) -> BaseException | str | None:
         if str(cause).startswith("Expected a <class 'NoneType'>"):
             return error  # older versions of jsonargparse chain this error; ours is in its text only
         cause = cause.__cause__
+    if isinstance(error, ProcessRaisedException):  # its text is the traceback of another process
+        match = re.search(_USERS_ERROR, str(error), re.MULTILINE | re.DOTALL)
+        return match and match[1].strip()
     return None

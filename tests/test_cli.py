@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from lightning import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -23,6 +25,7 @@ import lsoftmax_lightning
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.callbacks import BestCheckpoint
 from lsoftmax_lightning.cli import CONFIGS, main
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from lsoftmax_lightning.schedules import AccuracyFeedback
 
 from .datamodules.formats import write_cifar, write_folder, write_lfw, write_mnist
@@ -146,6 +149,39 @@ def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
     assert loaded.head.margin == 2
 
 
+ZEROES_WEIGHTS = """
+import torch
+from lightning import Callback
+class ZeroWeights(Callback):
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        for weight in pl_module.parameters():
+            torch.nn.init.zeros_(weight)
+"""
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        ["lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay=0.9"],
+        ["lightning.pytorch.callbacks.WeightAveraging"],
+        ["zeroes_weights.ZeroWeights"],
+    ],
+    ids=lambda callback: callback[0].rpartition(".")[2],
+)
+@pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:You're using the WeightAveraging")
+def test_fit_tests_the_weights_of_the_best_checkpoint(callback: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("zeroes_weights.py").write_text(ZEROES_WEIGHTS)
+    monkeypatch.syspath_prepend("")
+    name, *settings = callback
+    main(
+        ["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=3", f"--trainer.callbacks+={name}", *settings]
+    )
+    results = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    del results["val/loss"]
+    main(["test", "--config", "digits.yaml", *QUIET, "--model.margin=2", "--ckpt_path=best"])
+    assert json.loads(Path("runs/digits/version_1/results.json").read_text()) == pytest.approx(results)
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # said by Lightning, rightly, of a folder named twice
 def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", "--config", "digits.yaml", *SHORT]
@@ -254,6 +290,41 @@ def test_settings_of_the_event_writer_are_checked(setting: str, said: str, capsy
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("finder", "batch_size"),
+    [
+        (["BatchSizeFinder"], 1293),  # all training images
+        (["BatchSizeFinder", "--trainer.callbacks.mode=binsearch"], 1228),  # 5 % fewer
+        (["BatchSizeFinder", "--trainer.callbacks.init_val=5000"], 1293),
+        (["BatchSizeFinder", "--trainer.callbacks.max_trials=3"], 8),
+        (["LearningRateFinder"], 64),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_tuners_of_lightning_run_before_the_training(finder: list[str], batch_size: int) -> None:
+    seen = []
+
+    class Record(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            (config,) = trainer.lr_scheduler_configs
+            seen.append((len(batch[0]), trainer.optimizers[0].param_groups[0]["lr"], config.scheduler.total_steps))
+
+    name, *settings = finder
+    args = ["fit", "--config=digits.yaml", *QUIET, "--trainer.max_epochs=3", f"--trainer.callbacks+={name}", *settings]
+    cli = LSoftmaxCLI(args, callbacks=[Record()])
+    steps = 3 * (1293 // batch_size)
+    learning_rate = cli.model.learning_rate if name == "LearningRateFinder" else 0.05
+    assert seen[0] == (batch_size, learning_rate, steps)
+    assert seen[-1] == (batch_size, pytest.approx(learning_rate / 100), steps)
+    assert len(seen) == steps
+    assert not list(Path().glob(".*"))
+    results = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    del results["val/loss"]
+    main(["test", "--config=digits.yaml", *QUIET, "--ckpt_path=best"])
+    assert json.loads(Path("runs/digits/version_1/results.json").read_text()) == pytest.approx(results, rel=1e-3)
+
+
 ALIASES = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))])
 
 
@@ -262,6 +333,26 @@ ALIASES = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" f
 def test_aliases_of_a_config_are_bounded(argument: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.yaml").write_text(text)
     assert "more than 100,000 values once its aliases are replaced" in fails(capsys, "fit", *argument.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed_everything: 1\nseed_everything: 2\n", "seed_everything: must be in a mapping once, got lines 1 and 2"),
+        ("trainer:\n  logger: {name: a, name: b}\n", "name: must be in a mapping once, got lines 2 and 2"),
+        ("trainer:\n  callbacks:\n  - {class_path: a, class_path: b}\n", "class_path: must be in a mapping once"),
+    ],
+)
+def test_a_key_is_given_once(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("twice.yaml").write_text(text)
+    assert said in fails(capsys, "fit", "--config=digits.yaml", "--config=twice.yaml")
+
+
+def test_merged_keys_may_be_given_again() -> None:
+    Path("merged.yaml").write_text("trainer:\n  <<: {max_epochs: 1, max_steps: 7}\n  max_epochs: 2\n")
+    cli = main(["fit", "--config=digits.yaml", "--config=merged.yaml", *QUIET, "--trainer.limit_train_batches=2"])
+    assert cli is not None
+    assert (cli.trainer.max_epochs, cli.trainer.max_steps) == (2, 7)
 
 
 def test_a_port_in_use_ends_all_ranks_at_once() -> None:
@@ -299,6 +390,16 @@ def test_a_backbone_is_a_name_or_a_class(backbone: str, kind: str, monkeypatch: 
     assert cli is not None
     assert type(cli.model.backbone).__name__ == kind
     assert cli.model.head.in_features == (5 if kind == "Net" else 512)
+
+
+def test_a_trained_module_pickles_without_the_parser() -> None:
+    cli = main(["fit", "--config", "digits.yaml", *SHORT])
+    assert cli is not None
+    torch.save(cli.model, "model.pt")
+    assert b"jsonargparse" not in Path("model.pt").read_bytes()
+    loaded = torch.load("model.pt", weights_only=False)
+    assert loaded.configure_optimizers()["optimizer"].defaults["lr"] == 0.05
+    pickle.dumps(cli.datamodule)  # which holds the Trainer and its callbacks
 
 
 RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a new folder for the rest of the run

@@ -269,6 +269,61 @@ def test_last_is_the_last_run_of_fit_and_goes_on_in_its_folder(caplog: pytest.Lo
     assert json.loads(Path("runs/digits/version_2/results.json").read_text()) == pytest.approx(results)
 
 
+CSV_FIRST = """[{class_path: CSVLogger, init_args: {save_dir: runs, name: csv}},
+{class_path: TensorBoardLogger, init_args: {save_dir: runs, name: digits, default_hp_metric: false}}]"""
+NAMED_BY_METRIC = ["--checkpoint.filename={epoch}-{val/acc:.2f}", "--checkpoint.save_top_k=2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ([f"--trainer.logger={CSV_FIRST}"], "runs/digits/version_0"),
+        (["--trainer.logger.save_dir=~/runs"], "home/runs/digits/version_0"),
+        (["--trainer.logger.save_dir=$SCRATCH/runs"], "scratch/runs/digits/version_0"),
+        (["--trainer.logger.version=mine"], "runs/digits/mine"),
+        (["--trainer.logger.sub_dir=sub"], "runs/digits/version_0"),
+        (["--trainer.default_root_dir=root"], "root/runs/digits/version_0"),
+        (["--checkpoint.dirpath=$SCRATCH/best"], "runs/digits/version_0"),
+        (NAMED_BY_METRIC, "runs/digits/version_0"),
+    ],
+)
+def test_last_and_best_are_found_where_the_run_is(
+    settings: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    main(["fit", "--config=digits.yaml", *SHORT, *settings])
+    again = [] if settings == ["--trainer.logger.version=mine"] else settings
+    cli = main(["fit", "--config=digits.yaml", *SHORT, *again, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    assert cli is not None
+    assert cli.trainer.global_step == 6
+    assert last(folder)["global_step"] == 6
+    (results,) = (json.loads(path.read_text()) for path in Path().rglob("results.json"))
+    assert len(list(Path().rglob("last.ckpt"))) == len(list(Path().rglob("config.yaml"))) == 1
+    assert not [path for path in Path().rglob("*") if "~" in str(path) or "$" in str(path)]
+    again = [setting for setting in again if "checkpoint" not in setting]  # which the config of the run has
+    tested = main(["test", "--config=digits.yaml", *QUIET, "--model.margin=2", *again, "--ckpt_path=best"])
+    assert tested is not None
+    figures = json.loads(Path(str(tested.trainer.log_dir), "results.json").read_text())
+    assert figures == pytest.approx({name: value for name, value in results.items() if name.startswith("test/")})
+
+
+def test_a_run_without_a_checkpoint_is_not_the_last_one(capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--config=digits.yaml", *SHORT]
+    main(fit)
+    failing = [*fit, "--model.optimizer.lr=1e30"]
+    fails(capsys, *failing)
+    assert Path("runs/digits/version_1/config.yaml").is_file()
+    assert not Path("runs/digits/version_1/checkpoints/last.ckpt").exists()
+    main(["test", "--config=digits.yaml", *QUIET, "--model.margin=2", "--ckpt_path=best"])
+    cli = main([*fit, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    assert cli is not None
+    assert cli.trainer.global_step == 6
+    os.utime("runs/digits/version_1/config.yaml")  # the run that failed is the last one again
+    with pytest.warns(UserWarning, match=r"There is no runs/digits/version_1/checkpoints/last.ckpt to continue from"):
+        fails(capsys, *failing, "--ckpt_path=last")  # not the other run with the settings of this one
+
+
 @pytest.mark.parametrize("how", ["path", "moved", "renamed"])
 def test_the_best_of_all_epochs_is_tested_where_a_run_continues(how: str) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, *FIRST_IS_BEST]

@@ -173,9 +173,33 @@ def test_two_processes_augment_and_verify_as_one(tmp_path: Path) -> None:
     assert 0.5 < results[0]["test/auc"] <= 1
 
 
+def test_forked_and_spawned_processes_are_as_launched_ones() -> None:
+    results, weights = [], []
+    for strategy in ("ddp", "ddp_notebook", "ddp_spawn"):
+        settings = ["--trainer.max_epochs=2", "--dashboard.every_n_epochs=0", f"--trainer.strategy={strategy}"]
+        done = launch(2, *settings, f"--trainer.logger.version={strategy}")
+        assert done.returncode == 0, done.stderr
+        folder = Path("runs/digits", strategy)
+        results.append(json.loads((folder / "results.json").read_text()))
+        weights.append(torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
+        assert (folder / "config.yaml").is_file()
+    assert {path.name for path in Path("runs/digits").iterdir()} == {"ddp", "ddp_notebook", "ddp_spawn"}
+    for other in (1, 2):
+        assert results[other] == pytest.approx(results[0])
+        torch.testing.assert_close(weights[other], weights[0])
+
+
 def test_a_batch_that_does_not_divide_is_one_error() -> None:
     done = run(2, "--data.batch_size=65")
     assert done.returncode != 0
+    assert "error: batch_size is global and must divide over the devices: 65 does not over 2; take 64." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["ddp_notebook", "ddp_spawn"])
+def test_an_error_of_a_forked_or_spawned_process_is_one_error(strategy: str) -> None:
+    done = launch(2, "--data.batch_size=65", f"--trainer.strategy={strategy}")
+    assert done.returncode == 1
     assert "error: batch_size is global and must divide over the devices: 65 does not over 2; take 64." in done.stderr
     assert "Traceback" not in done.stderr
 

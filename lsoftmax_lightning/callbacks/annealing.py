@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -67,6 +68,10 @@ class LambdaAnnealing(Callback):
         decay = getattr(self.schedule_for(pl_module), "accuracy_decay", None)
         if decay is not None and self._accuracy is None:
             self._accuracy = RunningAccuracy(decay)
+        if any(isinstance(callback, BatchSizeFinder | LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._check_module(pl_module)
+            schedule: Callable[..., float] = self.schedule_for(pl_module)
+            pl_module.head.lambda_ = schedule(0, 1)  # the loops of tuners run without callbacks
 
     def schedule_for(self, pl_module: Any) -> LambdaSchedule:
         """Returns the schedule that applies to a module."""
@@ -75,6 +80,11 @@ class LambdaAnnealing(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Checks the module and its schedule, and starts to measure the accuracy if the schedule uses it."""
+        self._check_module(pl_module)
+        if self._accuracy is not None:
+            self._accuracy.attach(pl_module.head, pl_module.device)
+
+    def _check_module(self, pl_module: Any) -> None:
         name = type(pl_module).__name__
         if not hasattr(getattr(pl_module, "head", None), "lambda_"):
             raise InputError(f"LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}.")
@@ -84,8 +94,6 @@ class LambdaAnnealing(Callback):
                 f"lambda_schedule: must be callable, got {schedule!r}; pass a LambdaSchedule, or a function of (step, "
                 "total_steps)."
             )
-        if self._accuracy is not None:
-            self._accuracy.attach(pl_module.head, pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
         """Sets lambda."""
@@ -162,9 +170,13 @@ class LambdaAnnealing(Callback):
             for callback in trainer.checkpoint_callbacks
         ]
         kept = next(filter(os.path.exists, paths), "none was saved yet")
+        precision = trainer.precision
+        overflow = f"Precision {precision} overflows above 65504: try bf16-mixed or 32-true. "
         raise DivergenceError(
             f"The training loss was NaN or infinite at optimiser step {step}, where lambda was "
-            f"{self._lambdas[step]:.4g} (margin {pl_module.head.margin}). Try a lower learning rate, slower annealing "
+            f"{self._lambdas[step]:.4g} (margin {pl_module.head.margin}). "
+            + (overflow if str(precision).startswith("16") else "")
+            + "Try a lower learning rate, slower annealing "
             "(a larger `gain` or `fraction`, or a smaller `gamma`), or a `lambda_min` above 0. "
             f"Last good checkpoint: {kept}."
         )

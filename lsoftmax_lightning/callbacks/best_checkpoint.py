@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..atomic import atomic_path
-from ..checkpoints import read, update_index
+from ..checkpoints import indexed, read, update_index
 from ..errors import InputError
 
 
@@ -21,13 +21,20 @@ class BestCheckpoint(ModelCheckpoint):
     """Keep the best checkpoints by a metric, and an index of the best one beside them.
 
     The arguments are those of :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. A file that a killed run left
-    beyond its last checkpoint is overwritten: Lightning would write ``best-v1.ckpt`` beside it.
+    beyond its last checkpoint is overwritten: Lightning would write ``best-v1.ckpt`` beside it. A ``/`` in a file name,
+    as in that of a metric, becomes ``_``: Lightning would create a folder.
     """
 
     @property
     def state_key(self) -> str:
         """The key of ModelCheckpoint, which earlier releases used."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
+
+    def format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
+        """Return the path of a checkpoint, which is a file directly in the folder."""
+        path = super().format_checkpoint_name(*args, **kwargs)
+        folder = f"{self.dirpath}/" if self.dirpath else ""
+        return folder + path.removeprefix(folder).replace("/", "_")
 
     def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
         """Return whether a file exists that must not be overwritten."""
@@ -36,6 +43,22 @@ class BestCheckpoint(ModelCheckpoint):
             self.monitor is not None and str(filepath) not in self.best_k_models and Path(filepath).stem != "last"
         )
         return exists and not is_leftover
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Load the weights of the file again, except to continue training: a callback may have loaded others.
+
+        ``WeightAveraging``, for one, loads those that training continues with. Checkpoint callbacks come last.
+        """
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.state.fn != "fit":
+            trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+
+    def restore_best(self, trainer: Trainer) -> None:
+        """Read path and score of the best checkpoint from its file: processes that trained may have ended."""
+        path = indexed(self.dirpath or Path(str(trainer.log_dir), "checkpoints"), "best")
+        if path.is_file():
+            self.best_model_path = str(path)
+            self.best_model_score = read(path)["callbacks"][self.state_key]["best_model_score"]
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from typing import Any
 
 from lightning import Callback, Trainer
@@ -27,14 +28,8 @@ class ExitOnSignals(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Handle signals while data and checkpoint are read."""
-
-        def stop_all_ranks(signum: signal.Signals) -> None:
-            if (launcher := trainer.strategy.launcher) is not None:
-                launcher.kill(signum)
-            stop(signum, _EXIT_SECONDS)
-
         self._stop_if_received()
-        self._handler = SignalHandler(stop_all_ranks)
+        self._handler = SignalHandler(partial(_stop_all_ranks, trainer))
         self._handler.install()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -60,3 +55,9 @@ class ExitOnSignals(Callback):
         """Stop if a signal arrived in a destructor or a weakref callback, where Python ignores exceptions."""
         if self._handler is not None and self._handler.received is not None:
             stop(self._handler.received, _EXIT_SECONDS)
+
+
+def _stop_all_ranks(trainer: Trainer, signum: signal.Signals) -> None:
+    if (launcher := trainer.strategy.launcher) is not None:
+        launcher.kill(signum)
+    stop(signum, _EXIT_SECONDS)

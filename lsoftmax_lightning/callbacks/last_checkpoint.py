@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ..checkpoints import update_index
 from ..signals import SignalHandler, Stopped
 
-
 _CHECK_SECONDS = 1.0  # between two questions whether to stop
 
 
@@ -24,8 +23,8 @@ class LastCheckpoint(ModelCheckpoint):
     """Keep ``last.ckpt``; when training is stopped by SIGINT (Ctrl-C) or SIGTERM (schedulers), save it first.
 
     It is saved after each validation and at the end of each epoch. After a signal the run ends behind the next
-    optimiser step, or the one after, and the validation that falls there, with the signal's exit code (130, 143). Several
-    ranks end together, and ask each other about once a second. A second signal ends the run at once.
+    optimiser step, or the one after, and the validation that falls there, with the signal's exit code (130, 143). Ranks
+    ask each other about once a second whether to end together. A second signal ends the run at once.
 
     Args:
         dirpath: Folder of the checkpoint; by default ``checkpoints`` in the folder of the run.

@@ -183,7 +183,8 @@ def plan(
         args = [f"--config={config}" for config in configs] + list(settings)
         args += [f"--{key}={argument(point[key])}" for key in sweep]
         with _quiet_lightning():
-            cli = _Check(["fit", *args, f"--model.margin={point['margin']}", f"--trainer.logger={json.dumps(logger)}"])
+            args += [f"--model.margin={point['margin']}", f"--trainer.logger={json.dumps(logger)}"]
+            cli = _Check(["fit", *args, "--trainer.default_root_dir=null"])
             if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise InputError("a fast_dev_run leaves nothing to compare; take --trainer.max_steps instead.")
             made = cli.settings()

@@ -139,6 +139,16 @@ class BatchDataModule(LightningDataModule):
         self.normalize = Normalize(self.mean, self.std)
 
     @property
+    def batch_size(self) -> int:
+        """Global batch size in training; once the images are read, a larger one is reduced to their number."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        # set again by Lightning's BatchSizeFinder, which doubles it beyond the data
+        self._batch_size = min(batch_size, len(self.train_data.targets)) if hasattr(self, "train_data") else batch_size
+
+    @property
     def num_classes(self) -> int:
         """C."""
         return len(self.class_names)
@@ -243,7 +253,10 @@ class BatchDataModule(LightningDataModule):
         store = data.images.store if isinstance(data.images, ImageSubset) else data.images
         num_workers = 0 if isinstance(store, Tensor) else self.num_workers
         memory = self.device_memory_gib * 2**30
-        return BatchLoader(data.images, data.targets, sampler, num_draws, num_workers, device, memory)
+        loader = BatchLoader(data.images, data.targets, sampler, num_draws, num_workers, device, memory)
+        if not (trainer and trainer.overfit_batches):  # type: ignore[attr-defined]
+            loader.dataset = data.targets  # to overfit, Lightning would make another loader of it
+        return loader
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augments training images and normalises all, on the device."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, InputError
 from .base import Images
 from .files import FileDataModule, Files, class_folders, list_files
 from .images import special_kind
+
+_SPACED = re.compile(r"([^\t]+?) +(\d+) +(?:([^\t]+?) +)?(\d+)")  # a pair without tabs
 
 
 class Pair(NamedTuple):
@@ -33,7 +37,8 @@ def read_pairs(path: Path) -> list[Pair]:
     """Reads LFW's ``pairs.txt``.
 
     The first line has the number of folds and that of pairs of either kind in each; then, for each fold, come lines
-    ``person n1 n2`` of same pairs and ``person n1 other n2`` of different ones, separated by tabs.
+    ``person n1 n2`` of same pairs and ``person n1 other n2`` of different ones, separated by tabs, or by spaces in
+    lines without a tab.
 
     Raises:
         DataError: If the file is missing or not of this form, or a pair comes twice.
@@ -72,7 +77,8 @@ def read_pairs(path: Path) -> list[Pair]:
 
 def _pair(line: str, fold: int, same: bool) -> Pair | None:
     """The pair of a line, if it is of this kind."""
-    match line.strip().split("\t"):
+    spaced = _SPACED.fullmatch(line.strip())
+    match [field for field in spaced.groups() if field] if spaced else line.strip().split("\t"):
         case [person, first, second] if same and first.isdecimal() and second.isdecimal() and int(first) != int(second):
             return Pair((person, int(first)), (person, int(second)), fold)
         case [person, first, other, second] if (
@@ -88,8 +94,8 @@ class PairsDataModule(FileDataModule):
     Validation and test images come once each, as (image, its number), and the pairs tell of these numbers.
 
     Args:
-        root: Folder of LFW: ``pairs.txt`` and ``images/<Person>/<Person>_<nnnn>.jpg``, aligned like the training
-            images.
+        root: Folder of LFW: ``pairs.txt`` and ``images/<Person>/<Person>_<nnnn>.jpg``, or of another image format,
+            aligned like the training images.
         image_size: Side of the square images, or height and width. An image is scaled to cover that and its middle cut
             out.
         **kwargs: As :class:`FileDataModule`; pairs need their images, ``skip_unreadable`` or not.
@@ -127,7 +133,9 @@ class PairsDataModule(FileDataModule):
             [*(numbers.setdefault(image, len(numbers)) for image in pair[:2]), len(pair.people) == 1, pair.fold]
             for pair in pairs
         ]
-        paths = [self.root / "images" / person / f"{person}_{number:04d}.jpg" for person, number in numbers]
+        files = _image_files(self.root / "images", {person for person, _ in numbers})
+        names = [f"{person}/{person}_{number:04d}" for person, number in numbers]
+        paths = [files.get(name, self.root / "images" / f"{name}.jpg") for name in names]
         missing = [path for path in paths if not path.is_file()]
         for path in missing:
             if kind := special_kind(path):
@@ -215,6 +223,14 @@ class LFWFoldDataModule(PairsDataModule):
         held_out = {person for pair in self.pairs if pair.fold in (fold, val_fold) for person in pair.people}
         self.class_names = tuple(sorted({person for pair in self.pairs for person in pair.people} - held_out))
         self.train_files = list_files([self.root / "images" / person for person in self.class_names])
+
+
+def _image_files(root: Path, people: Iterable[str]) -> dict[str, Path]:
+    """Return the files of people by ``<Person>/<name>`` without its extension, of which Pillow must know the format."""
+    extensions = Image.registered_extensions()
+    folders = [root / person for person in people if (root / person).is_dir()]
+    files = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in extensions]
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(files, reverse=True)}
 
 
 def _plain(name: str) -> str:

@@ -115,6 +115,7 @@ class BatchLoader:
     """
 
     batch_sampler = None  # where there is a sampler, Lightning looks for this too
+    dataset: Tensor  # Lightning's BatchSizeFinder stops at its length
 
     def __init__(
         self,

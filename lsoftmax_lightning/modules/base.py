@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeGuard
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import (
+    LRSchedulerConfig,
     LRSchedulerConfigType,
     OptimizerLRScheduler,
     OptimizerLRSchedulerConfig,
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parameter import is_lazy
 from torch.optim import SGD
+from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -31,7 +35,6 @@ from ..errors import InputError
 from ..heads import LSoftmaxLinear
 from ..lr_schedulers import FractionalMultiStepLR
 from ..schedules import AccuracyFeedback, LambdaSchedule
-
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 """Modes of :func:`torch.compile`."""
@@ -63,7 +66,8 @@ class LSoftmaxModule(LightningModule):
             is kept off biases, normalisation layers and PReLU slopes.
         lr_scheduler: Makes the learning rate scheduler from the optimiser. The milestones of a
             :class:`~lsoftmax_lightning.lr_schedulers.FractionalMultiStepLR` are fractions of the run.
-        lr_scheduler_interval: Whether the scheduler moves with the optimiser, as in the paper, or by epoch.
+        lr_scheduler_interval: Whether the scheduler moves with the optimiser, as in the paper, or by epoch. A
+            ``ReduceLROnPlateau`` of a validation metric moves after each validation epoch.
         label_smoothing: As in :class:`torch.nn.CrossEntropyLoss`.
         channels_last: Whether images and weights lie in memory pixel by pixel, which some devices prefer.
         compile: Whether :func:`torch.compile` is applied to the backbone in training: True, or its mode. Evaluation,
@@ -74,6 +78,7 @@ class LSoftmaxModule(LightningModule):
     Attributes:
         data_spec: Specification of the training data, which ``fit`` takes from the Trainer's datamodule and a
             checkpoint holds. With plain data loaders it is None unless you set it.
+        learning_rate: Learning rate that replaces the optimizer's, or None. Lightning's ``LearningRateFinder`` sets it.
 
     Raises:
         InputError: If a setting is out of range, or the parts or ``warm_start`` do not fit together.
@@ -81,6 +86,7 @@ class LSoftmaxModule(LightningModule):
 
     backbone: nn.Module
     head: LSoftmaxLinear
+    learning_rate: float | None = None
 
     def __init__(
         self,
@@ -104,7 +110,8 @@ class LSoftmaxModule(LightningModule):
         objects = ["lambda_schedule", "optimizer", "lr_scheduler", "compile", "warm_start"]
         self.save_hyperparameters(ignore=objects if isinstance(backbone, str) else [*objects, "backbone"])
         self.lambda_schedule = lambda_schedule
-        self._optimizer = optimizer
+        # jsonargparse reads the settings of the default from a lambda, which does not pickle
+        self._optimizer = _paper_sgd if optimizer is _DEFAULT_OPTIMIZER else optimizer
         self._lr_scheduler = lr_scheduler
         self.configure_model_parts(backbone)
         self._initialize_lazy_layers()
@@ -335,28 +342,34 @@ class LSoftmaxModule(LightningModule):
         ]
         try:
             optimizer = self._optimizer(groups)
+            for group in optimizer.param_groups if self.learning_rate is not None else ():
+                group["lr"] = self.learning_rate
             scheduler = self._lr_scheduler and self._lr_scheduler(optimizer)
         except (TypeError, ValueError) as error:
             raise InputError(f"the optimizer or lr_scheduler does not take its settings: {error}") from error
         if scheduler is None:
             return optimizer
+        monitor = getattr(scheduler, "monitor", "val/loss")
         config = LRSchedulerConfigType(
-            scheduler=scheduler,
-            interval=self.hparams["lr_scheduler_interval"],
-            monitor=getattr(scheduler, "monitor", "val/loss"),
+            scheduler=scheduler, interval=self.hparams["lr_scheduler_interval"], monitor=monitor
         )
+        if isinstance(scheduler, ReduceLROnPlateau) and monitor.startswith("val/"):
+            config["interval"] = "epoch"
+            config["frequency"] = (self._trainer and self._trainer.check_val_every_n_epoch) or 1
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=config)
 
     def on_train_start(self) -> None:
-        """Set the length of the run in a scheduler whose milestones are fractions of it.
+        """Set the length of the run in a scheduler whose milestones are fractions of it; refuse one that is too short.
 
         ``configure_optimizers`` is too early: Lightning would create the data loaders to compute the length, and then
         ignore their state in the checkpoint (https://github.com/Lightning-AI/pytorch-lightning/issues/20550).
 
         Raises:
-            InputError: If the run has no known length, or the scheduler is not stepped once per optimizer step.
+            InputError: If the run has no known length, the scheduler is not stepped once per optimizer step, or a
+                ``OneCycleLR`` has fewer steps than the run.
         """
         for config in self.trainer.lr_scheduler_configs:
+            self._check_one_cycle(config)
             if not isinstance(config.scheduler, FractionalMultiStepLR):
                 continue
             if (config.interval, config.frequency) != ("step", 1):
@@ -365,10 +378,23 @@ class LSoftmaxModule(LightningModule):
                     f"interval {config.interval!r} and frequency {config.frequency}; set the interval to 'step' and "
                     "the frequency to 1."
                 )
-            if config.scheduler.total_steps is None:
+            if config.scheduler.follows_run:
                 # they differ after a second call of fit, and in checkpoints of a MultiStepLR that counted epochs
                 config.scheduler.last_epoch = self.trainer.global_step
                 config.scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
+
+    def _check_one_cycle(self, config: LRSchedulerConfig) -> None:
+        chain = config.scheduler
+        for scheduler in chain._schedulers if isinstance(chain, ChainedScheduler) else [chain]:
+            if not isinstance(scheduler, OneCycleLR):
+                continue
+            length = self.trainer.estimated_stepping_batches if config.interval == "step" else self.trainer.max_epochs
+            steps = (length or 0) // config.frequency
+            if scheduler.total_steps < steps < math.inf:
+                raise InputError(
+                    f"total_steps: OneCycleLR must have at least the {steps:g} steps of the run, got "
+                    f"{scheduler.total_steps}; set total_steps={steps:g}."
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes the release, the format and the specification of the data."""
@@ -397,6 +423,13 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+_DEFAULT_OPTIMIZER = inspect.signature(LSoftmaxModule).parameters["optimizer"].default
+
+
+def _paper_sgd(params: Any) -> SGD:
+    return SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
 def _is_cross_entropy(criterion: nn.Module) -> TypeGuard[nn.CrossEntropyLoss]:

@@ -217,6 +217,15 @@ def test_a_diverged_run_is_forgotten_by_the_next_call() -> None:
     assert 0 <= results["val/acc"] <= 1
 
 
+@pytest.mark.parametrize(("precision", "overflows"), [("16-true", True), ("bf16-true", False), ("32-true", False)])
+def test_the_advice_fits_the_precision(precision: Any, overflows: bool) -> None:
+    model = make_model()
+    model.criterion = Poison(0, math.nan)
+    with pytest.raises(DivergenceError) as caught:
+        fit(model, precision=precision, num_sanity_val_steps=0)
+    assert ("16-true overflows above 65504: try bf16-mixed or 32-true." in str(caught.value)) is overflows
+
+
 def test_divergence_before_any_checkpoint_says_so() -> None:
     model = make_model()
     model.criterion = Poison(0, math.nan)

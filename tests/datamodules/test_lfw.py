@@ -117,6 +117,33 @@ def test_crlf_and_blank_lines_change_nothing(tmp_path: Path) -> None:
     assert read_pairs(path) == expected
 
 
+def test_pairs_may_be_separated_by_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.txt"
+    path.write_text(pairs_text())
+    expected = read_pairs(path)
+    path.write_text(pairs_text().replace("\t", "  "))
+    assert read_pairs(path) == expected
+    for separator in ("\t", " "):  # and names may have spaces
+        path.write_text(pairs_text().replace("Person_", "A Person ").replace("\t", separator))
+        assert [pair[:2] for pair in read_pairs(path)] == [
+            tuple((name.replace("Person_", "A Person "), image) for name, image in pair[:2]) for pair in expected
+        ]
+
+
+@pytest.mark.parametrize("extension", [".png", ".JPG", ".jpeg"])
+def test_images_may_be_of_any_format(extension: str, tmp_path: Path) -> None:
+    write_lfw(tmp_path)
+    for path in list(tmp_path.rglob("*.jpg")):
+        if extension == ".png":
+            write_image(path.with_suffix(extension), size=(96, 112))
+            path.unlink()
+        else:
+            path.rename(path.with_suffix(extension))
+    data = LFWFoldDataModule(str(tmp_path), 1, **SMALL)
+    data.setup("fit")
+    assert {path.suffix for path in data.test_files.paths + data.train_files.paths} == {extension}
+
+
 def test_a_byte_order_mark_is_no_matter_but_other_text_is(tmp_path: Path) -> None:
     path = tmp_path / "pairs.txt"
     path.write_text(pairs_text(), encoding="utf-8-sig")
@@ -147,7 +174,8 @@ def replace(old: str, new: str) -> Callable[[str], str]:
         (replace("3\t2", "3\t3"), r"line 4: no pair of the kind that belongs here: 'Person_0A\\t1\\tPerson_0B\\t2'"),
         (replace("Person_0B\t1\t2", "Person_0B\t1\ttwo"), "line 3: no pair"),
         (replace("Person_0B\t1\t2", "Person_0B\t1\t1"), "line 3: no pair"),
-        (replace("Person_0B\t1\t2", "Person_0B 1 2"), "line 3: no pair"),
+        (replace("Person_0B\t1\t2", "Person_0B 1"), "line 3: no pair"),
+        (replace("Person_0B\t1\t2", "Person_0B 1\t2"), "line 3: no pair"),
         (replace("\t1\tPerson_0B", "\t1\tPerson_0A"), "line 4: no pair"),
         (replace("Person_0B\t1\t2", "Person_0A\t2\t1"), "line 3: the pair of line 2 again"),
         (replace("Person_0C\t1\tPerson_0D\t2", "Person_0B\t2\tPerson_0A\t1"), "line 5: the pair of line 4 again"),

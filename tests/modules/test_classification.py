@@ -1,16 +1,19 @@
 """The classification module: what it logs, what it optimises, what a subclass may change."""
 
 import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning import Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import MultiStepLR, StepLR
+from torch.optim.lr_scheduler import ChainedScheduler, MultiStepLR, OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
@@ -45,6 +48,17 @@ def test_forward_and_embed_know_no_margin() -> None:
     assert torch.equal(models[0](x), models[1](x))
     assert models[0].embed(x).shape == (5, models[0].head.in_features)
     assert torch.equal(models[0](x), F.linear(models[0].embed(x), models[0].head.weight))
+
+
+def test_a_module_pickles_copies_and_saves() -> None:
+    model = make_model()
+    torch.save(model, "model.pt")
+    copies = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model), torch.load("model.pt", weights_only=False)]
+    x = torch.randn(5, 1, 8, 8)
+    settings = [model.configure_optimizers().defaults for model in (model, *copies)]
+    assert settings[0]["lr"] == 0.1
+    assert all(other == settings[0] for other in settings)
+    assert all(torch.equal(other.eval()(x), model.eval()(x)) for other in copies)
 
 
 def test_it_learns_and_always_logs_the_same_names() -> None:
@@ -102,14 +116,46 @@ def test_the_scheduler_moves_by_step_or_by_epoch(interval: Any, steps: int) -> N
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**steps)
 
 
-def test_a_plateau_scheduler_watches_the_validation_loss() -> None:
+@pytest.mark.parametrize(("interval", "every"), [("epoch", 1), ("step", 1), ("step", 2)])
+def test_a_plateau_scheduler_watches_the_validation_loss(interval: Any, every: int) -> None:
     model = make_model(
         lr_scheduler=lambda o: ReduceLROnPlateau(o, "val/loss", patience=0, threshold=1e9),
-        lr_scheduler_interval="epoch",
+        lr_scheduler_interval=interval,
     )
-    trainer = make_trainer(max_epochs=2)
+    trainer = make_trainer(max_epochs=2 * every, check_val_every_n_epoch=every)
     trainer.fit(model, BlobsDataModule())
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)  # no epoch was good enough
+
+
+def test_a_plateau_scheduler_of_the_training_loss_moves_by_step() -> None:
+    model = make_model(lr_scheduler=lambda o: ReduceLROnPlateau(o, "train/loss", patience=0, threshold=1e9))
+    trainer = make_trainer(limit_train_batches=3)
+    trainer.fit(model, BlobsDataModule())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+ONE_CYCLES: dict[str, Callable[[SGD, int], Any]] = {
+    "alone": lambda o, steps: OneCycleLR(o, 0.1, total_steps=steps),
+    "chained": lambda o, steps: ChainedScheduler([StepLR(o, 100), OneCycleLR(o, 0.1, total_steps=steps)]),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_CYCLES)
+@pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'")
+@pytest.mark.parametrize(("interval", "steps"), [("step", 16), ("epoch", 2)])
+def test_a_cycle_shorter_than_the_run_is_refused_before_it(interval: Any, steps: int, kind: str) -> None:
+    def fit(total_steps: int) -> Trainer:
+        make = ONE_CYCLES[kind]
+        model = make_model(lr_scheduler=lambda o: make(o, total_steps), lr_scheduler_interval=interval)
+        trainer = make_trainer(max_epochs=2)
+        trainer.fit(model, BlobsDataModule())
+        return trainer
+
+    with pytest.raises(
+        InputError, match=rf"OneCycleLR must have at least the {steps} steps of the run, got {steps - 1}"
+    ):
+        fit(steps - 1)
+    assert fit(steps).global_step == 16
 
 
 def test_a_checkpoint_is_plain_and_rebuilds_the_module(tmp_path: Path) -> None:
