@@ -35,8 +35,10 @@ class LSoftmaxModule(LightningModule):
 
     ``__init__`` calls :meth:`configure_model_parts`, :meth:`configure_losses` and :meth:`configure_metrics`, in this
     order: override one of them, :meth:`embed` or :meth:`configure_optimizers` to change one thing; a step need never
-    be rewritten. What ``__init__`` was given is in ``self.hparams``, but for objects, which a checkpoint cannot keep
-    safely: arguments that a subclass adds should be numbers, strings, or lists and dicts of these.
+    be rewritten. They find ``num_classes``, ``margin``, ``image_shape``, ``backbone_args`` and ``label_smoothing`` as
+    attributes. What ``__init__`` was given is in ``self.hparams``, but for objects, which a checkpoint cannot keep
+    safely: arguments that a subclass adds should be numbers, strings, or lists and dicts of these. On the command line
+    ``self.hparams`` has the arguments of the subclass alone, unless it takes ``**kwargs``.
 
     :meth:`forward` and :meth:`embed` know no margin; only training does. lambda is annealed by
     :class:`~lsoftmax_lightning.callbacks.LambdaAnnealing`, brought along unless the Trainer has one.
@@ -90,6 +92,10 @@ class LSoftmaxModule(LightningModule):
         # nor where a run began, as its checkpoints go on without that file, nor what a machine was good for
         objects = ["lambda_schedule", "optimizer", "lr_scheduler", "compile", "warm_start"]
         self.save_hyperparameters(ignore=objects if isinstance(backbone, str) else [*objects, "backbone"])
+        # not read from hparams: under LightningCLI they have the arguments of the subclass alone
+        self.num_classes, self.margin, self.label_smoothing = num_classes, margin, label_smoothing
+        self.image_shape, self.backbone_args = image_shape, backbone_args
+        self.lr_scheduler_interval = lr_scheduler_interval
         self.lambda_schedule = lambda_schedule
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
@@ -113,12 +119,12 @@ class LSoftmaxModule(LightningModule):
             InputError: If the parts do not fit together.
         """
         if isinstance(backbone, str):
-            if self.hparams["image_shape"] is None:
+            if self.image_shape is None:
                 raise InputError(
                     f"the backbone {backbone!r} needs image_shape=(channels, height, width); on the command line it "
                     "is read from the datamodule, which must offer image_shape and num_classes."
                 )
-            backbone = create_backbone(backbone, self.hparams["image_shape"], **(self.hparams["backbone_args"] or {}))
+            backbone = create_backbone(backbone, self.image_shape, **(self.backbone_args or {}))
         num_features = getattr(backbone, "num_features", None)
         if not isinstance(num_features, int):
             raise InputError(
@@ -126,7 +132,7 @@ class LSoftmaxModule(LightningModule):
                 f"int, got {num_features!r}; set it in its __init__."
             )
         self.backbone = backbone
-        self.head = LSoftmaxLinear(num_features, self.hparams["num_classes"], self.hparams["margin"])
+        self.head = LSoftmaxLinear(num_features, self.num_classes, self.margin)
 
     def configure_losses(self) -> None:
         """Sets ``self.criterion``, which takes logits [N, C] (margin logits in training) and classes [N].
@@ -134,14 +140,14 @@ class LSoftmaxModule(LightningModule):
         Raises:
             InputError: If ``label_smoothing`` is out of range.
         """
-        if not 0 <= self.hparams["label_smoothing"] <= 1:
-            raise InputError(f"label_smoothing must be from 0 to 1, got {self.hparams['label_smoothing']}.")
-        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.hparams["label_smoothing"])
+        if not 0 <= self.label_smoothing <= 1:
+            raise InputError(f"label_smoothing must be from 0 to 1, got {self.label_smoothing}.")
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
 
     def configure_metrics(self) -> None:
         """Sets ``self.train_metrics``, which reads what :meth:`margin_loss` gives, and classes [N]."""
         self.train_metrics = MetricCollection(
-            {"acc": MulticlassAccuracy(self.hparams["num_classes"], average="micro")}, prefix="train/"
+            {"acc": MulticlassAccuracy(self.num_classes, average="micro")}, prefix="train/"
         )
 
     def embed(self, x: Tensor) -> Tensor:
@@ -260,7 +266,7 @@ class LSoftmaxModule(LightningModule):
             return optimizer
         config = LRSchedulerConfigType(
             scheduler=scheduler,
-            interval=self.hparams["lr_scheduler_interval"],
+            interval=self.lr_scheduler_interval,
             monitor=getattr(scheduler, "monitor", "val/loss"),
         )
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=config)
