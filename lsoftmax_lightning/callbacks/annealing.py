@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from typing_extensions import override
 
 from ..errors import DivergenceError, InputError
 from ..schedules import AccuracyFeedback, LambdaSchedule
+from .run_length import run_length
 from .running_accuracy import RunningAccuracy
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -52,6 +54,7 @@ class LambdaAnnealing(Callback):
         self.schedule = schedule
         self._accuracy: RunningAccuracy | None = None
         self._module_id = 0  # of the module that the accuracy belongs to
+        self._total_steps = math.inf
         self._first_bad_step: Tensor | None = None
         self._lambdas: dict[int, float] = {}  # lambda of each step since the last check of the loss
 
@@ -85,11 +88,15 @@ class LambdaAnnealing(Callback):
         if self._accuracy is not None:
             self._accuracy.attach(pl_module.head, pl_module.device)
 
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Computes the length of the run, once: gradient accumulation may change later."""
+        self._total_steps = run_length(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
         """Sets lambda."""
         accuracy = () if self._accuracy is None else (self._accuracy.update(),)
         schedule: Callable[..., float] = self.schedule_for(pl_module)
-        lambda_ = schedule(trainer.global_step, trainer.estimated_stepping_batches, *accuracy)
+        lambda_ = schedule(trainer.global_step, self._total_steps, *accuracy)
         pl_module.head.lambda_ = self._lambdas[trainer.global_step] = lambda_
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:

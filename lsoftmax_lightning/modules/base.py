@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -19,9 +19,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import SGD
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import Self, override
 
 from ..backbones import create_backbone
 from ..callbacks import LambdaAnnealing
+from ..callbacks.run_length import run_length
 from ..checkpoints import check_format, stamp
 from ..checkpoints import warm_start as start_from
 from ..errors import InputError
@@ -137,12 +139,29 @@ class LSoftmaxModule(LightningModule):
     def configure_losses(self) -> None:
         """Sets ``self.criterion``, which takes logits [N, C] (margin logits in training) and classes [N].
 
+        Its tensors, such as the ``weight`` of :class:`torch.nn.CrossEntropyLoss`, stay in float32 with ``bf16-true``
+        and ``16-true``, as the logits do.
+
         Raises:
             InputError: If ``label_smoothing`` is out of range.
         """
         if not 0 <= self.label_smoothing <= 1:
             raise InputError(f"label_smoothing must be from 0 to 1, got {self.label_smoothing}.")
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the tensors of ``criterion`` in float32 where a module becomes half precision, as the logits are."""
+        before = [tensor.detach() for tensor in self._criterion_tensors()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for tensor, old in zip(self._criterion_tensors(), before, strict=True):
+            if tensor.is_floating_point() and tensor.element_size() < 4:
+                tensor.data = (tensor if old.is_meta else old).to(tensor.device, torch.float32)
+        return self
+
+    def _criterion_tensors(self) -> list[Tensor]:
+        criterion = getattr(self, "criterion", None)
+        return [*criterion.parameters(), *criterion.buffers()] if isinstance(criterion, nn.Module) else []
 
     def configure_metrics(self) -> None:
         """Sets ``self.train_metrics``, which reads what :meth:`margin_loss` gives, and classes [N]."""
@@ -292,7 +311,7 @@ class LSoftmaxModule(LightningModule):
             if config.scheduler.total_steps is None:
                 # they differ after a second call of fit, and in checkpoints of a MultiStepLR that counted epochs
                 config.scheduler.last_epoch = self.trainer.global_step
-                config.scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
+                config.scheduler.set_total_steps(run_length(self.trainer))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes the release and the format."""
