@@ -77,7 +77,7 @@ class ShapesModule(ClassificationModule):
         """Adds a figure to each of the three stages."""
         super().configure_metrics()
         for metrics in (self.train_metrics, self.val_metrics, self.test_metrics):
-            metrics.add_metrics({"f1": MulticlassF1Score(self.hparams["num_classes"])})
+            metrics.add_metrics({"f1": MulticlassF1Score(self.num_classes)})
 
 
 def main() -> None:

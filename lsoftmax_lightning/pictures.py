@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import color_sequences
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -22,6 +23,7 @@ from torchmetrics.functional.classification import binary_roc
 
 COLORS = color_sequences["petroff10"]
 _MARKERS = "o^sDvP*X<>"
+_LONGEST = 60  # characters in a line of text
 
 
 def plane(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,6 +75,7 @@ def feature_scatter(
     axes.set(title=title, aspect="equal", anchor="W", xlim=(-limit, limit), ylim=(-limit, limit))
     axes.grid(alpha=0.3)
     few = len(class_names) <= 25
+    handles: list[Artist] = []
     for number, name in enumerate(class_names):
         color, marker = COLORS[number % 10], _MARKERS[(number + number // 10) % 10]
         x, y = rays[number].tolist()
@@ -80,11 +83,19 @@ def feature_scatter(
         if few:
             axes.text(1.07 * x, 1.07 * y, _literal(name), ha="center", va="center", fontsize=8)
         own = points[target == number].numpy()
-        axes.plot(own[:, 0], own[:, 1], marker, color=color, markersize=3, markeredgewidth=0, label=_literal(name))
+        handles += axes.plot(
+            own[:, 0], own[:, 1], marker, color=color, markersize=3, markeredgewidth=0, label=_literal(name)
+        )
     if own_figure:
         size = 9 if few else 7
         axes.legend(
-            loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, fontsize=size, markerscale=2, frameon=False
+            handles=handles,  # all of them: by default matplotlib leaves out names that begin with "_"
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            ncols=columns,
+            fontsize=size,
+            markerscale=2,
+            frameon=False,
         )
     return _figure_of(axes)
 
@@ -102,18 +113,20 @@ def angle_histogram(
     """
     axes = axes or Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
     axes.set(title=title, xlabel="degrees", ylabel="% of the samples, by degree")
+    handles: list[Artist] = []
     for color, (name, values) in zip(cycle(COLORS), angles.items(), strict=False):
         if len(values):
             shares = torch.histc(values.float(), bins=180, min=0, max=180) * (100 / len(values))
             label = f"{name} (mean {values.float().mean():.1f}°)"
             axes.stairs(shares.numpy(), range(181), fill=True, color=color, alpha=0.35)
-            axes.stairs(shares.numpy(), range(181), color=color, label=label)
+            handles.append(axes.stairs(shares.numpy(), range(181), color=color, label=_literal(label)))
     for style, (name, angle) in zip(("--", ":", "-."), boundaries.items(), strict=False):
-        axes.axvline(angle, color="black", linestyle=style, linewidth=1, label=f"{name}: {angle:.1f}°")
+        label = _literal(f"{name}: {angle:.1f}°")
+        handles.append(axes.axvline(angle, color="black", linestyle=style, linewidth=1, label=label))
     # square roots: angles of a few degrees can be told apart, and none is cut off
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set(xlim=(0, 180), xticks=(0, 1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 150, 180))
-    axes.legend(frameon=False)
+    axes.legend(handles=handles, frameon=False)
     return _figure_of(axes)
 
 
@@ -194,15 +207,17 @@ def roc(pairs: Mapping[str, tuple[Tensor, Tensor]], title: str = "") -> Figure:
     axes = figure.add_subplot(
         title=title, xlabel="different pairs accepted", ylabel="same pairs accepted", xscale="log"
     )
+    handles: list[Artist] = []
     least = min(0.5 / max(1, int((same == 0).sum())) for _, same in pairs.values())  # where "none" is drawn
     for color, (name, (cosines, same)) in zip(cycle(COLORS), pairs.items(), strict=False):
         false, true, _ = binary_roc((cosines + 1) / 2, same.long())
-        axes.plot(false.clamp_min(least).numpy(), true.numpy(), color=color, drawstyle="steps-post", label=name)
-    chance = torch.logspace(math.log10(least), 0, 100)
-    axes.plot(chance.numpy(), chance.numpy(), color="black", linestyle=":", linewidth=1, label="chance")
+        x, y = false.clamp_min(least).numpy(), true.numpy()
+        handles += axes.plot(x, y, color=color, drawstyle="steps-post", label=_literal(name))
+    chance = torch.logspace(math.log10(least), 0, 100).numpy()
+    handles += axes.plot(chance, chance, color="black", linestyle=":", linewidth=1, label="chance")
     axes.set(xlim=(least, 1), ylim=(0, 1.01))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(handles=handles, frameon=False, loc="lower right")
     return figure
 
 
@@ -213,8 +228,9 @@ def _figure_of(axes: Axes) -> Figure:
 
 
 def _literal(text: str) -> str:
-    """A name as it is; between two dollars matplotlib would read mathematics."""
-    return text.replace("$", r"\$")
+    """A name as it is, cut if it is long; between two dollars matplotlib would read mathematics."""
+    lines = (line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…" for line in text.split("\n"))
+    return "\n".join(lines).replace("$", r"\$")
 
 
 def _side(class_names: Sequence[str]) -> float:

@@ -373,6 +373,43 @@ def test_the_data_tells_the_model() -> None:
     assert cli.model.hparams["image_shape"] == (1, 8, 8)
 
 
+NARROW = """
+from lsoftmax_lightning import ClassificationModule, VerificationModule
+
+class Narrow(ClassificationModule):
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int], half: int = 1) -> None:
+        super().__init__(num_classes, "digits", 2 * half, image_shape, label_smoothing=0.1)
+
+class Fixed(ClassificationModule):
+    def __init__(self) -> None:
+        super().__init__(10, "digits", 2, (1, 8, 8), label_smoothing=0.1)
+
+class Faces(VerificationModule):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, "digits", 4, True, margin=2, image_shape=(3, 8, 8), label_smoothing=0.1)
+"""
+
+
+@pytest.mark.parametrize("name", ["Narrow", "Fixed", "Faces"])
+def test_a_subclass_may_fix_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("narrow_module.py").write_text(NARROW)
+    monkeypatch.syspath_prepend("")
+    config, data = "digits.yaml", []
+    if name == "Faces":
+        config, data = "lfw_fold.yaml", ["--data.image_size=8"]
+        data += small_data(config, tmp_path / "small", monkeypatch)
+    model = f"--model=narrow_module.{name}"
+    cli = main(["fit", "--config", config, *QUIET, *data, model, "--trainer.max_epochs=1"])
+    assert cli is not None
+    assert (cli.model.head.margin, cli.model.criterion.label_smoothing) == (2, 0.1)
+    cli.trainer.save_checkpoint("kept.ckpt")
+    loaded = type(cli.model).load_from_checkpoint("kept.ckpt")
+    assert torch.equal(loaded.head.weight, cli.model.head.weight)
+    assert (loaded.head.margin, loaded.criterion.label_smoothing) == (2, 0.1)
+    if name == "Faces":
+        assert (loaded.pca_components, loaded.mirror) == (4, True)
+
+
 @pytest.mark.parametrize(
     ("backbone", "kind"),
     [("resnet18", "ResNet"), ("{class_path: bare_net.Net, init_args: {width: 5}}", "Net")],

@@ -49,6 +49,19 @@ def test_every_class_is_told_apart_and_named(count: int) -> None:
     assert axes.get_xlim() == (-1.6, 1.6)
 
 
+def test_names_that_begin_with_an_underscore_are_in_legends() -> None:
+    names, values = ["_private", "$x$", "y" * 300], torch.tensor([0.1, 0.5, 0.9])
+    pairs = {"_run": (values, torch.tensor([True, False, True]))}
+    for figure, expected in (
+        (pictures.feature_scatter(torch.rand(3, 2), torch.rand(3, 2), torch.arange(3), names), names[0]),
+        (pictures.angle_histogram({"_run": values}, {"_b": 1.0}), "_run (mean 0.5°)"),
+        (pictures.roc(pairs), "_run"),
+    ):
+        texts(figure)
+        assert figure.axes[0].get_legend().get_texts()[0].get_text() == expected
+        assert max(len(text.get_text()) for text in figure.axes[0].get_legend().get_texts()) <= 60
+
+
 def test_angles_are_shares_against_boundaries() -> None:
     angles = {"train": torch.tensor([1.0, 1.5, 91.0, 180.0]), "val": torch.tensor([45.0]), "none": torch.empty(0)}
     figure = pictures.angle_histogram(angles, {"softmax": 40.0})

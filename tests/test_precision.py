@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsoftmax_lightning import LSoftmaxLinear
+from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.functional import margin_linear
 
+from .conftest import BlobsDataModule, make_trainer
 from .test_cli import QUIET
 
 
@@ -122,3 +125,42 @@ def test_half_precision_learns_as_single_does(
         record_property(f"test/acc, {accelerator}, {each}", accuracy[each])
     assert accuracy["32-true"] > 0.97
     assert abs(accuracy[precision] - accuracy["32-true"]) < 0.01  # 3 times the spread of seeds
+
+
+class Weighted(ClassificationModule):
+    """Its criterion has a buffer, and a parameter that is trained."""
+
+    class Criterion(nn.Module):
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.cross_entropy = nn.CrossEntropyLoss(weight)
+            self.scale = nn.Parameter(torch.tensor(1.1))
+
+        def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+            assert logits.dtype == self.scale.dtype
+            loss: Tensor = self.scale * self.cross_entropy(logits, target)
+            return loss
+
+    def configure_losses(self) -> None:
+        self.criterion = self.Criterion(torch.tensor([0.1, 0.2, 0.3, 1.7]))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed", "32-true", "64-true"])
+@pytest.mark.parametrize("init_module", [False, True])
+def test_a_criterion_may_have_tensors(precision: Any, init_module: bool) -> None:
+    trainer = make_trainer(precision=precision)
+    settings = {"num_classes": 4, "backbone": "digits", "margin": 2, "image_shape": (1, 8, 8)}
+    with trainer.init_module() if init_module else nullcontext():
+        model = Weighted(**settings)
+    trainer.fit(model, BlobsDataModule())
+    expected = torch.float64 if precision == "64-true" else torch.float32
+    weight = model.criterion.cross_entropy.weight
+    assert weight.dtype == model.criterion.scale.dtype == expected
+    tolerance = 1e-2 if init_module else 1e-7  # created in half precision
+    assert weight.tolist() == pytest.approx([0.1, 0.2, 0.3, 1.7], rel=tolerance)
+    assert model.criterion.scale.item() != pytest.approx(1.1, rel=1e-3)  # it was trained
+    assert trainer.callback_metrics["val/loss"].isfinite()
+    names = list(model.state_dict())
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
+    assert list(model.half().state_dict()) == names
+    assert model.criterion.scale.dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..errors import DivergenceError, InputError
 from ..schedules import AccuracyFeedback, LambdaSchedule
+from .run_length import run_length
 from .running_accuracy import RunningAccuracy
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -55,6 +58,7 @@ class LambdaAnnealing(Callback):
         self.schedule = schedule
         self._accuracy: RunningAccuracy | None = None
         self._module_id = 0  # of the module that the accuracy belongs to
+        self._total_steps = math.inf
         self._losses: list[tuple[int, Tensor]] = []  # step and loss of each batch since the last check
         self._lambdas: dict[int, float] = {}  # lambda of each step since the last check of the loss
 
@@ -85,9 +89,16 @@ class LambdaAnnealing(Callback):
             self._accuracy.attach(pl_module.head, pl_module.device)
 
     def _check_module(self, pl_module: Any) -> None:
-        name = type(pl_module).__name__
-        if not hasattr(getattr(pl_module, "head", None), "lambda_"):
-            raise InputError(f"LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}.")
+        name, head = type(pl_module).__name__, getattr(pl_module, "head", None)
+        others = [path for path, part in pl_module.named_modules() if hasattr(part, "lambda_") and part is not head]
+        if not hasattr(head, "lambda_"):
+            found = f"; self.{others[0]} is one: rename it to head" if others else ""
+            raise InputError(f"LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}{found}.")
+        if others:
+            rank_zero_warn(
+                f"LambdaAnnealing anneals self.head of {name}, not self.{' and self.'.join(others)}: set lambda_ of "
+                "that one before each step."
+            )
         schedule = self.schedule_for(pl_module)
         if not callable(schedule):
             raise InputError(
@@ -95,11 +106,15 @@ class LambdaAnnealing(Callback):
                 "total_steps)."
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Computes the length of the run, once: gradient accumulation may change later."""
+        self._total_steps = run_length(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
         """Sets lambda."""
         accuracy = () if self._accuracy is None else (self._accuracy.update(),)
         schedule: Callable[..., float] = self.schedule_for(pl_module)
-        lambda_ = schedule(trainer.global_step, trainer.estimated_stepping_batches, *accuracy)
+        lambda_ = schedule(trainer.global_step, self._total_steps, *accuracy)
         pl_module.head.lambda_ = self._lambdas[trainer.global_step] = lambda_
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:

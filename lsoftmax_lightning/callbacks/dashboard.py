@@ -17,7 +17,8 @@ from ..atomic import atomic_path, write_csv
 from ..errors import InputError
 from ..functional import target_angles
 from .baseline import ANGLE_BINS, softmax_angles
-from .frames import ClassFrame, ClassSample, Frame, latest_angles, samples_per_batch, take_frame
+from .class_names import names_by_index
+from .frames import ClassFrame, ClassSample, Frame, Picture, class_sample, latest_angles, take_frame
 from .listener import HeadListener, tensorboards
 
 _MAX_TRAIN_ANGLES = 1_000_000  # samples, of 4 bytes each
@@ -68,6 +69,8 @@ class Dashboard(HeadListener):
         self.listening = False
         if writable and self.every_n_epochs != 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().setup(trainer, pl_module, stage)
+        if self.listening:
+            self._check_names(trainer, pl_module.head.num_classes)
         self._folder = Path(str(log_dir), "dashboard")
         self._sample: ClassSample | None = None
         self._train_angles: list[Tensor] = []
@@ -82,7 +85,8 @@ class Dashboard(HeadListener):
 
     def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
         """Keep the angles of a step."""
-        self._train_angles.append(target_angles(features, pl_module.head.class_weights(target)))
+        with self.optional("the angles of training"):
+            self._train_angles.append(target_angles(features, pl_module.head.class_weights(target)))
         if len(self._train_angles) >= _MAX_TRAIN_BATCHES:  # without validation nothing else would empty the list
             self._train_angles = [latest_angles(self._train_angles, _MAX_TRAIN_ANGLES)]
 
@@ -97,7 +101,8 @@ class Dashboard(HeadListener):
     def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch of a validation or a test."""
         if self._sample is not None:
-            self._sample.update(images, features, logits, target, pl_module.head.full_weight)
+            with self.optional("images, features and predictions"):
+                self._sample.update(images, features, logits, target, pl_module.head.full_weight)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keeps the validation, and draws what there is time for."""
@@ -127,35 +132,46 @@ class Dashboard(HeadListener):
             return
         self._draw_all(trainer)
         if isinstance(self._latest, ClassFrame) and trainer.is_global_zero:
-            for logger in tensorboards(trainer):
-                logger.experiment.add_embedding(**self._latest.embedding(), global_step=self._latest.step, tag="val")
+            with self.optional("the projector"):
+                for logger in tensorboards(trainer):
+                    logger.experiment.add_embedding(
+                        **self._latest.embedding(), global_step=self._latest.step, tag="val"
+                    )
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Draws what was kept of a training that failed, but lets one that was interrupted go."""
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, Exception) and self.listening:
-            try:
-                self._draw_all(trainer)
-            except Exception as error:  # what was raised first is what matters
-                rank_zero_warn(f"The pictures that were left could not be drawn: {error}")
+            self._draw_all(trainer)
+
+    def _check_names(self, trainer: Trainer, num_classes: int) -> None:
+        """Warn of classes without a name where others have one."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        unnamed = sorted(set(range(num_classes)) - names_by_index(data).keys())
+        if unnamed and getattr(data, "class_names", None) is not None:
+            rank_zero_warn(
+                f"class_names: must have a name for each of the {num_classes} classes, got none for class "
+                f"{unnamed[0]}; the dashboard shows {len(unnamed)} classes by their index."
+            )
 
     def _begin(self, trainer: Trainer, num_batches: Sequence[float]) -> None:
-        self._sample = ClassSample(samples_per_batch(self.max_samples, trainer, num_batches), trainer.datamodule)  # type: ignore[attr-defined]
+        self._sample = class_sample(self.max_samples, trainer, num_batches)
 
-    def _frame(self, trainer: Trainer, pl_module: Any, stage: str) -> Frame:
+    def _frame(self, trainer: Trainer, pl_module: Any, stage: str) -> Frame | None:
         """What was seen of this validation or test."""
         train_angles = [latest_angles(self._train_angles, _MAX_TRAIN_ANGLES)] if self._train_angles else []
-        frame = take_frame(trainer, pl_module, stage, self._sample, train_angles)
-        self._sample, self._train_angles = None, []  # which would keep memory of the device
-        return frame
+        sample, self._sample, self._train_angles = self._sample, None, []  # which would keep memory of the device
+        with self.optional(f"{stage} pictures"):
+            return take_frame(trainer, pl_module, stage, sample, train_angles)
+        return None
 
     def _epochs_between(self, trainer: Trainer) -> int:
         """Epochs from one kept validation to the next."""
         if self.every_n_epochs:
             return self.every_n_epochs
-        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        total = trainer.estimated_stepping_batches
-        return max(1, math.ceil(total / steps / 9)) if 0 < total < math.inf else 10
+        steps = max(1, trainer.num_training_batches / trainer.accumulate_grad_batches)  # infinite without a length
+        lengths = [length for length in (trainer.max_epochs or -1, trainer.max_steps / steps) if length > 0]
+        return max(1, math.ceil(min(lengths) / 9)) if lengths else 10
 
     def _queue(self, trainer: Trainer) -> None:
         """Keeps the latest frame to be drawn, once."""
@@ -172,6 +188,12 @@ class Dashboard(HeadListener):
         """Draws the frame that has waited longest."""
         start = time.perf_counter()
         frame = self._pending.pop(0)
+        with self.optional(f"{frame.stage} pictures"):
+            self._draw(trainer, frame)
+        self._cost = time.perf_counter() - start
+        self._spent += self._cost
+
+    def _draw(self, trainer: Trainer, frame: Frame) -> None:
         writers = [logger.experiment for logger in tensorboards(trainer)]
         for name, angles in frame.angle_samples().items():
             if len(angles := angles[angles.isfinite()]):
@@ -182,15 +204,17 @@ class Dashboard(HeadListener):
             if stage not in self._baselines:
                 self._baselines[stage] = softmax_angles(self._folder.parent, stage)
             frame.baseline = self._baselines[stage]
-        for name, figure, header, rows in frame.draw():
-            if self.save:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                step = "" if frame.lambda_ is None else f"_{frame.step:06d}"
-                path = self._folder / f"{frame.stage}_{name}{step}"
-                with atomic_path(path.with_suffix(".png")) as part:
-                    figure.savefig(part, format="png", dpi=200)
-                write_csv(path.with_suffix(".csv"), [header, *rows])
-            for writer in writers:
-                writer.add_figure(f"{frame.stage}/{name}", figure, frame.step)
-        self._cost = time.perf_counter() - start
-        self._spent += self._cost
+        for picture in frame.draw():
+            with self.optional(f"{frame.stage}/{picture.name}"):
+                if self.save:
+                    self._save(frame, picture)
+                for writer in writers:
+                    writer.add_figure(f"{frame.stage}/{picture.name}", picture.figure, frame.step)
+
+    def _save(self, frame: Frame, picture: Picture) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        step = "" if frame.lambda_ is None else f"_{frame.step:06d}"
+        path = self._folder / f"{frame.stage}_{picture.name}{step}"
+        with atomic_path(path.with_suffix(".png")) as part:
+            picture.figure.savefig(part, format="png", dpi=200)
+        write_csv(path.with_suffix(".csv"), [picture.header, *picture.rows])

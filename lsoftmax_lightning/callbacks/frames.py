@@ -18,6 +18,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from .. import pictures
 from ..functional import degrees, effective_margin, evenly_spaced, separation, target_angles
+from .class_names import names_by_index
 
 _SHOWN = 100  # classes that can be told apart in a picture
 _HARD = 12  # images in a strip
@@ -153,7 +154,7 @@ class ClassFrame(Frame):
             "mat": self.features,
             "metadata": [[self.class_names[number], number] for number in self.features_target.tolist()],
             "metadata_header": ["class", "number"],
-            "label_img": self.thumbnails.expand(-1, 3, -1, -1).float() / 255,
+            "label_img": _not_tall(self.thumbnails.expand(-1, 3, -1, -1)).float() / 255,
         }
 
 
@@ -211,17 +212,20 @@ class ClassSample:
     Args:
         per_batch: How many features and images of a batch to keep.
         datamodule: Tells by ``mean`` and ``std`` how images were normalised; without, each image's own range is used.
+        limit: The most features and images to keep. Beyond it, every other one is dropped, and ``per_batch`` is halved.
     """
 
-    def __init__(self, per_batch: int, datamodule: Any) -> None:
-        self._per_batch = per_batch
+    def __init__(self, per_batch: int, datamodule: Any, limit: float = math.inf) -> None:
+        self._per_batch, self._limit = per_batch, limit
         self._norm = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
         self._all: list[tuple[Tensor, ...]] = []
         self._some: list[tuple[Tensor, ...]] = []
         self._worst: tuple[Tensor, ...] = ()
+        self._complete = True
 
     def update(self, images: Any, features: Tensor, logits: Tensor, target: Tensor, weight: Tensor) -> None:
         """Takes a batch."""
+        complete, self._complete = self._complete, False  # after an error it stays so
         if not isinstance(images, Tensor) or images.ndim != 4:
             images = features.new_zeros(len(target), 1, 1, 1)  # nothing that could be shown
         shares = logits.float().softmax(dim=1)
@@ -230,13 +234,17 @@ class ClassSample:
         self._all.append((target, prediction, angles))
         some = slice(self._per_batch)
         self._some.append((features[some].float().clone(), target[some], _thumbnails(self._bytes(images[some]))))
+        if sum(len(batch) for batch, *_ in self._some) > self._limit:
+            self._some = [tuple(part[::2].clone() for part in _joined(self._some))]
+            self._per_batch = max(1, self._per_batch // 2)
         gap = share - shares.gather(1, target.unsqueeze(1)).squeeze(1)  # above 0 for a mistake
         gap, rows = gap.topk(min(_HARD, len(gap)))
         worst = gap, target[rows], prediction[rows], angles[rows], self._bytes(images[rows])
         self._worst = _top(*_joined([self._worst, worst])) if self._worst else worst
+        self._complete = complete
 
     def __bool__(self) -> bool:
-        return bool(self._all)
+        return self._complete and bool(self._all)
 
     def frame(self, **settings: Any) -> ClassFrame:
         """What all processes have collected, on the CPU; ``settings`` are the rest of the frame."""
@@ -263,9 +271,13 @@ def latest_angles(batches: Sequence[Tensor], count: int) -> Tensor:
     return torch.cat(list(batches))[-count:].clone()
 
 
-def samples_per_batch(count: int, trainer: Trainer, num_batches: Sequence[float]) -> int:
-    """How many samples of each batch make ``count`` in all processes together."""
-    return max(1, math.ceil(count / (sum(num_batches) * trainer.world_size)))
+def class_sample(count: int, trainer: Trainer, num_batches: Sequence[float]) -> ClassSample:
+    """Return a sample of the batches of an evaluation, of about ``count`` images in all processes together."""
+    own, batches = math.ceil(count / trainer.world_size), sum(num_batches)
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if batches == math.inf:  # data without a length
+        return ClassSample(own, data, limit=own)
+    return ClassSample(max(1, math.ceil(count / (batches * trainer.world_size))), data)
 
 
 def take_frame(
@@ -282,13 +294,14 @@ def take_frame(
     """
     head, device, data = pl_module.head, pl_module.device, trainer.datamodule  # type: ignore[attr-defined]
     lambda_ = head.lambda_ if trainer.state.fn == TrainerFn.FITTING else None
-    names = getattr(data, "class_names", None) or tuple(map(str, range(head.num_classes)))
+    known = names_by_index(data)
+    names = tuple(known.get(index, str(index)) for index in range(head.num_classes))
     settings = {
         **{"stage": stage, "step": trainer.global_step, "margin": head.margin, "lambda_": lambda_},
         "nearest": float(separation(head.class_weights(evenly_spaced(head.num_classes).to(device))).nearest),
         "train_angles": torch.cat(list(train_angles)).cpu() if train_angles else torch.empty(0),
     }
-    if sample:
+    if sample is not None and trainer.strategy.reduce_boolean_decision(bool(sample)):  # if all ranks have one
         shown = _shown_classes(head.num_classes)
         weight = head.class_weights(shown.to(device)).float().cpu()
         return sample.frame(weight=weight, shown=shown, class_names=names, **settings)
@@ -308,7 +321,14 @@ def _thumbnails(images: Tensor) -> Tensor:
     scale = _THUMBNAIL / max(images.shape[2:])
     if scale >= 1:
         return images
-    return F.interpolate(images.float(), scale_factor=scale, mode="area").round().to(torch.uint8)
+    size = [max(1, int(side * scale)) for side in images.shape[2:]]
+    return F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
+
+
+def _not_tall(images: Tensor) -> Tensor:
+    """Images with black at both sides if they are taller than wide, for which TensorBoard has no room in its sprite."""
+    missing = max(0, images.shape[2] - images.shape[3])
+    return F.pad(images, (missing // 2, missing - missing // 2))
 
 
 def _joined(batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:

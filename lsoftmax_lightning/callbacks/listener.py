@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ class HeadListener(Callback):
     _handle: RemovableHandle | None = None
     _last: tuple[Tensor, Tensor | None] | None = None
     _batch: Any = None
+    _left_out: frozenset[str] = frozenset()
 
     def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
         """Takes a batch of a step that is to be logged, before the step.
@@ -95,6 +99,21 @@ class HeadListener(Callback):
             self.read_evaluation(pl_module, batch[0], features, logits, target)
 
     on_test_batch_end = on_validation_batch_end
+
+    @contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """Leave out ``what`` if the block raises an error, and warn of the first one, so that the run continues."""
+        try:
+            yield
+        except Exception as error:  # of any library that draws or writes
+            if what not in self._left_out:
+                cause = str(error).partition("\n")[0]
+                warnings.warn(
+                    f"{type(self).__name__}: {what} left out because of {type(error).__name__}: {cause}; "
+                    "the run continues without.",
+                    stacklevel=3,
+                )
+            self._left_out |= {what}
 
     def _hear(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         names = dict(zip(("x", "target"), args, strict=False)) | kwargs

@@ -100,8 +100,9 @@ class MarginMonitor(HeadListener):
                 follows_accuracy = getattr(_schedule(trainer, pl_module), "accuracy_decay", None) is not None
                 logger.experiment.add_custom_scalars(_layout(pairs, follows_accuracy))
                 # the tab finds the values by these names; Lightning's way would log some now, before there are any
-                for summary in hparams(_settings(trainer, pl_module), metrics):  # type: ignore[no-untyped-call]
-                    logger.experiment._get_file_writer().add_summary(summary)
+                with self.optional("HParams"):
+                    for summary in hparams(_settings(trainer, pl_module), metrics):  # type: ignore[no-untyped-call]
+                        logger.experiment._get_file_writer().add_summary(summary)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the clock."""

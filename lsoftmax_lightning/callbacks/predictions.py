@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..atomic import atomic_path, csv_safe, disk_errors, temporary_path
 from ..errors import InputError, RunError
+from .class_names import names_by_index
 
 _ROWS = 2**12  # taken at a time when files are put together
 
@@ -65,7 +66,7 @@ class Predictions(Callback):
         """Opens the files of this process."""
         data = getattr(trainer.datamodule, "predict_data", None)  # type: ignore[attr-defined]
         self._paths = getattr(getattr(data, "images", None), "paths", ())
-        self._names = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+        self._names = names_by_index(trainer.datamodule)  # type: ignore[attr-defined]
         self._count, self._columns, self._width = 0, {"path" if self._paths else "index": not self._paths}, 0
         with self._disk_errors():
             paths = [self._path, self._embeddings_path] if self.embeddings else [self._path]
@@ -92,7 +93,7 @@ class Predictions(Callback):
                 "command line --predictions.embeddings true."
             )
         if self._names and "prediction" in figures:
-            figures["prediction"] = [self._names[number] for number in figures["prediction"]]
+            figures["prediction"] = [self._names.get(index, str(index)) for index in figures["prediction"]]
         size = len(next(iter(outputs.values())))
         numbers = [trainer.global_rank + trainer.world_size * (self._count + i) for i in range(size)]
         self._count += size

@@ -9,7 +9,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from ..atomic import torch_save
-from ..callbacks.frames import ClassFrame, ClassSample, PairFrame, samples_per_batch, take_frame
+from ..callbacks.frames import ClassFrame, PairFrame, class_sample, take_frame
 from ..callbacks.listener import HeadListener
 
 _SHOWN = 2000  # features in a scatter
@@ -39,18 +39,20 @@ class TestRecord(HeadListener):
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begins anew."""
-        per_batch = samples_per_batch(_SHOWN, trainer, trainer.num_test_batches)
-        self._sample = ClassSample(per_batch, trainer.datamodule)  # type: ignore[attr-defined]
+        self._sample = class_sample(_SHOWN, trainer, trainer.num_test_batches)
 
     def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch."""
-        self._sample.update(images, features, logits, target, pl_module.head.full_weight)
+        with self.optional("images, features and predictions"):
+            self._sample.update(images, features, logits, target, pl_module.head.full_weight)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Writes the file."""
         if not self.listening:
             return
-        frame = take_frame(trainer, pl_module, "test", self._sample)
+        frame = None
+        with self.optional("the figures of the test"):
+            frame = take_frame(trainer, pl_module, "test", self._sample)
         if not trainer.is_global_zero:
             return
         if isinstance(frame, ClassFrame):

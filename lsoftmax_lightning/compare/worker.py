@@ -12,6 +12,7 @@ from typing import Any
 from lightning import Callback, Trainer
 
 from ..atomic import write_text
+from ..callbacks.run_length import run_length
 from ..lightning_cli import LSoftmaxCLI
 from ..signals import Stopped
 from ..user_errors import errors_without_traceback
@@ -50,7 +51,7 @@ class Progress(Callback):
         self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:
-        total = trainer.estimated_stepping_batches  # to be asked on every process
+        total = run_length(trainer)  # to be asked on every process
         if trainer.is_global_zero:
             write_text(self.path, f"{trainer.global_step} {total}")
 

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import DataError
+
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
 
 
 class ImageStore(Protocol):
@@ -50,7 +63,7 @@ def read_image(path: str | Path, size: tuple[int, int], channels: int = 3) -> Te
     """Reads a file, turned as its EXIF data say, scaled to cover ``size`` and cropped to its middle.
 
     Grey images and palettes become colours, or all become grey; what is transparent loses its transparency; an
-    animation gives its first frame.
+    animation gives its first frame. Damaged EXIF data are ignored.
 
     Args:
         path: A file of any format that Pillow reads.
@@ -67,15 +80,33 @@ def read_image(path: str | Path, size: tuple[int, int], channels: int = 3) -> Te
     """
     if kind := special_kind(path):
         raise ValueError(f"it is {kind}")
-    with Image.open(path) as image:
+    with _without_metadata_warnings(), Image.open(path) as image:
         image.draft("RGB", (2 * max(size),) * 2)  # a JPEG much larger than that is decoded at a fraction of its size
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
-        upright = ImageOps.exif_transpose(image)
+        upright = _upright(image)
         if "transparency" in upright.info:  # of a palette, which Pillow converts in two steps
             upright = upright.convert("RGBA")
         pixels: Tensor = pil_to_tensor(ImageOps.fit(upright.convert("RGB" if channels == 3 else "L"), size[::-1]))
     return pixels
+
+
+@contextmanager
+def _without_metadata_warnings() -> Iterator[None]:
+    """Ignore what Pillow warns of in EXIF data, of which only the orientation matters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
+        yield
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as the orientation in its EXIF data says; damaged EXIF data leave it as it is stored."""
+    image.load()  # a TIFF is turned here, and its orientation removed
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # the parser raises whatever it meets
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 class ImageFiles:

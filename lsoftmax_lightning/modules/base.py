@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeGuard
 
@@ -25,9 +25,11 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import Self, override
 
 from ..backbones import create_backbone
 from ..callbacks import LambdaAnnealing
+from ..callbacks.run_length import run_length
 from ..checkpoints import check_format, saved_data_spec, stamp
 from ..checkpoints import warm_start as start_from
 from ..data_spec import DataSpec
@@ -45,8 +47,10 @@ class LSoftmaxModule(LightningModule):
 
     ``__init__`` calls :meth:`configure_model_parts`, :meth:`configure_losses` and :meth:`configure_metrics`, in this
     order: override one of them, :meth:`embed` or :meth:`configure_optimizers` to change one thing; a step need never
-    be rewritten. What ``__init__`` was given is in ``self.hparams``, but for objects, which a checkpoint cannot keep
-    safely: arguments that a subclass adds should be numbers, strings, or lists and dicts of these.
+    be rewritten. They find ``num_classes``, ``margin``, ``image_shape``, ``backbone_args`` and ``label_smoothing`` as
+    attributes. What ``__init__`` was given is in ``self.hparams``, but for objects, which a checkpoint cannot keep
+    safely: arguments that a subclass adds should be numbers, strings, or lists and dicts of these. On the command line
+    ``self.hparams`` has the arguments of the subclass alone, unless it takes ``**kwargs``.
 
     :meth:`forward` and :meth:`embed` know no margin; only training does. lambda is annealed by
     :class:`~lsoftmax_lightning.callbacks.LambdaAnnealing`, brought along unless the Trainer has one.
@@ -109,6 +113,10 @@ class LSoftmaxModule(LightningModule):
         # nor where a run began, as its checkpoints go on without that file, nor what a machine was good for
         objects = ["lambda_schedule", "optimizer", "lr_scheduler", "compile", "warm_start"]
         self.save_hyperparameters(ignore=objects if isinstance(backbone, str) else [*objects, "backbone"])
+        # not read from hparams: under LightningCLI they have the arguments of the subclass alone
+        self.num_classes, self.margin, self.label_smoothing = num_classes, margin, label_smoothing
+        self.image_shape, self.backbone_args = image_shape, backbone_args
+        self.lr_scheduler_interval = lr_scheduler_interval
         self.lambda_schedule = lambda_schedule
         # jsonargparse reads the settings of the default from a lambda, which does not pickle
         self._optimizer = _paper_sgd if optimizer is _DEFAULT_OPTIMIZER else optimizer
@@ -135,12 +143,12 @@ class LSoftmaxModule(LightningModule):
             InputError: If the parts do not fit together.
         """
         if isinstance(backbone, str):
-            if self.hparams["image_shape"] is None:
+            if self.image_shape is None:
                 raise InputError(
                     f"the backbone {backbone!r} needs image_shape=(channels, height, width); on the command line it "
                     "is read from the datamodule, which must offer image_shape and num_classes."
                 )
-            backbone = create_backbone(backbone, self.hparams["image_shape"], **(self.hparams["backbone_args"] or {}))
+            backbone = create_backbone(backbone, self.image_shape, **(self.backbone_args or {}))
         num_features = getattr(backbone, "num_features", None)
         if not isinstance(num_features, int):
             raise InputError(
@@ -148,19 +156,19 @@ class LSoftmaxModule(LightningModule):
                 f"int, got {num_features!r}; set it in its __init__."
             )
         self.backbone = backbone
-        self.head = LSoftmaxLinear(num_features, self.hparams["num_classes"], self.hparams["margin"])
+        self.head = LSoftmaxLinear(num_features, self.num_classes, self.margin)
 
     def _initialize_lazy_layers(self) -> None:
         """Give lazy layers the shapes that the optimizer and a checkpoint need, by a forward pass of one image."""
-        if not self._has_lazy_layers() or self.hparams["image_shape"] is None:
+        if not self._has_lazy_layers() or self.image_shape is None:
             return
         try:
             with torch.no_grad(), evaluation_mode(self):
-                self.embed(torch.zeros(1, *self.hparams["image_shape"]))
+                self.embed(torch.zeros(1, *self.image_shape))
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"the backbone {type(self.backbone).__name__} does not take images of "
-                f"{tuple(self.hparams['image_shape'])}: {str(error).partition(chr(10))[0]}"
+                f"{tuple(self.image_shape)}: {str(error).partition(chr(10))[0]}"
             ) from error
 
     def _has_lazy_layers(self) -> bool:
@@ -169,18 +177,35 @@ class LSoftmaxModule(LightningModule):
     def configure_losses(self) -> None:
         """Sets ``self.criterion``, which takes logits [N, C] (margin logits in training) and classes [N].
 
+        Its tensors, such as the ``weight`` of :class:`torch.nn.CrossEntropyLoss`, stay in float32 with ``bf16-true``
+        and ``16-true``, as the logits do.
+
         Raises:
             InputError: If ``label_smoothing`` is out of range.
         """
-        if not 0 <= self.hparams["label_smoothing"] <= 1:
-            raise InputError(f"label_smoothing must be from 0 to 1, got {self.hparams['label_smoothing']}.")
-        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.hparams["label_smoothing"])
+        if not 0 <= self.label_smoothing <= 1:
+            raise InputError(f"label_smoothing must be from 0 to 1, got {self.label_smoothing}.")
+        self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the tensors of ``criterion`` in float32 where a module becomes half precision, as the logits are."""
+        before = [tensor.detach() for tensor in self._criterion_tensors()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for tensor, old in zip(self._criterion_tensors(), before, strict=True):
+            if tensor.is_floating_point() and tensor.element_size() < 4:
+                tensor.data = (tensor if old.is_meta else old).to(tensor.device, torch.float32)
+        return self
+
+    def _criterion_tensors(self) -> list[Tensor]:
+        criterion = getattr(self, "criterion", None)
+        return [*criterion.parameters(), *criterion.buffers()] if isinstance(criterion, nn.Module) else []
 
     def configure_metrics(self) -> None:
         """Sets ``self.train_metrics``, which reads what :meth:`margin_loss` gives, and classes [N]."""
         self.train_metrics = MetricCollection(
             # the head checks the classes, and this check would wait for the device
-            {"acc": MulticlassAccuracy(self.hparams["num_classes"], average="micro", validate_args=False)},
+            {"acc": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)},
             prefix="train/",
         )
 
@@ -350,9 +375,7 @@ class LSoftmaxModule(LightningModule):
         if scheduler is None:
             return optimizer
         monitor = getattr(scheduler, "monitor", "val/loss")
-        config = LRSchedulerConfigType(
-            scheduler=scheduler, interval=self.hparams["lr_scheduler_interval"], monitor=monitor
-        )
+        config = LRSchedulerConfigType(scheduler=scheduler, interval=self.lr_scheduler_interval, monitor=monitor)
         if isinstance(scheduler, ReduceLROnPlateau) and monitor.startswith("val/"):
             config["interval"] = "epoch"
             config["frequency"] = (self._trainer and self._trainer.check_val_every_n_epoch) or 1
@@ -381,14 +404,14 @@ class LSoftmaxModule(LightningModule):
             if config.scheduler.follows_run:
                 # they differ after a second call of fit, and in checkpoints of a MultiStepLR that counted epochs
                 config.scheduler.last_epoch = self.trainer.global_step
-                config.scheduler.set_total_steps(self.trainer.estimated_stepping_batches)
+                config.scheduler.set_total_steps(run_length(self.trainer))
 
     def _check_one_cycle(self, config: LRSchedulerConfig) -> None:
         chain = config.scheduler
         for scheduler in chain._schedulers if isinstance(chain, ChainedScheduler) else [chain]:
             if not isinstance(scheduler, OneCycleLR):
                 continue
-            length = self.trainer.estimated_stepping_batches if config.interval == "step" else self.trainer.max_epochs
+            length = run_length(self.trainer) if config.interval == "step" else self.trainer.max_epochs
             steps = (length or 0) // config.frequency
             if scheduler.total_steps < steps < math.inf:
                 raise InputError(

@@ -40,6 +40,7 @@ class VerificationModule(LSoftmaxModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, backbone, **kwargs)
+        self.pca_components, self.mirror = pca_components, mirror
         if pca_components is not None and not 1 <= pca_components <= self.head.in_features:
             raise InputError(f"pca_components must be 1 to {self.head.in_features}, got {pca_components}.")
 
@@ -50,12 +51,12 @@ class VerificationModule(LSoftmaxModule):
 
     def configure_verification(self, pairs: Tensor) -> PairVerification:
         """The metric of an evaluation on ``pairs``, int64 [P, 4]."""
-        return PairVerification(pairs, self.hparams["pca_components"])
+        return PairVerification(pairs, self.pca_components)
 
     def represent(self, images: Tensor) -> Tensor:
         """Embeddings [N, D] that are compared, of images [N, channels, height, width]."""
         features = self.embed(images)
-        return (features + self.embed(images.flip(3))) / 2 if self.hparams["mirror"] else features
+        return (features + self.embed(images.flip(3))) / 2 if self.mirror else features
 
     def on_validation_epoch_start(self) -> None:
         """Asks the data for the pairs."""

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lsoftmax_lightning.callbacks import LambdaAnnealing
+from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
+from lsoftmax_lightning.callbacks import ExactResume, LambdaAnnealing
 from lsoftmax_lightning.errors import DivergenceError, InputError
+from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
 from lsoftmax_lightning.schedules import Constant, PowerLaw, RunFraction
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
@@ -50,6 +52,50 @@ def test_lambda_is_that_of_the_step() -> None:
 def test_gradient_accumulation_does_not_speed_it_up() -> None:
     _, seen = fit(make_model(lambda_schedule=SCHEDULE), accumulate_grad_batches=4)
     assert seen == expected(2, repeat=4)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")
+@pytest.mark.parametrize(
+    ("scheduling", "settings", "length"),
+    [
+        ({0: 1, 2: 4}, {"max_epochs": 4}, 8 + 8 + 2 + 2),  # epochs of 8 batches
+        ({0: 3, 1: 1}, {"max_epochs": 3}, 3 + 8 + 8),
+        ({1: 8}, {"max_epochs": 3, "max_steps": 9}, 9),
+        ({0: 2, 1: 1}, {"max_epochs": -1, "max_steps": 20}, 20),
+    ],
+)
+def test_accumulation_that_changes_leaves_the_length_of_the_run(
+    scheduling: dict[int, int], settings: dict[str, Any], length: int, tmp_path: Path
+) -> None:
+    schedule = RunFraction(fraction=1.0)
+
+    def run(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[list[float], list[float]]:
+        rates: list[float] = []
+        seen = Recorder()
+        model = make_model(
+            lambda_schedule=schedule, lr_scheduler=lambda optimizer: FractionalMultiStepLR(optimizer, [0.5])
+        )
+        accumulation = GradientAccumulationScheduler(dict(scheduling))
+        callbacks = (seen, ExactResume(), accumulation, Rates(rates), *callbacks)
+        trainer = make_trainer(callbacks=[*callbacks], enable_checkpointing=True, **settings)
+        trainer.fit(model, BlobsDataModule(), ckpt_path=ckpt_path)
+        assert trainer.global_step == length
+        return list(dict(seen.seen).values()), rates
+
+    saved = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    lambdas, rates = run(saved)
+    assert lambdas == [schedule(step, length) for step in range(length)]
+    assert rates == pytest.approx([0.1 if step < round(length / 2) else 0.01 for step in range(length)])
+    for step in (3, length - 2):
+        assert run(ckpt_path=tmp_path / f"step={step}.ckpt") == (lambdas[step:], pytest.approx(rates[step:]))
+
+
+class Rates(Callback):
+    def __init__(self, rates: list[float]) -> None:
+        self.rates = rates
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
 
 
 def test_validation_before_training_and_sanity_checks_do_not_count() -> None:
@@ -231,3 +277,19 @@ def test_divergence_before_any_checkpoint_says_so() -> None:
     model.criterion = Poison(0, math.nan)
     with pytest.raises(DivergenceError, match="none was saved yet"):
         fit(model, log_every_n_steps=1)
+
+
+class TwoHeads(ClassificationModule):
+    def configure_model_parts(self, backbone: Any) -> None:
+        super().configure_model_parts(backbone)
+        self.other = LSoftmaxLinear(self.head.in_features, 3, margin=2)
+
+
+def test_a_head_that_is_not_annealed_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"anneals self\.head of TwoHeads, not self\.other"):
+        make_trainer().fit(TwoHeads(num_classes=4, backbone="digits", image_shape=(1, 8, 8)), BlobsDataModule())
+    model = make_model()
+    model.classifier = model.head
+    del model.head
+    with pytest.raises(InputError, match=r"self\.classifier is one: rename it to head"):
+        make_trainer().fit(model, BlobsDataModule())

@@ -9,18 +9,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from lightning import Callback
+from lightning import Callback, LightningDataModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from lsoftmax_lightning import VerificationModule
-from lsoftmax_lightning.callbacks import Dashboard
+from lsoftmax_lightning.callbacks import Dashboard, MarginMonitor
 from lsoftmax_lightning.callbacks.baseline import softmax_angles
 from lsoftmax_lightning.callbacks.frames import ClassSample
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
@@ -254,15 +256,184 @@ def test_an_interrupted_training_ends_at_once() -> None:
 
 
 def test_the_first_error_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Dashboard, "_draw_next", full)
+    monkeypatch.setattr(Dashboard, "_draw", fail)
     trainer, _ = with_logger(Dashboard(max_share=0), max_epochs=9, callbacks=[Raise(ValueError("the first"))])
     model = make_model()
     with pytest.warns(UserWarning, match="no space left"), pytest.raises(ValueError, match="the first"):
         trainer.fit(model, BlobsDataModule())
     assert not model.head._forward_hooks
+
+
+def fail(*args: Any, **kwargs: Any) -> None:
+    raise OSError("no space left\non this device")
+
+
+@pytest.mark.parametrize(
+    ("place", "what", "left"),
+    [
+        ("callbacks.frames.ClassSample.update", "images, features and predictions", {"angles"}),
+        ("callbacks.dashboard.target_angles", "the angles of training", CLASS_PICTURES),
+        ("callbacks.dashboard.take_frame", "val pictures", set()),
+        ("callbacks.dashboard.softmax_angles", "val pictures", set()),
+        ("pictures.angle_map", "val pictures", {"angles", "features"}),
+        ("callbacks.dashboard.write_csv", "val/features", set()),
+        ("callbacks.frames.ClassFrame.embedding", "the projector", CLASS_PICTURES),
+        ("callbacks.monitor.hparams", "HParams", CLASS_PICTURES),
+    ],
+)
+def test_no_error_in_a_picture_ends_a_run(
+    place: str, what: str, left: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"lsoftmax_lightning.{place}", fail)
+    dashboard = Dashboard(every_n_epochs=1, save=place.endswith("write_csv"))
+    trainer, folder = with_logger(dashboard, max_epochs=2, callbacks=[MarginMonitor()])
+    cause = f"{what} left out because of OSError: no space left; the run continues without."
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        trainer.fit(make_model(), HardBlobs())
+        assert trainer.global_step == 16
+        assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in left}
+        trainer.test(make_model(), HardBlobs(), verbose=False)
+    assert trainer.callback_metrics["test/acc"] >= 0
+    assert sum(cause in str(warning.message) for warning in warned) == 1
+
+
+def test_an_evaluation_with_an_error_has_no_pictures_of_a_part_of_it() -> None:
+    sample, features, target = ClassSample(4, None), torch.randn(4, 2), torch.arange(4) % 2
+    batch = (features, features @ torch.eye(2), target, torch.eye(2))
+    sample.update(torch.rand(4, 1, 2, 2), *batch)
+    assert sample
+    with pytest.raises(RuntimeError):
+        sample.update(torch.rand(4, 1, 2, 2), features[:2], *batch[1:])
+    sample.update(torch.rand(4, 1, 2, 2), *batch)
+    assert not sample
+
+
+class Wrapped(LightningDataModule):
+    """The blobs by PyTorch's loaders, in another shape or without a length."""
+
+    def __init__(self, size: tuple[int, int] = (8, 8), length: bool = True) -> None:
+        super().__init__()
+        self.size, self.length = size, length
+
+    def setup(self, stage: str) -> None:
+        self.data = HardBlobs()
+        self.data.setup("fit")
+
+    def _loader(self, data: Any) -> DataLoader[Any]:
+        images = torch.nn.functional.interpolate(data.images.float() / 255, self.size)
+        dataset = TensorDataset(images, data.targets)
+        return DataLoader(dataset if self.length else Endless(dataset), batch_size=20)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.data.train_data)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.data.val_data)
+
+
+class Endless(IterableDataset[Any]):
+    def __init__(self, dataset: TensorDataset) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Any:
+        return iter([self.dataset[index] for index in range(len(self.dataset))])
+
+
+@pytest.mark.parametrize("size", [(12, 8), (8, 12), (100, 60), (100, 1)])
+def test_sprites_hold_images_of_any_shape(size: tuple[int, int]) -> None:
+    class Mean(torch.nn.Module):
+        num_features = 8
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.adaptive_avg_pool2d(x, (2, 4)).flatten(1)
+
+    trainer, folder = with_logger(Dashboard(max_samples=10))
+    model, data = make_model(backbone=Mean()), Wrapped(size)
+    trainer.fit(model, data)
+    (sprite,) = folder.rglob("sprite.png")
+    config = (folder / "projector_config.pbtxt").read_text()
+    width, height = map(int, re.findall(r"single_image_dim: (\d+)", config))
+    shown = max(1, int(size[1] * height / size[0]))  # columns of the image
+    left = (width - shown) // 2
+    assert height == min(48, size[0])
+    assert width == max(height, shown)
+    picture = pil_to_tensor(Image.open(sprite).convert("L"))
+    images = next(iter(data.val_dataloader()))[0]
+    for row, column, index in ((0, 0, 0), (0, 3, 3), (1, 0, 4)):  # in a square of four by four
+        tile = picture[0, row * height : (row + 1) * height, column * width : (column + 1) * width]
+        image = images[index, 0]
+        expected = 255 * (image - image.min()) / (image.max() - image.min())
+        assert tile[:, left : left + shown].float().mean() == pytest.approx(expected.mean().item(), rel=0.03)
+        assert tile.sum() == tile[:, left : left + shown].sum()
+
+
+def test_data_without_a_length_are_drawn() -> None:
+    trainer, folder = with_logger(Dashboard(max_samples=12, save=True), max_epochs=20)
+    trainer.fit(make_model(), Wrapped(length=False))
+    assert steps(read(folder), "val/confusion") == [8, 32, 56, 80, 104, 128, 152, 160]  # every third epoch
+    rows = table(folder, "val_features_000160")
+    assert 6 <= len(rows) <= 12
+    assert {row["class"] for row in rows} == set("0123")
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 50])
+def test_a_sample_without_a_known_length_is_spread_over_all_batches(batches: int) -> None:
+    sample = ClassSample(12, None, limit=12)
+    for batch in range(batches):
+        features = torch.full((20, 1), float(batch))
+        logits = torch.zeros(20, 2)
+        sample.update(torch.rand(20, 1, 2, 2), features, logits, torch.zeros(20, dtype=torch.long), torch.ones(2, 1))
+    kept = torch.cat([part[0] for part in sample._some]).flatten()
+    assert 6 <= len(kept) <= 12
+    assert kept.max() >= 0.7 * (batches - 1)
+    assert kept.min() <= 0.1 * batches
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"nw": 0, "ne": 1, "sw": 2, "se": 3}, ["nw", "ne", "sw", "se"]),
+        ({3: "se", 0: "nw", 1: "ne", 2: "sw"}, ["nw", "ne", "sw", "se"]),
+        ({"0": "nw", "1": "ne", "2": "sw", "3": "se"}, ["nw", "ne", "sw", "se"]),
+        (range(10, 14), ["10", "11", "12", "13"]),
+        (np.array(["nw", "ne", "sw", "se"]), ["nw", "ne", "sw", "se"]),
+        (torch.arange(4), ["0", "1", "2", "3"]),
+        ([b"nw", b"n\xff", "caf\udce9", "猫"], ["nw", r"n\udcff", r"caf\udce9", "猫"]),
+        (["n\tw", "n\ne", "s\rw", "s\x00\u2028e"], [r"n\tw", r"n\ne", r"s\rw", r"s\x00\u2028e"]),
+        (["_nw", "__ne", "$sw$", "x" * 500], ["_nw", "__ne", "$sw$", "x" * 500]),
+    ],
+)
+def test_class_names_of_any_kind_are_shown(names: Any, expected: list[str]) -> None:
+    class Named(HardBlobs):
+        class_names = names
+
+    trainer, folder = with_logger(Dashboard(save=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "Glyph|The '.*' does not have many workers")
+        trainer.fit(make_model(), Named())
+    assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in CLASS_PICTURES}
+    assert [row["true class"] for row in table(folder, "val_confusion_000008")] == expected
+    (metadata,) = folder.rglob("metadata.tsv")
+    rows = [line.split("\t") for line in metadata.read_text(encoding="utf-8").split("\n")[1:-1]]
+    assert len(rows) == 40
+    assert all(row == [expected[int(row[1])], row[1]] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["nw", "ne"], ["nw", "ne", "2", "3"]), (["nw", None, "", "se"], ["nw", "1", "2", "se"]), (4, list("0123"))],
+)
+def test_classes_without_a_name_have_their_index(names: Any, expected: list[str]) -> None:
+    class Named(HardBlobs):
+        class_names, num_classes = names, 4
+
+    trainer, folder = with_logger(Dashboard(save=True))
+    with pytest.warns(UserWarning, match="class_names: must have a name for each of the 4 classes") as warned:
+        trainer.fit(make_model(), Named())
+    assert sum("class_names" in str(warning.message) for warning in warned) == 1
+    assert [row["true class"] for row in table(folder, "val_confusion_000008")] == expected
 
 
 def test_of_many_classes_a_hundred_are_shown() -> None:

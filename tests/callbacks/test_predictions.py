@@ -77,6 +77,26 @@ def test_a_row_has_what_the_module_says_of_an_image() -> None:
     assert {path.name for path in Path("out").iterdir()} == {"here.csv", "here.npy"}
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"nw": 0, "ne": 1, "sw": 2, "se": 3}, ["nw", "ne", "sw", "se"]),
+        (range(4), list("0123")),
+        (np.array(["nw", "ne"]), ["nw", "ne", "2", "3"]),
+        (["n\udcff", "n\ne", "s\tw", "se"], [r"n\udcff", r"n\ne", r"s\tw", "se"]),
+    ],
+)
+def test_class_names_of_any_kind_are_written(names: Any, expected: list[str]) -> None:
+    class Named(Blobs):
+        class_names, num_classes = names, 4
+
+    data, model = Named(), make_model().eval()
+    make_trainer(callbacks=[Predictions("out.csv")]).predict(model, data, return_predictions=False)
+    with torch.no_grad():
+        prediction = model(data.normalize(data.test_data.images)).argmax(1)
+    assert [row["prediction"] for row in read("out.csv")] == [expected[index] for index in prediction]
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_several_processes_write_what_one_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsoftmax_lightning.callbacks.predictions._ROWS", 3)

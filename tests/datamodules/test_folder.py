@@ -3,6 +3,7 @@
 import io
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,64 @@ def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
     upright = read_image(path, (8, 8))
     assert upright[:, :4].min() == 255
     assert upright[:, 4:].max() == 0
+
+
+@pytest.mark.parametrize("orientation", range(9))
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff", "jpg"])
+def test_every_orientation_is_that_of_pillow(orientation: int, suffix: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    scene = np.zeros((16, 16, 3), dtype=np.uint8)
+    scene[:8, :8], scene[8:, :8] = (250, 0, 0), (0, 0, 250)
+    settings = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
+    path = saved(tmp_path / f"photo.{suffix}", Image.fromarray(scene), exif=exif, **settings)
+    with Image.open(path) as image:
+        expected = pil_to_tensor(ImageOps.exif_transpose(image))
+    assert torch.equal(read_image(path, (16, 16)), expected)
+
+
+def exif_data(*tags: bytes, end: bytes = b"") -> bytes:
+    """The EXIF data of a camera, little-endian, with tags of 12 bytes and whatever follows them."""
+    return b"Exif\x00\x00II*\x00" + struct.pack("<LH", 8, len(tags)) + b"".join(tags) + end
+
+
+TURNED = struct.pack("<HHLL", 0x0112, 3, 1, 6)  # an orientation that swaps the sides
+
+
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        (b"Exif\x00\x00" + b"garbage" * 5, False),
+        (b"no EXIF data", False),
+        (b"Exif\x00\x00", False),
+        (exif_data(struct.pack("<HHLL", 0x0112, 99, 1, 6)), False),
+        (exif_data(struct.pack("<HHLL", 0x0112, 3, 1, 77)), False),
+        (exif_data(TURNED, struct.pack("<HHLL", 0x010F, 2, 4000, 99999)), True),
+        (exif_data(TURNED, struct.pack("<HHLL", 0x927C, 7, 10**6, 50)), True),
+        (exif_data(TURNED, struct.pack("<HHLL", 0x8769, 4, 1, 2**30)), True),
+        (exif_data(TURNED, struct.pack("<HHLL", 0x8769, 4, 1, 8)), True),  # a directory that contains itself
+        (exif_data(TURNED, struct.pack("<HHLL", 0x011A, 5, 1, 60), end=b"\x00" * 9), True),
+        (exif_data(TURNED, b"\x10\x01\x02"), True),
+        (exif_data(struct.pack("<HHLHH", 0x0112, 3, 2, 6, 6)), True),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_damaged_exif_data_are_ignored(exif: bytes, turned: bool, suffix: str, tmp_path: Path) -> None:
+    scene = np.zeros((16, 16, 3), dtype=np.uint8)
+    scene[:, :8] = 255
+    path = saved(tmp_path / f"photo.{suffix}", Image.fromarray(scene), exif=exif)
+    image = read_image(path, (16, 16))  # warnings are errors here
+    bright = image[:, :7] if turned else image[:, :, :7]
+    assert bright.min() > 240
+
+
+def test_the_first_of_several_images_in_a_file_is_read(tmp_path: Path) -> None:
+    first, second = Image.new("RGB", (8, 8), (200, 100, 50)), Image.new("RGB", (8, 8), (0, 0, 255))
+    for suffix in ("mpo", "gif", "webp", "png"):
+        path = saved(tmp_path / f"several.{suffix}", first, save_all=True, append_images=[second])
+        assert (read_image(path, (8, 8))[:, 4, 4] - torch.tensor([200, 100, 50])).abs().max() < 9, suffix
+    path = saved(tmp_path / "profile.jpg", first, icc_profile=b"garbage", quality=100)
+    assert (read_image(path, (8, 8))[:, 4, 4] - torch.tensor([200, 100, 50])).abs().max() < 5
 
 
 def damaged(kind: str) -> bytes:

@@ -1,0 +1,51 @@
+"""Names of classes as text, whatever a datamodule holds them in."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Mapping
+from numbers import Integral
+from typing import Any
+
+_NOT_PRINTED = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are not UTF-8, and separators of lines
+
+
+def names_by_index(datamodule: Any) -> dict[int, str]:
+    r"""Return the name of each class that the ``class_names`` of a datamodule name, as printable text on one line.
+
+    Args:
+        datamodule: Its ``class_names`` may be a sequence, an array, a tensor or a series of names of any type, or a
+            mapping from index to name or from name to index. A tab becomes ``\t``, and so on; a class with an empty
+            name is left out.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> names_by_index(SimpleNamespace(class_names={"cat": 0, "dog": 1}))
+        {0: 'cat', 1: 'dog'}
+    """
+    names = _by_index(getattr(datamodule, "class_names", None))
+    return {index: text for index, name in names.items() if (text := _printable(name))}
+
+
+def _by_index(names: Any) -> dict[int, Any]:
+    if isinstance(names, Mapping):
+        if all(isinstance(index, Integral) for index in names.values()) and not all(
+            isinstance(name, Integral) for name in names
+        ):
+            return {int(index): name for name, index in names.items()}
+        return {int(index): name for index, name in names.items() if str(index).isdecimal()}
+    if hasattr(names, "tolist"):  # of NumPy, pandas and torch
+        names = names.tolist()
+    if not isinstance(names, Collection) or isinstance(names, set | frozenset):  # without an order
+        return {}
+    return dict(enumerate(names))
+
+
+def _printable(name: Any) -> str:
+    if name is None:
+        return ""
+    text = name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name)
+    return "".join(
+        character.encode("unicode_escape").decode() if unicodedata.category(character) in _NOT_PRINTED else character
+        for character in text
+    )

@@ -1,0 +1,28 @@
+"""Length of a run, for schedules that follow it."""
+
+from __future__ import annotations
+
+import math
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+
+def run_length(trainer: Trainer) -> float:
+    """Return the optimizer steps of the whole run, with the gradient accumulation of each epoch.
+
+    Args:
+        trainer: The Trainer, once its training data are loaded. Its ``estimated_stepping_batches`` is the length that
+            the run would have with the accumulation of the present epoch, and changes during the run.
+
+    Returns:
+        The number of steps, also in a resumed run that of the whole; infinite or -1 if it is not known.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    epochs, batches = trainer.max_epochs or -1, trainer.num_training_batches
+    if not schedulers or epochs == -1 or batches == math.inf:
+        return trainer.estimated_stepping_batches
+    # where there are several, the last one has the last word
+    steps = sum(math.ceil(batches / schedulers[-1].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
