@@ -348,37 +348,19 @@ def margin_linear(
 
 
 class _MarginLinear(torch.autograd.Function):
-    """With n = |x| |w_y|, ``df/dx = df/dz w_y + df/dn |w_y|/|x| x``, and likewise for ``w_y``."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, target: Tensor, m: int, lambda_: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         logits, at = F.linear(x, weight), target.unsqueeze(1)
-        least = torch.finfo(x.dtype).eps ** 2
-        x_norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(least)
-        w_norm = _own_norm(weight, target).unsqueeze(1).clamp_min(least)
-        norm, own = x_norm * w_norm, logits.gather(1, at)
-        cosine = own / norm
-
-        twice = 2 * cosine  # Chebyshev's polynomials of the second kind: T_m = c U_{m-1} - U_{m-2}, T_m' = m U_{m-1}
-        u, u_below = twice, torch.ones_like(cosine)
-        for _ in range(m - 2):
-            u, u_below = twice * u - u_below, u
-        # a fake tensor, once in the cache, would meet real ones later
-        segments = _segments.__wrapped__ if isinstance(x, FakeTensor) else _segments
-        knots, signs = segments(m, x.dtype, x.device)
-        sign, slope, offset = signs[:, torch.bucketize(cosine, knots)]
-        psi = torch.addcmul(offset, sign, cosine * u - u_below)
-        slope = slope * u
-
-        share = 1 / (1 + float(lambda_))
-        of_norm, ratio = torch.addcmul(psi, cosine, slope, value=-1) * share, w_norm / x_norm
-        ctx.save_for_backward(x, weight, target, slope * share + (1 - share), of_norm * ratio, of_norm / ratio)
+        x_norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        w_norm = _own_norm(weight, target).unsqueeze(1)
+        own, *slopes = margin_target_with_slopes(logits.gather(1, at), x_norm, w_norm, m, lambda_)
+        ctx.save_for_backward(x, weight, target, *slopes)
         ctx.settings = target, m, lambda_
         ctx.mark_non_differentiable(logits)
         ctx.set_materialize_grads(False)
-        return logits.scatter(1, at, own.lerp(norm * psi, share)), logits
+        return logits.scatter(1, at, own), logits
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -406,6 +388,45 @@ def _own_norm(weight: Tensor, target: Tensor) -> Tensor:
     else:
         norm = torch.linalg.vector_norm(weight[target], dim=1)
     return norm
+
+
+def margin_target_with_slopes(
+    target_logit: Tensor, feature_norm: Tensor, weight_norm: Tensor, margin: int, lambda_: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The logit of :func:`margin_target` and its derivatives, without autograd.
+
+    With n = ``|x| |w_y|``, df/dx = df/dz w_y + df/dn ``|w_y| / |x|`` x, and likewise for w_y.
+
+    Args:
+        target_logit: z_y, any shape.
+        feature_norm: ``|x|``, shaped like ``target_logit``.
+        weight_norm: ``|w_y|``, likewise.
+        margin: m, an integer >= 2.
+        lambda_: As in :func:`margin_target`.
+
+    Returns:
+        f_y, and the factors a, b and c in df/dx = a w_y + b x and df/dw_y = a x + c w_y; shaped like ``target_logit``.
+    """
+    least = torch.finfo(target_logit.dtype).eps ** 2
+    x_norm, w_norm = feature_norm.clamp_min(least), weight_norm.clamp_min(least)
+    norm = x_norm * w_norm
+    cosine = target_logit / norm
+
+    twice = 2 * cosine  # Chebyshev's polynomials of the second kind: T_m = c U_{m-1} - U_{m-2}, T_m' = m U_{m-1}
+    u, u_below = twice, torch.ones_like(cosine)
+    for _ in range(margin - 2):
+        u, u_below = twice * u - u_below, u
+    # a fake tensor, once in the cache, would meet real ones later
+    segments = _segments.__wrapped__ if isinstance(cosine, FakeTensor) else _segments
+    knots, signs = segments(margin, cosine.dtype, cosine.device)
+    sign, slope, offset = signs[:, torch.bucketize(cosine, knots)]
+    psi = torch.addcmul(offset, sign, cosine * u - u_below)
+    slope = slope * u
+
+    share = 1 / (1 + float(lambda_))
+    of_norm, ratio = torch.addcmul(psi, cosine, slope, value=-1) * share, w_norm / x_norm
+    target_logit = target_logit.lerp(norm * psi, share)
+    return target_logit, slope * share + (1 - share), of_norm * ratio, of_norm / ratio
 
 
 @lru_cache

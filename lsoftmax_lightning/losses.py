@@ -14,7 +14,7 @@ from .functional import (
     check_margin,
     check_target,
     margin_linear,
-    margin_target,
+    margin_target_with_slopes,
     out_of_range,
     promote,
 )
@@ -207,20 +207,21 @@ def _by_chunks(
     features, target = shard.gather(features), shard.gather(target)
     size = max(len(features), 1)
 
-    # the target logit with the margin, where its class is in this shard: by the code, and the autograd, of a dense head
-    index = target - shard.start
-    here = None if shard.group is None else (index >= 0) & (index < num_local)
-    index = index.clamp(0, len(weight) - 1)
-    x, w = (rows.detach().requires_grad_(differentiate) for rows in promote(features, weight[index]))
-    with torch.set_grad_enabled(differentiate):
-        target_logit = (x * w).sum(dim=1)
-        if margin > 1:
-            x_norm, w_norm = (torch.linalg.vector_norm(rows, dim=1) for rows in (x, w))
-            target_logit = margin_target(target_logit, x_norm, w_norm, margin, lambda_)
+    # the target logit with the margin, where its class is in this shard
+    index, here = target, None
+    if shard.group is not None:
+        index = target - shard.start
+        here = (index >= 0) & (index < num_local)
+        index = index.clamp(0, len(weight) - 1)
+    x, w = promote(features, weight[index])
+    target_logit, slopes = (x * w).sum(dim=1), None
+    if margin > 1:
+        x_norm, w_norm = (torch.linalg.vector_norm(rows, dim=1) for rows in (x, w))
+        target_logit, *slopes = margin_target_with_slopes(target_logit, x_norm, w_norm, margin, lambda_)
     dtype, features, weight = x.dtype, features.to(product_dtype), weight.to(product_dtype)
 
     smooth = label_smoothing / shard.num_classes
-    own = _where(here, target_logit.detach(), -torch.inf)
+    own = _where(here, target_logit, -torch.inf)
     plain, others, shift, partition, sums = own.new_empty(5, len(x))
     best = torch.empty_like(target)
     length = _chunk_length(features, weight)
@@ -259,18 +260,28 @@ def _by_chunks(
     correct = own >= shift
     if shard.group is not None:
         correct = shard.reduce(correct.to(torch.int32)) > 0
-    losses = partition.log() + shift - (1 - label_smoothing) * shard.reduce(_where(here, own, 0.0))
+    value = shard.reduce(_where(here, own, 0.0))
+    losses = partition.log() + shift - value
     if label_smoothing:
-        losses -= smooth * shard.reduce(sums)
+        losses += label_smoothing * value - smooth * shard.reduce(sums)
     loss = losses.sum() / size
     prediction, correct = shard.share(prediction), shard.share(correct)
     if not differentiate:
         return loss, prediction, correct
-    of_target = ((own - shift).exp() / partition - (1 - label_smoothing + smooth)) / size
-    of_x, of_w = torch.autograd.grad(target_logit, (x, w), _where(here, of_target, 0.0))
-    of_x += of_features / (partition * size).unsqueeze(1)
+    partition *= size
+    of_x = of_features / partition.unsqueeze(1)
+    of_own = (own - shift).exp() / partition - (1 - label_smoothing + smooth) / size
+    of_own = _where(here, of_own, 0.0).unsqueeze(1)
+    if slopes is None:
+        of_x, of_w = of_x.addcmul_(of_own, w), of_own * x
+    else:
+        of_logit, of_x_norm, of_w_norm = (of_own * slope.unsqueeze(1) for slope in slopes)
+        of_x = of_x.addcmul_(of_logit, w).addcmul_(of_x_norm, x)
+        of_w = (of_logit * x).addcmul_(of_w_norm, w)
     of_weight.index_add_(0, index, of_w)
-    of_x = shard.share(shard.reduce(of_x)) * shard.processes
+    of_x = shard.share(shard.reduce(of_x))
+    if shard.group is not None:
+        of_x *= shard.processes
     return loss, prediction, correct, of_x, of_weight[:num_local]
 
 
@@ -302,9 +313,9 @@ def _predictions(plain: Tensor, others: Tensor, best: Tensor, target: Tensor, sh
         target: Target classes, (N,).
         shard: The shard.
     """
-    prediction = torch.where(plain >= others, target, best + shard.start)
     if shard.group is None:
-        return prediction
+        return torch.where(plain >= others, target, best)
+    prediction = torch.where(plain >= others, target, best + shard.start)
     highest = plain.maximum(others)
     first = torch.where(highest == shard.reduce(highest.clone(), dist.ReduceOp.MAX), prediction, shard.num_classes)
     return shard.reduce(first, dist.ReduceOp.MIN).clamp_max(shard.num_classes - 1)  # NaN equals nothing
