@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import normalize, to_dtype
 
 from .errors import InputError
+from .transforms import Normalize
 
 
 class DataSpec(NamedTuple):
@@ -104,8 +104,7 @@ class DataSpec(NamedTuple):
                 f"images: must be uint8 (N, {', '.join(map(str, self.image_shape))}), as the network was trained on, "
                 f"got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}."
             )
-        normalized: Tensor = normalize(to_dtype(images, torch.float32, scale=True), list(self.mean), list(self.std))
-        return normalized
+        return Normalize(self.mean, self.std)(images)
 
     def check(self, data: DataSpec) -> None:
         """Check that data are like these.

@@ -13,7 +13,7 @@ BELOW: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
     "signals": set(),
-    "data_spec": {"errors"},
+    "data_spec": {"errors", "transforms"},
     "functional": {"errors"},
     "schedules": {"errors"},
     "lr_schedulers": {"errors"},
