@@ -117,6 +117,7 @@ class LSoftmaxModule(LightningModule):
         self.num_classes, self.margin, self.label_smoothing = num_classes, margin, label_smoothing
         self.image_shape, self.backbone_args = image_shape, backbone_args
         self.lr_scheduler_interval = lr_scheduler_interval
+        self._channels_last, self._compiled = channels_last, bool(compile)
         self.lambda_schedule = lambda_schedule
         # jsonargparse reads the settings of the default from a lambda, which does not pickle
         self._optimizer = _paper_sgd if optimizer is _DEFAULT_OPTIMIZER else optimizer
@@ -129,7 +130,6 @@ class LSoftmaxModule(LightningModule):
             start_from(self, warm_start)
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
-        self._channels_last, self._compiled = channels_last, bool(compile)
         if compile:
             self.backbone.compile(mode="default" if compile is True else compile)
 

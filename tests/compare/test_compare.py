@@ -237,8 +237,9 @@ def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_
 
     # not finished
     (run / "run.json").unlink()
-    cuts = range(0, len(whole), max(1, len(whole) // 10))
-    for content in [*(whole[:cut].encode() for cut in cuts), b"\x00" * 100, b"caf\xe9", b"text", b"[1]"]:
+    parts = [whole[:cut] for cut in range(0, len(whole), max(1, len(whole) // 10))]
+    parts = [part for part in parts if whole[len(part) :].strip() != "null"]  # without that it says the same
+    for content in [*map(str.encode, parts), b"\x00" * 100, b"caf\xe9", b"text", b"[1]"]:
         path.write_bytes(content)
         with pytest.warns(
             UserWarning, match=r"config\.yaml is incomplete and is written anew; checkpoints in .* are kept"
