@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.functional import (
+    _segments,
     cos_multiple,
     degrees,
     effective_margin,
@@ -367,3 +369,11 @@ def test_written_out_gradients_have_derivatives_and_transforms(m: int) -> None:
 def test_margin_linear_names_a_class_that_is_not_there(wrong: int) -> None:
     with pytest.raises(InputError, match="target must hold classes 0 to 2"):
         margin_linear(torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, wrong]), 3)
+
+
+def test_a_call_on_fake_tensors_leaves_real_ones_alone() -> None:
+    _segments.cache_clear()
+    with FakeTensorMode():
+        margin_linear(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.int64), margin=3)
+    logits, _ = margin_linear(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4]), margin=3)
+    assert logits.isfinite().all()
