@@ -153,7 +153,9 @@ def export_checkpoint(args: list[str]) -> None:
     restored = _Restored(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
     output = given.output or suffixes[given.format]
     # a datamodule of the user's may normalise in another way, which its test images show
-    data = None if restored.model.data_spec and is_ours(type(restored.datamodule)) else restored.datamodule
+    spec = restored.model.data_spec
+    known = spec is not None and spec.class_names and spec.mean and spec.std
+    data = None if known and is_ours(type(restored.datamodule)) else restored.datamodule
     found = export(restored.model, data, output, given.format, given.pixels)
     differs = " and ".join(f"{difference:.2g} in the {name}" for name, difference in found.items())
     images = "test images" if data else "random images"

@@ -1,4 +1,4 @@
-"""What a network has to know about its data, in its checkpoint."""
+"""Specification of the training data, as a checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .class_names import names_by_index
 from .errors import InputError
 from .transforms import Normalize
 
@@ -42,8 +43,16 @@ class DataSpec(NamedTuple):
 
     @classmethod
     def from_datamodule(cls, datamodule: Any) -> DataSpec:
-        """Read the attributes of a datamodule; all are empty without one."""
-        return cls._from_values({name: getattr(datamodule, name, None) for name in cls._fields})
+        """Read the attributes of a datamodule; all are empty without one.
+
+        Class names may be in any form that :func:`~lsoftmax_lightning.class_names.names_by_index` reads. If a class
+        has none, all are empty.
+        """
+        names = names_by_index(datamodule)
+        values = {name: _attribute(datamodule, name) for name in cls._fields}
+        complete = names.keys() == set(range(len(names)))
+        values["class_names"] = [names[index] for index in range(len(names))] if complete else ()
+        return cls._from_values(values)
 
     @classmethod
     def from_json(cls, text: Any) -> DataSpec:
@@ -125,6 +134,14 @@ class DataSpec(NamedTuple):
                 f"data: differ from those that the network was trained on, got {', '.join(differences)}; use the data "
                 "and settings of its run, or train a network on these data (warm_start takes over the weights)."
             )
+
+
+def _attribute(datamodule: Any, name: str) -> Any:
+    """Return an attribute of a datamodule; None if it is not there, or not before ``setup``."""
+    try:
+        return getattr(datamodule, name, None)
+    except Exception:  # whatever a property raises
+        return None
 
 
 def _tuple(kind: type, values: Any) -> tuple[Any, ...]:

@@ -99,10 +99,15 @@ def export(
         spec = model.data_spec or DataSpec()
         images, normalized = _random_images(spec)
     else:
-        spec = DataSpec.from_datamodule(datamodule)
-        spec.require("class_names", "mean", "std")
-        model.check_data(datamodule)
         images, normalized = _test_images(datamodule)
+        spec = DataSpec.from_datamodule(datamodule)
+        if not (spec.class_names and spec.mean and spec.std):
+            raise InputError(
+                f"{type(datamodule).__name__}: must have class_names, and mean and std of each channel in 0 .. 1, got "
+                f" {getattr(datamodule, 'class_names', None)!r:.200}, {getattr(datamodule, 'mean', None)} and "
+                f"{getattr(datamodule, 'std', None)}; set them on the datamodule."
+            )
+        model.check_data(datamodule)
     with torch.inference_mode():
         embedding = model.represent(normalized)
         expected = embedding, model.head(embedding)

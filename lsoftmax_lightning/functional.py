@@ -407,8 +407,8 @@ def margin_target_with_slopes(
     Returns:
         f_y, and the factors a, b and c in df/dx = a w_y + b x and df/dw_y = a x + c w_y; shaped like ``target_logit``.
     """
-    least = torch.finfo(target_logit.dtype).eps ** 2
-    x_norm, w_norm = feature_norm.clamp_min(least), weight_norm.clamp_min(least)
+    tiny = torch.finfo(target_logit.dtype).eps ** 2
+    x_norm, w_norm = feature_norm.clamp_min(tiny), weight_norm.clamp_min(tiny)
     norm = x_norm * w_norm
     cosine = target_logit / norm
 
@@ -423,10 +423,10 @@ def margin_target_with_slopes(
     psi = torch.addcmul(offset, sign, cosine * u - u_below)
     slope = slope * u
 
-    share = 1 / (1 + float(lambda_))
-    of_norm, ratio = torch.addcmul(psi, cosine, slope, value=-1) * share, w_norm / x_norm
-    target_logit = target_logit.lerp(norm * psi, share)
-    return target_logit, slope * share + (1 - share), of_norm * ratio, of_norm / ratio
+    weight = 1 / (1 + float(lambda_))
+    norm_slope, ratio = torch.addcmul(psi, cosine, slope, value=-1) * weight, w_norm / x_norm
+    target_logit = target_logit.lerp(norm * psi, weight)
+    return target_logit, slope * weight + (1 - weight), norm_slope * ratio, norm_slope / ratio
 
 
 @lru_cache

@@ -120,7 +120,7 @@ def _check_keys(node: Any, seen: set[int]) -> None:
     lines: dict[tuple[str, str], int] = {}
     for key, value in node.value:
         name, line = (key.tag, str(key.value)), key.start_mark.line + 1
-        if name in lines:
+        if name in lines and key.tag != "tag:yaml.org,2002:merge":
             raise InputError(f"{key.value}: must be in a mapping once, got lines {lines[name]} and {line}; remove one.")
         lines[name] = line
         _check_keys(value, seen)
@@ -198,7 +198,8 @@ def flat(settings: Any, path: str = "") -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-_PATHS = {"ckpt_path", "default_root_dir", "dirpath", "output", "root", "save_dir", "train_root", "warm_start"}
+_PATHS = {"ckpt_path", "default_root_dir", "dirpath", "output", "predict_folder", "root", "save_dir"}
+_PATHS |= {"train_root", "warm_start"}
 
 
 def _expand_paths(settings: Any) -> None:
@@ -281,8 +282,13 @@ def _checkpoint_mode(monitor: str | None, mode: str) -> str:
 
 def _is_tensorboard(logger: Any) -> bool:
     """Return whether the settings of a logger are those of a TensorBoardLogger."""
-    class_path = getattr(logger, "class_path", None)
-    return class_path is not None and issubclass(resolve_name(class_path), TensorBoardLogger)
+    return _is_kind(logger, TensorBoardLogger)
+
+
+def _is_kind(settings: Any, kind: type) -> bool:
+    """Return whether settings are those of a class of a kind; a ``class_path`` may also be that of a function."""
+    given = resolve_name(settings.class_path) if isinstance(settings, Namespace) and "class_path" in settings else None
+    return isinstance(given, type) and issubclass(given, kind)
 
 
 def is_ours(kind: type) -> bool:
@@ -292,8 +298,7 @@ def is_ours(kind: type) -> bool:
 
 def reads_files(data: Any) -> bool:
     """Return whether the settings of a datamodule are those of one of ours that looks for images when it is made."""
-    kind = resolve_name(data.class_path) if isinstance(data, Namespace) else object
-    return issubclass(kind, FileDataModule) and is_ours(kind)
+    return _is_kind(data, FileDataModule) and is_ours(resolve_name(data.class_path))
 
 
 class LSoftmaxCLI(LightningCLI):

@@ -208,12 +208,12 @@ def _by_chunks(
     size = max(len(features), 1)
 
     # the target logit with the margin, where its class is in this shard
-    index, here = target, None
+    local_target, is_local = target, None
     if shard.group is not None:
-        index = target - shard.start
-        here = (index >= 0) & (index < num_local)
-        index = index.clamp(0, len(weight) - 1)
-    x, w = promote(features, weight[index])
+        local_target = target - shard.start
+        is_local = (local_target >= 0) & (local_target < num_local)
+        local_target = local_target.clamp(0, len(weight) - 1)
+    x, w = promote(features, weight[local_target])
     target_logit, slopes = (x * w).sum(dim=1), None
     if margin > 1:
         x_norm, w_norm = (torch.linalg.vector_norm(rows, dim=1) for rows in (x, w))
@@ -221,24 +221,24 @@ def _by_chunks(
     dtype, features, weight = x.dtype, features.to(product_dtype), weight.to(product_dtype)
 
     smooth = label_smoothing / shard.num_classes
-    own = _where(here, target_logit, -torch.inf)
-    plain, others, shift, partition, sums = own.new_empty(5, len(x))
+    target_logits = _where(is_local, target_logit, -torch.inf)
+    plain, others, shift, partition, sums = target_logits.new_empty(5, len(x))
     best = torch.empty_like(target)
     length = _chunk_length(features, weight)
     product = features.new_empty(min(length, len(x)), len(weight))
     if differentiate:
-        of_features, of_weight, scaled = torch.empty_like(features), torch.zeros_like(weight, dtype=dtype), x / size
+        grad_features, grad_weight, scaled = torch.empty_like(features), torch.zeros_like(weight, dtype=dtype), x / size
     for first in range(0, len(x), length):
         part = slice(first, first + length)
-        at, inside = index[part].unsqueeze(1), None if here is None else here[part].unsqueeze(1)
-        logits = torch.mm(features[part], weight.T, out=product[: len(at)]).to(dtype)
+        columns, local = local_target[part].unsqueeze(1), None if is_local is None else is_local[part].unsqueeze(1)
+        logits = torch.mm(features[part], weight.T, out=product[: len(columns)]).to(dtype)
         if not num_local:
             logits.fill_(-torch.inf)
-        torch.gather(logits, 1, at, out=plain[part].unsqueeze(1))
-        _place(logits, at, inside, -torch.inf)
+        torch.gather(logits, 1, columns, out=plain[part].unsqueeze(1))
+        _place(logits, columns, local, -torch.inf)
         torch.max(logits, dim=1, out=(others[part], best[part]))
-        shard.reduce(torch.maximum(others[part], own[part], out=shift[part]), dist.ReduceOp.MAX)
-        _place(logits, at, inside, own[part].unsqueeze(1))
+        shard.reduce(torch.maximum(others[part], target_logits[part], out=shift[part]), dist.ReduceOp.MAX)
+        _place(logits, columns, local, target_logits[part].unsqueeze(1))
         if label_smoothing:
             torch.sum(logits[:, :num_local], dim=1, out=sums[part])
         logits.sub_(shift[part].unsqueeze(1)).exp_()
@@ -248,19 +248,19 @@ def _by_chunks(
         # the gradients of the logits are these over `scale`, by which N x D numbers are divided instead of N x C
         if label_smoothing:
             logits.sub_(scale * smooth)
-        _place(logits, at, inside, 0.0)  # the gradient of the target logit goes through the margin
+        _place(logits, columns, local, 0.0)  # the gradient of the target logit goes through the margin
         if weight.dtype == dtype:
-            of_weight.addmm_(logits.T, scaled[part] / scale)
+            grad_weight.addmm_(logits.T, scaled[part] / scale)
         else:
-            logits = product[: len(at)].copy_(logits)
-            of_weight += logits.T @ (scaled[part] / scale).to(weight.dtype)
-        torch.mm(logits, weight, out=of_features[part])
+            logits = product[: len(columns)].copy_(logits)
+            grad_weight += logits.T @ (scaled[part] / scale).to(weight.dtype)
+        torch.mm(logits, weight, out=grad_features[part])
 
-    prediction = _predictions(_where(here, plain, -torch.inf), others, best, target, shard)
-    correct = own >= shift
+    prediction = _predictions(_where(is_local, plain, -torch.inf), others, best, target, shard)
+    correct = target_logits >= shift
     if shard.group is not None:
         correct = shard.reduce(correct.to(torch.int32)) > 0
-    value = shard.reduce(_where(here, own, 0.0))
+    value = shard.reduce(_where(is_local, target_logits, 0.0))
     losses = partition.log() + shift - value
     if label_smoothing:
         losses += label_smoothing * value - smooth * shard.reduce(sums)
@@ -269,20 +269,20 @@ def _by_chunks(
     if not differentiate:
         return loss, prediction, correct
     partition *= size
-    of_x = of_features / partition.unsqueeze(1)
-    of_own = (own - shift).exp() / partition - (1 - label_smoothing + smooth) / size
-    of_own = _where(here, of_own, 0.0).unsqueeze(1)
+    grad_x = grad_features / partition.unsqueeze(1)
+    grad_target = (target_logits - shift).exp() / partition - (1 - label_smoothing + smooth) / size
+    grad_target = _where(is_local, grad_target, 0.0).unsqueeze(1)
     if slopes is None:
-        of_x, of_w = of_x.addcmul_(of_own, w), of_own * x
+        grad_x, grad_w = grad_x.addcmul_(grad_target, w), grad_target * x
     else:
-        of_logit, of_x_norm, of_w_norm = (of_own * slope.unsqueeze(1) for slope in slopes)
-        of_x = of_x.addcmul_(of_logit, w).addcmul_(of_x_norm, x)
-        of_w = (of_logit * x).addcmul_(of_w_norm, w)
-    of_weight.index_add_(0, index, of_w)
-    of_x = shard.share(shard.reduce(of_x))
+        grad_logit, along_x, along_w = (grad_target * slope.unsqueeze(1) for slope in slopes)
+        grad_x = grad_x.addcmul_(grad_logit, w).addcmul_(along_x, x)
+        grad_w = (grad_logit * x).addcmul_(along_w, w)
+    grad_weight.index_add_(0, local_target, grad_w)
+    grad_x = shard.share(shard.reduce(grad_x))
     if shard.group is not None:
-        of_x *= shard.processes
-    return loss, prediction, correct, of_x, of_weight[:num_local]
+        grad_x *= shard.processes
+    return loss, prediction, correct, grad_x, grad_weight[:num_local]
 
 
 def _chunk_length(features: Tensor, weight: Tensor) -> int:
@@ -296,11 +296,11 @@ def _where(condition: Tensor | None, value: Tensor, other: float) -> Tensor:
     return value if condition is None else torch.where(condition, value, other)
 
 
-def _place(logits: Tensor, at: Tensor, inside: Tensor | None, value: Tensor | float) -> None:
+def _place(logits: Tensor, columns: Tensor, local: Tensor | None, value: Tensor | float) -> None:
     """Set the target logits, where their class is in this shard."""
-    if inside is not None:
-        value = torch.where(inside, value, logits.gather(1, at))
-    logits.scatter_(1, at, value)
+    if local is not None:
+        value = torch.where(local, value, logits.gather(1, columns))
+    logits.scatter_(1, columns, value)
 
 
 def _predictions(plain: Tensor, others: Tensor, best: Tensor, target: Tensor, shard: ClassShard) -> Tensor:
@@ -309,7 +309,7 @@ def _predictions(plain: Tensor, others: Tensor, best: Tensor, target: Tensor, sh
     Args:
         plain: Plain target logits, (N,); -infinity where the class is in another shard.
         others: Highest of the other logits of this shard, (N,).
-        best: Its index in this shard, (N,).
+        best: Index of it in this shard, (N,).
         target: Target classes, (N,).
         shard: The shard.
     """

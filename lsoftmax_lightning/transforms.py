@@ -88,7 +88,7 @@ class Normalize:
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalises.
+        """Return normalised images.
 
         Args:
             images: [N, C, H, W], uint8; of another type, as ``ToDtype`` scales it.

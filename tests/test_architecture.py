@@ -13,7 +13,8 @@ BELOW: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
     "signals": set(),
-    "data_spec": {"errors", "transforms"},
+    "class_names": set(),
+    "data_spec": {"class_names", "errors", "transforms"},
     "functional": {"errors"},
     "schedules": {"errors"},
     "lr_schedulers": {"errors"},
@@ -24,6 +25,7 @@ BELOW: dict[str, set[str]] = {
     "checkpoints": {"atomic", "data_spec", "errors"},
     "callbacks": {
         "atomic",
+        "class_names",
         "checkpoints",
         "errors",
         "functional",

@@ -349,7 +349,7 @@ def test_a_key_is_given_once(text: str, said: str, capsys: pytest.CaptureFixture
 
 
 def test_merged_keys_may_be_given_again() -> None:
-    Path("merged.yaml").write_text("trainer:\n  <<: {max_epochs: 1, max_steps: 7}\n  max_epochs: 2\n")
+    Path("merged.yaml").write_text("trainer:\n  <<: {max_epochs: 1, max_steps: 7}\n  <<: {}\n  max_epochs: 2\n")
     cli = main(["fit", "--config=digits.yaml", "--config=merged.yaml", *QUIET, "--trainer.limit_train_batches=2"])
     assert cli is not None
     assert (cli.trainer.max_epochs, cli.trainer.max_steps) == (2, 7)

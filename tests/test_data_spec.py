@@ -147,7 +147,7 @@ def test_data_that_say_nothing_are_not_compared() -> None:
     make_trainer().test(make_model(), Foreign(), ckpt_path="some.ckpt")
     make_trainer().test(make_model(), Foreign().test_dataloader(), ckpt_path="some.ckpt")
     fit_blobs("foreign.ckpt", Foreign())
-    assert saved_data_spec(read("foreign.ckpt")) == DataSpec()
+    assert saved_data_spec(read("foreign.ckpt")) is None
     make_trainer().test(make_model(), BlobsDataModule(), ckpt_path="foreign.ckpt")
     old = torch.load("some.ckpt", weights_only=True)
     del old["lsoftmax_lightning"]["data"]
@@ -213,3 +213,49 @@ def test_attributes_of_any_datamodule_are_read_as_plain_values(name: str, value:
 
 def test_a_mean_computed_again_is_the_same() -> None:
     DataSpec(mean=(0.1 + 0.2,)).check(DataSpec(mean=(torch.tensor(0.3).item(),)))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"dog": 1, "cat": 0}, ("cat", "dog")),
+        ({1: "dog", 0: "cat"}, ("cat", "dog")),
+        ([b"cat", b"dog"], ("cat", "dog")),
+        (torch.tensor([3, 7]), ("3", "7")),
+        (["cat", None], ("cat",)),
+        ({1: "dog"}, ()),
+        ({"cat", "dog"}, ()),  # without an order
+    ],
+)
+def test_class_names_are_in_the_order_of_the_classes(names: Any, expected: tuple[str, ...]) -> None:
+    data = Foreign()
+    data.class_names = names
+    assert DataSpec.from_datamodule(data).class_names == expected
+
+
+def test_attributes_that_are_known_after_setup_are_unknown_before() -> None:
+    class Late(Foreign):
+        @property
+        def class_names(self) -> Any:
+            raise RuntimeError("call setup first")
+
+    assert DataSpec.from_datamodule(Late()) == DataSpec.from_datamodule(Foreign())
+
+
+def test_what_says_nothing_does_not_replace_a_specification() -> None:
+    model = make_model()
+    model.data_spec = spec = DataSpec(class_names=("a", "b", "c", "d"))
+    make_trainer().fit(model, Foreign())
+    assert model.data_spec == spec
+
+
+def test_a_class_without_a_name_is_its_index() -> None:
+    model = make_model()
+    model.data_spec = DataSpec(("nw",), (1, 8, 8), (0.5,), (0.25,))
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.weight[2] = 1
+        model.head.weight[0] = -1
+    names, _ = model.classify(torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8))
+    assert set(names) <= {"nw", "1", "2", "3"}
+    assert set(names) - {"nw"}

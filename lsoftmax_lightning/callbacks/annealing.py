@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -59,8 +59,7 @@ class LambdaAnnealing(Callback):
         self._accuracy: RunningAccuracy | None = None
         self._module_id = 0  # of the module that the accuracy belongs to
         self._total_steps = math.inf
-        self._losses: list[tuple[int, Tensor]] = []  # step and loss of each batch since the last check
-        self._lambdas: dict[int, float] = {}  # lambda of each step since the last check of the loss
+        self._losses: list[tuple[int, float, Tensor]] = []  # step, lambda and loss of each batch since the last check
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -75,7 +74,8 @@ class LambdaAnnealing(Callback):
         if any(isinstance(callback, BatchSizeFinder | LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             self._check_module(pl_module)
             schedule: Callable[..., float] = self.schedule_for(pl_module)
-            pl_module.head.lambda_ = schedule(0, 1)  # the loops of tuners run without callbacks
+            accuracy = () if self._accuracy is None else (0.0,)
+            pl_module.head.lambda_ = schedule(0, 1, *accuracy)  # the loops of tuners run without callbacks
 
     def schedule_for(self, pl_module: Any) -> LambdaSchedule:
         """Returns the schedule that applies to a module."""
@@ -90,7 +90,8 @@ class LambdaAnnealing(Callback):
 
     def _check_module(self, pl_module: Any) -> None:
         name, head = type(pl_module).__name__, getattr(pl_module, "head", None)
-        others = [path for path, part in pl_module.named_modules() if hasattr(part, "lambda_") and part is not head]
+        annealed = set(head.modules()) if isinstance(head, nn.Module) else ()
+        others = [path for path, part in pl_module.named_modules() if hasattr(part, "lambda_") and part not in annealed]
         if not hasattr(head, "lambda_"):
             found = f"; self.{others[0]} is one: rename it to head" if others else ""
             raise InputError(f"LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}{found}.")
@@ -115,11 +116,12 @@ class LambdaAnnealing(Callback):
         accuracy = () if self._accuracy is None else (self._accuracy.update(),)
         schedule: Callable[..., float] = self.schedule_for(pl_module)
         lambda_ = schedule(trainer.global_step, self._total_steps, *accuracy)
-        pl_module.head.lambda_ = self._lambdas[trainer.global_step] = lambda_
+        pl_module.head.lambda_ = lambda_
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         """Keeps the loss, to be checked later without a wait for the device now."""
-        self._losses.append((trainer.global_step, loss.detach().clone()))  # a CUDA graph reuses the memory of its own
+        kept = loss.detach().clone()  # a CUDA graph reuses the memory of its outputs
+        self._losses.append((trainer.global_step, pl_module.head.lambda_, kept))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Adds the accuracy of the step."""
@@ -140,7 +142,6 @@ class LambdaAnnealing(Callback):
             if self._accuracy is not None:
                 pl_module.log("train/margin_acc", self._accuracy.value)
             self._stop_if_diverged(trainer, pl_module)
-            self._lambdas.clear()
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Stops a diverged run before a validation can choose it."""
@@ -171,7 +172,7 @@ class LambdaAnnealing(Callback):
     def _stop_if_diverged(self, trainer: Trainer, pl_module: Any) -> None:
         if not self._losses:
             return
-        steps, losses = zip(*self._losses, strict=True)
+        steps, lambdas, losses = zip(*self._losses, strict=True)
         self._losses.clear()
         finite = torch.stack(losses).isfinite()
         first = torch.where(finite, _NEVER, torch.tensor(steps, device=finite.device)).min()
@@ -189,7 +190,7 @@ class LambdaAnnealing(Callback):
         overflow = f"Precision {precision} overflows above 65504: try bf16-mixed or 32-true. "
         raise DivergenceError(
             f"The training loss was NaN or infinite at optimiser step {step}, where lambda was "
-            f"{self._lambdas[step]:.4g} (margin {pl_module.head.margin}). "
+            f"{dict(zip(steps, lambdas, strict=True)).get(step, math.nan):.4g} (margin {pl_module.head.margin}). "
             + (overflow if str(precision).startswith("16") else "")
             + "Try a lower learning rate, slower annealing "
             "(a larger `gain` or `fraction`, or a smaller `gamma`), or a `lambda_min` above 0. "

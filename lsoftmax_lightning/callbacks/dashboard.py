@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..atomic import atomic_path, write_csv
+from ..class_names import names_by_index
 from ..errors import InputError
 from ..functional import target_angles
 from .baseline import ANGLE_BINS, softmax_angles
-from .class_names import names_by_index
 from .frames import ClassFrame, ClassSample, Frame, Picture, class_sample, latest_angles, take_frame
 from .listener import HeadListener, tensorboards
 
@@ -85,7 +85,7 @@ class Dashboard(HeadListener):
 
     def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
         """Keep the angles of a step."""
-        with self.optional("the angles of training"):
+        with self.optional("the angles of training", collective=True):
             self._train_angles.append(target_angles(features, pl_module.head.class_weights(target)))
         if len(self._train_angles) >= _MAX_TRAIN_BATCHES:  # without validation nothing else would empty the list
             self._train_angles = [latest_angles(self._train_angles, _MAX_TRAIN_ANGLES)]
@@ -101,7 +101,7 @@ class Dashboard(HeadListener):
     def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch of a validation or a test."""
         if self._sample is not None:
-            with self.optional("images, features and predictions"):
+            with self.optional("images, features and predictions", collective=True):
                 self._sample.update(images, features, logits, target, pl_module.head.full_weight)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -161,7 +161,7 @@ class Dashboard(HeadListener):
         """What was seen of this validation or test."""
         train_angles = [latest_angles(self._train_angles, _MAX_TRAIN_ANGLES)] if self._train_angles else []
         sample, self._sample, self._train_angles = self._sample, None, []  # which would keep memory of the device
-        with self.optional(f"{stage} pictures"):
+        with self.optional(f"{stage} pictures", collective=True):
             return take_frame(trainer, pl_module, stage, sample, train_angles)
         return None
 

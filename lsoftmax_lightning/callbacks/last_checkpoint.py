@@ -16,15 +16,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ..checkpoints import update_index
 from ..signals import SignalHandler, Stopped
 
-_CHECK_SECONDS = 1.0  # between two questions whether to stop
+_CHECK_SECONDS = 1.0  # between two exchanges of ranks whether to stop
 
 
 class LastCheckpoint(ModelCheckpoint):
     """Keep ``last.ckpt``; when training is stopped by SIGINT (Ctrl-C) or SIGTERM (schedulers), save it first.
 
-    It is saved after each validation and at the end of each epoch. After a signal the run ends behind the next
-    optimiser step, or the one after, and the validation that falls there, with the signal's exit code (130, 143). Ranks
-    ask each other about once a second whether to end together. A second signal ends the run at once.
+    It is saved after each validation and at the end of each epoch. After a signal the run ends with the signal's exit
+    code (130, 143): on one rank after the optimiser step, and the validation or epoch that ends with it; on several
+    about a second later, since they exchange once a second whether one received a signal. A second signal ends the run
+    at once.
 
     Args:
         dirpath: Folder of the checkpoint; by default ``checkpoints`` in the folder of the run.
@@ -38,7 +39,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._handler = SignalHandler(_announce)
         self._save_pending = False  # whether a validation left the checkpoint to the end of the optimiser step
         self._exit_after_save = False
-        self._next_check = 0  # the step from which on ranks ask each other whether one received a signal
+        self._next_check = 0  # step from which on ranks exchange whether one received a signal
         self._last_check = (0, 0.0)  # step and time
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -83,6 +84,8 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+        if trainer.global_step >= self._next_check:
+            self._exit_after_save |= self._stop_requested(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """End a run that was stopped in its last step: no test follows."""
@@ -103,7 +106,7 @@ class LastCheckpoint(ModelCheckpoint):
         (step, since), now = self._last_check, time.monotonic()
         self._last_check = trainer.global_step, now
         steps = max(1, int((trainer.global_step - step) / max(now - since, 1e-9) * _CHECK_SECONDS))
-        answer = torch.tensor([stop, -steps], device=trainer.strategy.root_device)  # an answer makes the device wait
+        answer = torch.tensor([stop, -steps], device=trainer.strategy.root_device)
         any_stop, fewest = trainer.strategy.reduce(answer, reduce_op="max").tolist()
         self._next_check = trainer.global_step - fewest
         return bool(any_stop)

@@ -101,11 +101,19 @@ class HeadListener(Callback):
     on_test_batch_end = on_validation_batch_end
 
     @contextmanager
-    def optional(self, what: str) -> Iterator[None]:
-        """Leave out ``what`` if the block raises an error, and warn of the first one, so that the run continues."""
+    def optional(self, what: str, collective: bool = False) -> Iterator[None]:
+        """Leave out ``what`` if the block raises an error, and warn of the first one, so that the run continues.
+
+        Args:
+            what: Name for the warning.
+            collective: Whether ranks exchange data in the block. Then an error on several ranks ends the run, in which
+                the other ranks would wait forever.
+        """
         try:
             yield
         except Exception as error:  # of any library that draws or writes
+            if collective and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                raise
             if what not in self._left_out:
                 cause = str(error).partition("\n")[0]
                 warnings.warn(

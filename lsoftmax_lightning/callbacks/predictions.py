@@ -15,8 +15,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from ..atomic import atomic_path, csv_safe, disk_errors, temporary_path
+from ..class_names import names_by_index
 from ..errors import InputError, RunError
-from .class_names import names_by_index
 
 _ROWS = 2**12  # taken at a time when files are put together
 

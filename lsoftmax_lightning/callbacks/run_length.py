@@ -23,6 +23,6 @@ def run_length(trainer: Trainer) -> float:
     epochs, batches = trainer.max_epochs or -1, trainer.num_training_batches
     if not schedulers or epochs == -1 or batches == math.inf:
         return trainer.estimated_stepping_batches
-    # where there are several, the last one has the last word
+    # of several, Lightning applies the last one
     steps = sum(math.ceil(batches / schedulers[-1].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

@@ -43,7 +43,7 @@ class TestRecord(HeadListener):
 
     def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch."""
-        with self.optional("images, features and predictions"):
+        with self.optional("images, features and predictions", collective=True):
             self._sample.update(images, features, logits, target, pl_module.head.full_weight)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -51,7 +51,7 @@ class TestRecord(HeadListener):
         if not self.listening:
             return
         frame = None
-        with self.optional("the figures of the test"):
+        with self.optional("the record of the test", collective=True):
             frame = take_frame(trainer, pl_module, "test", self._sample)
         if not trainer.is_global_zero:
             return

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -146,7 +146,10 @@ class BatchDataModule(LightningDataModule):
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
         # set again by Lightning's BatchSizeFinder, which doubles it beyond the data
-        self._batch_size = min(batch_size, len(self.train_data.targets)) if hasattr(self, "train_data") else batch_size
+        most = len(self.train_data.targets) if hasattr(self, "train_data") else batch_size
+        if batch_size > most:
+            rank_zero_warn(f"batch_size: must be at most the {most} training images, got {batch_size}; {most} is used.")
+        self._batch_size = min(batch_size, most)
 
     @property
     def num_classes(self) -> int:

@@ -333,8 +333,13 @@ class LSoftmaxModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Takes the specification of the training data."""
-        if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
-            self.data_spec = DataSpec.from_datamodule(self.trainer.datamodule)  # type: ignore[attr-defined]
+        self._take_data_spec()
+
+    def _take_data_spec(self) -> None:
+        """Take the specification of the Trainer's data, unless that says nothing."""
+        spec = DataSpec.from_datamodule(self._trainer and self._trainer.datamodule)  # type: ignore[attr-defined]
+        if any(spec):
+            self.data_spec = spec
 
     def on_validation_start(self) -> None:
         """Checks the data; gathers what was divided."""
@@ -414,13 +419,18 @@ class LSoftmaxModule(LightningModule):
             length = run_length(self.trainer) if config.interval == "step" else self.trainer.max_epochs
             steps = (length or 0) // config.frequency
             if scheduler.total_steps < steps < math.inf:
+                cure = f"set total_steps={steps:g}"
+                if self.trainer.ckpt_path:
+                    cure = "which is that of the checkpoint; train no longer, or begin a new run with warm_start"
                 raise InputError(
                     f"total_steps: OneCycleLR must have at least the {steps:g} steps of the run, got "
-                    f"{scheduler.total_steps}; set total_steps={steps:g}."
+                    f"{scheduler.total_steps}; {cure}."
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes the release, the format and the specification of the data."""
+        if self.data_spec is None:  # where the training ran in other processes
+            self._take_data_spec()
         stamp(checkpoint, self.data_spec)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ class Classification(NamedTuple):
     """Predicted classes of images.
 
     Args:
-        names: Name of the predicted class of each image.
+        names: Name of the predicted class of each image; its index, if it has none.
         probabilities: Probability of this class, float32, ``(N,)``.
     """
 
@@ -100,10 +100,13 @@ class ClassificationModule(LSoftmaxModule):
             >>> model = ClassificationModule.load_from_checkpoint("best.ckpt")  # doctest: +SKIP
             >>> names, probabilities = model.classify(images)  # doctest: +SKIP
         """
+        if self.data_spec is None:
+            self._take_data_spec()
         spec = self.data_spec or DataSpec()
         spec.require("class_names", "image_shape", "mean", "std")
         normalized = spec.normalize(images.to(self.head.weight.device)).to(self.head.weight.dtype)
         with evaluation_mode(self):
             outputs = self.predict_step(normalized, 0)
-        names = [spec.class_names[index] for index in outputs["prediction"].tolist()]
+        known = dict(enumerate(spec.class_names))
+        names = [known.get(index, str(index)) for index in outputs["prediction"].tolist()]
         return Classification(names, outputs["probability"].float())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
@@ -293,3 +293,39 @@ def test_a_head_that_is_not_annealed_is_named() -> None:
     del model.head
     with pytest.raises(InputError, match=r"self\.classifier is one: rename it to head"):
         make_trainer().fit(model, BlobsDataModule())
+
+
+def test_a_tuner_gets_lambda_from_a_schedule_of_the_accuracy() -> None:
+    class Half:
+        accuracy_decay = 0.5
+
+        def __call__(self, step: int, total_steps: float, accuracy: float) -> float:
+            return 100 * (1 - accuracy)
+
+    model = make_model(lambda_schedule=Half())
+    make_trainer(callbacks=[LearningRateFinder(num_training_steps=8, early_stop_threshold=None)]).fit(
+        model, BlobsDataModule()
+    )
+    assert model.head.lambda_ > 0
+
+
+def test_an_infinite_loss_of_the_second_optimizer_is_reported() -> None:
+    class Two(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.head = LSoftmaxLinear(64, 4, margin=2)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            for optimizer, factor in zip(self.optimizers(), (1.0, math.inf), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(factor * self.head(batch[0].flatten(1), batch[1]).square().mean())
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.parameters(), lr=0.0) for _ in range(2)]
+
+    data = BlobsDataModule()
+    data.setup("fit")
+    with pytest.raises(DivergenceError, match="NaN or infinite at optimiser step 1, where lambda was 7"):
+        make_trainer(callbacks=[LambdaAnnealing(Constant(7.0))]).fit(Two(), data.train_dataloader())

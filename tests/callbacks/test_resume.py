@@ -20,6 +20,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor
 
 from lsoftmax_lightning.callbacks import ExactResume, LastCheckpoint
+from lsoftmax_lightning.checkpoints import read
 
 from ..conftest import BlobsDataModule, make_model, make_trainer
 
@@ -110,6 +111,13 @@ def train_in(
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_signal_ends_a_run_with_epochs_of_one_step(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train_in(tmp_path, Signal(2), max_epochs=12, limit_train_batches=1, limit_val_batches=0)
+    assert read(tmp_path / "last.ckpt")["global_step"] == 3
 
 
 VALIDATIONS = [

@@ -158,6 +158,18 @@ def test_a_cycle_shorter_than_the_run_is_refused_before_it(interval: Any, steps:
     assert fit(steps).global_step == 16
 
 
+def test_a_cycle_of_a_checkpoint_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    def fit(total_steps: int, ckpt_path: Path | None = None) -> Trainer:
+        trainer = make_trainer(max_epochs=-1, max_steps=total_steps)
+        model = make_model(lr_scheduler=lambda o: OneCycleLR(o, 0.1, total_steps))
+        trainer.fit(model, BlobsDataModule(), ckpt_path=ckpt_path)
+        return trainer
+
+    fit(3).save_checkpoint(tmp_path / "short.ckpt")
+    with pytest.raises(InputError, match="6 steps of the run, got 3; which is that of the checkpoint"):
+        fit(6, tmp_path / "short.ckpt")
+
+
 def test_a_checkpoint_is_plain_and_rebuilds_the_module(tmp_path: Path) -> None:
     model = make_model(margin=3, lr_scheduler=lambda o: MultiStepLR(o, [3]))
     trainer = make_trainer()

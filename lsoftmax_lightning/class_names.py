@@ -23,7 +23,10 @@ def names_by_index(datamodule: Any) -> dict[int, str]:
         >>> names_by_index(SimpleNamespace(class_names={"cat": 0, "dog": 1}))
         {0: 'cat', 1: 'dog'}
     """
-    names = _by_index(getattr(datamodule, "class_names", None))
+    try:
+        names = _by_index(getattr(datamodule, "class_names", None))
+    except Exception:  # a property may raise before `setup`
+        return {}
     return {index: text for index, name in names.items() if (text := _printable(name))}
 
 
@@ -45,6 +48,8 @@ def _printable(name: Any) -> str:
     if name is None:
         return ""
     text = name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name)
+    if text.isprintable():
+        return text
     return "".join(
         character.encode("unicode_escape").decode() if unicodedata.category(character) in _NOT_PRINTED else character
         for character in text
