@@ -246,7 +246,7 @@ def test_wrong_types_of_every_setting_are_errors_without_traceback(
     settings = sorted(flat(yaml.safe_load(shown.getvalue())).keys() - UNTRIED)
     assert {"trainer.logger.purge_step", "checkpoint.monitor", "model.optimizer.differentiable"} <= set(settings)
     draw = random.Random(os.environ.get("FUZZ", config.name))
-    for _ in range(int(os.environ.get("FUZZ", "250")) // 20):
+    for _ in range(int(os.environ.get("FUZZ", "150")) // 20):
         setting, value = draw.choice(settings), draw.choice(WRONG_TYPES)
         runs_or_says_what_is_wrong([*args, f"--{setting}={argument(value)}"])
 
@@ -267,7 +267,7 @@ def _cheap(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", [arguments, configs, texts, command_lines])
 @settings(
-    max_examples=int(os.environ.get("FUZZ", "250")),
+    max_examples=int(os.environ.get("FUZZ", "150")),
     deadline=None,
     derandomize="FUZZ" not in os.environ,
     database=None,

@@ -98,7 +98,7 @@ def test_stopped_at_any_moment_a_run_ends_with_the_same_weights(stops: list[str]
 
 
 @pytest.mark.parametrize(
-    ("at", "lines", "end"), [(9, {"lambda": [9]}, 10), (19, {"lambda": [9, 19], "train/acc": [19]}, 21)]
+    ("at", "lines", "end"), [(9, {"lambda": [9]}, 10), (19, {"lambda": [9, 19], "train/acc": [19]}, 20)]
 )
 def test_what_was_measured_before_a_stop_is_logged(at: int, lines: dict[str, list[int]], end: int) -> None:
     class Tells(Callback):

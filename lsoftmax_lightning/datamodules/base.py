@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -148,7 +148,7 @@ class BatchDataModule(LightningDataModule):
         # set again by Lightning's BatchSizeFinder, which doubles it beyond the data
         most = len(self.train_data.targets) if hasattr(self, "train_data") else batch_size
         if batch_size > most:
-            rank_zero_warn(f"batch_size: must be at most the {most} training images, got {batch_size}; {most} is used.")
+            rank_zero_info(f"batch_size: must be at most the {most} training images, got {batch_size}; {most} is used.")
         self._batch_size = min(batch_size, most)
 
     @property
