@@ -286,7 +286,7 @@ def steps() -> Table:
 
 
 class Noise(CIFAR10DataModule):
-    """Noise in the place of CIFAR-10."""
+    """Noise instead of the images of CIFAR-10."""
 
     def load(self, train: bool) -> Images:
         """Draw images."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .atomic import torch_save, write_text
 from .data_spec import DataSpec
-from .errors import InputError, RunError
+from .errors import InputError, RunError, first_line
 
 FORMAT = 1
 """Of the checkpoints written; what was written before they had a number counts as 0."""
@@ -186,8 +186,7 @@ def _load(path: str | Path, file: Path) -> Any:
     except zipfile.BadZipFile as error:
         raise InputError(f"{path} is not a complete checkpoint: torch.save writes a complete zip file.") from error
     except Exception as error:  # whatever a decoder meets in a damaged file
-        said = str(error) or type(error).__name__
-        raise InputError(f"{path} is damaged: {said.splitlines()[0]}") from error
+        raise InputError(f"{path} is damaged: {first_line(error)}") from error
     if damaged:
         raise InputError(f"{path} is damaged: {damaged} in it is not what was written.")
     return content

@@ -19,3 +19,8 @@ class DivergenceError(LSoftmaxError, RuntimeError):
 
 class RunError(LSoftmaxError, RuntimeError):
     """Runs of a comparison failed, or a file could not be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

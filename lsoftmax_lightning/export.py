@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .atomic import atomic_path, disk_errors, temporary_path, torch_save_part
 from .checkpoints import read
 from .data_spec import DataSpec
-from .errors import InputError, RunError
+from .errors import InputError, RunError, first_line
 
 Format = Literal["onnx", "torch_export", "state_dict"]
 Pixels = Literal["uint8", "float"]
@@ -183,7 +183,7 @@ def _onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str,
     except Exception as error:  # whatever their converters meet
         raise RunError(
             f"torch {torch.__version__} and onnxscript {version('onnxscript')} cannot write this network as ONNX "
-            f"({str(error).strip().splitlines()[0]}). Newer ones may; torch_export does without them."
+            f"({first_line(error)}). Newer ones may; torch_export does without them."
         ) from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 

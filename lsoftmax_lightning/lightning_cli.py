@@ -280,11 +280,6 @@ def _checkpoint_mode(monitor: str | None, mode: str) -> str:
     return known or mode
 
 
-def _is_tensorboard(logger: Any) -> bool:
-    """Return whether the settings of a logger are those of a TensorBoardLogger."""
-    return _is_kind(logger, TensorBoardLogger)
-
-
 def _is_kind(settings: Any, kind: type) -> bool:
     """Return whether settings are those of a class of a kind; a ``class_path`` may also be that of a function."""
     given = resolve_name(settings.class_path) if isinstance(settings, Namespace) and "class_path" in settings else None
@@ -481,7 +476,7 @@ class LSoftmaxCLI(LightningCLI):
     def _place_of_runs(self, word: str) -> tuple[int, Any]:
         """Return the index of the TensorBoardLogger, in whose folders checkpoints are found, and its settings."""
         loggers = _as_list(self.config[self.subcommand].trainer.logger)
-        index = next((n for n, logger in enumerate(loggers) if _is_tensorboard(logger)), None)
+        index = next((n for n, logger in enumerate(loggers) if _is_kind(logger, TensorBoardLogger)), None)
         if index is None:
             raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
         place = loggers[index].init_args

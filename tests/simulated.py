@@ -81,7 +81,7 @@ _LIBRARIES = _autocast_as_cuda()  # which end with what they registered
 
 
 class Event:
-    """In the place of ``torch.Event``: everything has happened already."""
+    """Replaces ``torch.Event``: the device has always finished."""
 
     def __init__(self, *args: Any) -> None: ...
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.checkpoints import FORMAT, WholeCheckpointIO, read
 from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.errors import InputError, RunError
 from lsoftmax_lightning.user_errors import errors_without_traceback
 
@@ -193,7 +194,8 @@ def test_a_checkpoint_says_by_whom_and_in_which_format_it_was_written() -> None:
     trainer.fit(make_model(), BlobsDataModule())
     trainer.save_checkpoint("some.ckpt", weights_only=False)
     stamp = read("some.ckpt")["lsoftmax_lightning"]
-    assert (stamp["format"], stamp["version"]) == (FORMAT, "0.1.0")
+    data = DataSpec.from_datamodule(BlobsDataModule()).to_json()
+    assert stamp == {"format": FORMAT, "version": "0.1.0", "data": data}
     later = torch.load("some.ckpt", weights_only=True)
     later["lsoftmax_lightning"]["format"] += 1
     torch.save(later, "later.ckpt")

@@ -87,6 +87,13 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
     rows = Path("runs/digits/version_1/predictions.csv").read_text().splitlines()[1:]
     assert [row.split(",")[1] for row in rows] == [data.class_names[number] for number in logits.argmax(1)]
 
+    earlier = torch.load(checkpoint, weights_only=True)  # of a release that did not describe the data
+    del earlier["lsoftmax_lightning"]["data"]
+    torch.save(earlier, checkpoint)
+    main(["export", "--ckpt_path", checkpoint, "--format", "torch_export", "--output", "model.pt2"])
+    printed = capsys.readouterr().out
+    assert "Wrote model.pt2. For test images it differs from the module by at most" in printed
+
     for args, said in (
         (["--ckpt_path", "nope.ckpt"], "there is no config.yaml, the config of the run that nope.ckpt is of"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),

@@ -9,7 +9,8 @@ import torchvision
 from torch import nn
 from torch.func import functional_call
 
-from ..errors import InputError
+from ..errors import InputError, first_line
+from .modes import evaluation_mode
 from .paper import PaperNet
 
 __all__ = ["PaperNet", "create_backbone", "list_backbones"]
@@ -61,10 +62,9 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, OSError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"backbone {name!r} cannot be made with {kwargs or 'no arguments'} for images of "
-            f"{tuple(image_shape)}: {reason}"
+            f"{tuple(image_shape)}: {first_line(error)}"
         ) from error
     _check_image_shape(name, backbone, image_shape)
     return backbone
@@ -80,19 +80,14 @@ def _size_arguments(name: str, size: tuple[int, ...]) -> dict[str, Any]:
 def _check_image_shape(name: str, backbone: nn.Module, image_shape: tuple[int, int, int]) -> None:
     """Check that a network takes images of a shape, without computing anything."""
     state = {key: value.to("meta") for key, value in [*backbone.named_parameters(), *backbone.named_buffers()]}
-    modes = [module for module in backbone.modules() if module.training]
-    backbone.eval()  # batch normalisation in training takes no single value
     try:
-        functional_call(backbone, state, torch.empty(1, *image_shape, device="meta"))
+        with evaluation_mode(backbone):  # batch normalisation in training takes no single value
+            functional_call(backbone, state, torch.empty(1, *image_shape, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"backbone {name!r} does not take images of {tuple(image_shape)}: {reason.rstrip('.')}; use another size, "
-            "such as 224x224."
+            f"backbone {name!r} does not take images of {tuple(image_shape)}: {first_line(error).rstrip('.')}; use "
+            "another size, such as 224x224."
         ) from error
-    finally:
-        for module in modes:
-            module.training = True
 
 
 def _torchvision_backbone(name: str, channels: int, **kwargs: Any) -> nn.Module:

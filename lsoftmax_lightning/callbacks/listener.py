@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import first_line
 from ..functional import plain_logits
 
 
@@ -115,9 +116,8 @@ class HeadListener(Callback):
             if collective and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
                 raise
             if what not in self._left_out:
-                cause = str(error).partition("\n")[0]
                 warnings.warn(
-                    f"{type(self).__name__}: {what} left out because of {type(error).__name__}: {cause}; "
+                    f"{type(self).__name__}: {what} left out because of {type(error).__name__}: {first_line(error)}; "
                     "the run continues without.",
                     stacklevel=3,
                 )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -28,12 +27,13 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import Self, override
 
 from ..backbones import create_backbone
+from ..backbones.modes import evaluation_mode
 from ..callbacks import LambdaAnnealing
 from ..callbacks.run_length import run_length
 from ..checkpoints import check_format, saved_data_spec, stamp
 from ..checkpoints import warm_start as start_from
 from ..data_spec import DataSpec
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..heads import LSoftmaxLinear
 from ..lr_schedulers import FractionalMultiStepLR
 from ..schedules import AccuracyFeedback, LambdaSchedule
@@ -168,7 +168,7 @@ class LSoftmaxModule(LightningModule):
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"the backbone {type(self.backbone).__name__} does not take images of "
-                f"{tuple(self.image_shape)}: {str(error).partition(chr(10))[0]}"
+                f"{tuple(self.image_shape)}: {first_line(error)}"
             ) from error
 
     def _has_lazy_layers(self) -> bool:
@@ -444,18 +444,6 @@ class LSoftmaxModule(LightningModule):
         """Annealing of lambda, unless the Trainer has its own."""
         configured = any(isinstance(callback, LambdaAnnealing) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if configured else [LambdaAnnealing()]
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Set a module and its parts to evaluation mode, and back to the mode that each had."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 _DEFAULT_OPTIMIZER = inspect.signature(LSoftmaxModule).parameters["optimizer"].default

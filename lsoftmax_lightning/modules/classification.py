@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from ..backbones.modes import evaluation_mode
 from ..data_spec import DataSpec
 from ..errors import InputError
 from ..functional import own_logits, target_angles
 from ..metrics import MeanLoss
-from .base import LSoftmaxModule, evaluation_mode
+from .base import LSoftmaxModule
 
 
 class Classification(NamedTuple):

@@ -389,5 +389,6 @@ def test_a_compiled_backbone_is_compiled_once_and_leaves_no_trace(monkeypatch: p
     trainer.test(model, data)
     assert modes == ["reduce-overhead"]
     assert len(graphs) == 1
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 4)
     assert "compile" not in model.hparams
     assert model.state_dict().keys() == make_model().state_dict().keys()
