@@ -30,7 +30,7 @@ from lightning import Trainer, seed_everything
 from torch.optim import SGD
 
 from lsoftmax_lightning import ClassificationModule
-from lsoftmax_lightning.compare.report import mean_and_interval
+from lsoftmax_lightning.compare.intervals import mean_and_interval
 from lsoftmax_lightning.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
 from lsoftmax_lightning.schedules import AccuracyFeedback, LambdaSchedule, RunFraction

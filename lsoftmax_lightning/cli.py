@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,7 +59,7 @@ def compare_margins(args: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lsoftmax_lightning compare",
         usage="%(prog)s --config NAME [--margins M ...] [--seeds S ...] [--jobs N] [--KEY VALUE ...]\n"
-        "       %(prog)s --report FOLDER",
+        "       %(prog)s --report PATH ... [--folder FOLDER]",
         description="Trains a config at several margins and seeds. All is left in one folder: results.csv (a row for "
         "each run), table.md, figures, and the runs for TensorBoard. The same command again goes on where it was "
         "interrupted; with more margins, seeds or values it trains only what is new.",
@@ -78,32 +79,51 @@ def compare_margins(args: list[str]) -> None:
         help="cross with these values of one more setting; may be given again",
     )
     parser.add_argument(
+        "--average",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="like --sweep, but the table has means over these values and pairs runs by them, as for folds",
+    )
+    parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at once, on devices or cores of their own"
     )
     parser.add_argument("--folder", type=_path, help="where all is left (default: runs/compare-NAME)")
     parser.add_argument(
-        "--report", type=_path, metavar="FOLDER", help="make table and figures of FOLDER again; no training"
+        "--report",
+        nargs="+",
+        type=_path,
+        metavar="PATH",
+        help="print the table of folders or results.csv files of compare, all runs together, without training; table "
+        "and figures are written to --folder, by default that of a single comparison",
     )
     given, settings = parser.parse_known_args(args)
     if given.report:
-        if settings or given != parser.parse_args(["--report", str(given.report)]):
-            raise InputError("--report takes a folder and no other argument: it trains nothing.")
-        report(given.report)
+        folder = ["--folder", str(given.folder)] if given.folder else []
+        if settings or given != parser.parse_args(["--report", *map(str, given.report), *folder]):
+            raise InputError("--report takes paths, and no other argument than --folder: it trains nothing.")
+        report(given.report, given.folder)
         return
     if not given.config:
         raise InputError("compare needs a config, as in: compare --config digits.yaml --margins 1 4 --seeds 0 1 2")
-    sweep = {}
-    for text in given.sweep:
-        key, _, values = text.partition("=")
-        try:
-            sweep[key] = yaml.safe_load(f"[{values}]")
-        except yaml.YAMLError as error:
-            raise InputError(f"--sweep takes KEY=V1,V2, got {text!r}: {error}") from error
+    sweep, average = (_values(option, getattr(given, option)) for option in ("sweep", "average"))
     try:
-        compare(given.config, given.margins, given.seeds, settings, sweep, given.jobs, given.folder)
+        compare(given.config, given.margins, given.seeds, settings, sweep, average, given.jobs, given.folder)
     except Stopped:
         print("The same command continues from here.", file=sys.stderr)
         raise
+
+
+def _values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Parse KEY=V1,V2."""
+    values = {}
+    for text in texts:
+        key, _, listed = text.partition("=")
+        try:
+            values[key] = yaml.safe_load(f"[{listed}]")
+        except yaml.YAMLError as error:
+            raise InputError(f"--{option} takes KEY=V1,V2, got {text!r}: {error}") from error
+    return values
 
 
 def _path(text: str) -> Path:

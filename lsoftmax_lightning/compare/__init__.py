@@ -21,6 +21,7 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     settings: Sequence[str] = (),
     sweep: Mapping[str, Sequence[Any]] | None = None,
+    average: Mapping[str, Sequence[Any]] | None = None,
     jobs: int = 1,
     folder: str | Path | None = None,
 ) -> list[dict[str, Any]]:
@@ -36,6 +37,8 @@ def compare(
         settings: Further arguments of ``fit``, the same for all runs: ``["--trainer.max_steps", "600"]``.
         sweep: Further settings by their names, and values of each, to be crossed with the margins:
             ``{"model.label_smoothing": [0, 0.1]}``.
+        average: Likewise, but the table has means over these values, and pairs runs by them as by the seed:
+            ``{"data.fold": [1, 2, 3]}``.
         jobs: How many runs are trained at once, each on its share of the GPUs or of the CPU's cores.
         folder: Where all is left, by default ``runs/compare-<config>``.
 
@@ -49,7 +52,7 @@ def compare(
         RunError: If a training failed; after all others, and with table and figures made of these.
     """
     configs = [config] if isinstance(config, str) else list(config)
-    sweep = sweep or {}
+    sweep, average = sweep or {}, average or {}
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, got {jobs}.")
     path = Path(folder or Path("runs", f"compare-{Path(configs[-1]).stem}")).absolute()
@@ -57,12 +60,16 @@ def compare(
     for name in configs:
         words += ["--config", name]
     words += ["--margins", *map(str, margins), "--seeds", *map(str, seeds)]
-    for key, values in sweep.items():
-        words += ["--sweep", f"{key}={','.join(map(argument, values))}"]
+    for option, crossed in (("--sweep", sweep), ("--average", average)):
+        for key, values in crossed.items():
+            words += [option, f"{key}={','.join(map(argument, values))}"]
     words += ["--jobs", str(jobs)] if jobs > 1 else []
     words += ["--folder", str(folder)] if folder else []
-    runs = plan(configs, margins, seeds, settings, sweep, path)
-    failed = train(runs, jobs, path, shlex.join([*words, *settings]))
+    if both := sweep.keys() & average.keys():
+        raise InputError(f"--average: must be settings that --sweep does not have, got {', '.join(both)} in both.")
+    runs = plan(configs, margins, seeds, settings, {**sweep, **average}, path)
+    facts = {"command": shlex.join([*words, *settings]), **({"averaged": ", ".join(average)} if average else {})}
+    failed = train(runs, jobs, path, facts)
     rows = report(path) if any(run.finished for run in runs) else []
     if failed:
         reasons = "".join(f"\n  {run.folder.name}: {reason}" for run, reason in failed.items())

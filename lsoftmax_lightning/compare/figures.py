@@ -1,4 +1,4 @@
-"""The figures of a comparison, from what its runs have left."""
+"""Figures of a comparison."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from itertools import cycle
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -15,55 +16,111 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from .. import pictures
 from ..functional import degrees
 from ..pictures import COLORS
-from .results import Done
+from .intervals import half_interval, paired_differences
+from .results import FinishedRun, is_number, setting_names
 
 _CURVES = {"lambda": "symlog", "train/loss": "log", "val/loss": "log", "val/acc": "linear"}
 
 
-def draw(runs: Sequence[Done]) -> Iterator[tuple[str, Figure]]:
-    """Names and figures: the accuracy of all runs by margin, and what else there is of each swept setting.
+def draw(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, Figure]]:
+    """Yield names and figures: the accuracy of all runs, and for each setting what its runs have left in their folders.
 
     Args:
-        runs: Finished runs, in the order of their margins.
+        runs: Finished runs, sorted by setting and margin.
     """
-    yield "accuracy", _accuracy(runs)
-    for setting, alike in _grouped(runs, lambda run: run.setting).items():
-        of = f"-{setting.replace(' ', '')}" if setting else ""
-        by_margin = _grouped(alike, lambda run: f"m = {run.margin}")
-        yield f"curves{of}", _curves(by_margin, setting)
+    names = setting_names(runs)
+    settings = _grouped(runs, lambda run: _label(run, names))
+    yield "accuracy", _accuracy(settings)
+    if axis := _numeric_setting(runs, names):
+        yield f"accuracy_by_{axis}", _accuracy_by(axis, runs, [name for name in names if name != axis])
+    for setting, same_settings in settings.items():
+        suffix = f"-{setting.replace(' ', '')}" if setting else ""
+        in_folders = [run for run in same_settings if run.folder]
+        by_margin = _grouped(in_folders, lambda run: f"m = {run.margin}")
+        if by_margin:
+            yield f"curves{suffix}", _curves(by_margin, setting)
         for name, figure in _tests(by_margin, setting):
-            yield name + of, figure
+            yield name + suffix, figure
 
 
-def _grouped(runs: Sequence[Done], name: Callable[[Done], str]) -> dict[str, list[Done]]:
+def _label(run: FinishedRun, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} = {run.value(name)}" for name in names if run.value(name) != "-")
+
+
+def _grouped(runs: Sequence[FinishedRun], name: Callable[[FinishedRun], str]) -> dict[str, list[FinishedRun]]:
     groups = defaultdict(list)
     for run in runs:
         groups[name(run)].append(run)
     return groups
 
 
-def _accuracy(runs: Sequence[Done]) -> Figure:
-    """Test accuracy by margin: a dot for each run, mean and standard deviation."""
+def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
+    """Draw the test accuracy by margin: a dot for each run, mean and standard deviation."""
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="margin m", ylabel="test accuracy, %: runs, mean ± standard deviation")
-    settings = _grouped([run for run in runs if "test/acc" in run.results], lambda run: run.setting)
-    for number, (setting, alike) in enumerate(settings.items()):
-        color, shift = COLORS[number % 10], 0.5 / len(settings) * (number - (len(settings) - 1) / 2)
+    for index, (setting, runs) in enumerate(settings.items()):
+        color, shift = COLORS[index % 10], 0.5 / len(settings) * (index - (len(settings) - 1) / 2)
         values = defaultdict(list)
-        for run in alike:
-            values[run.margin + shift].append(100 * run.results["test/acc"])
-            axes.plot(run.margin + shift, values[run.margin + shift][-1], ".", color=color, alpha=0.35)
-        means = [statistics.fmean(own) for own in values.values()]
-        spreads = [statistics.stdev(own) if len(own) > 1 else 0 for own in values.values()]
+        for run in runs:
+            if "test/acc" in run.metrics:
+                values[run.margin + shift].append(100 * run.metrics["test/acc"])
+                axes.plot(run.margin + shift, values[run.margin + shift][-1], ".", color=color, alpha=0.35)
+        means = [statistics.fmean(group) for group in values.values()]
+        spreads = [statistics.stdev(group) if len(group) > 1 else 0 for group in values.values()]
         axes.errorbar(list(values), means, spreads, color=color, marker="o", capsize=4, label=setting)
-    axes.set_xticks(sorted({run.margin for run in runs}))
+    axes.set_xticks(sorted({run.margin for runs in settings.values() for run in runs}))
     axes.grid(alpha=0.3)
     if len(settings) > 1:
         axes.legend(frameon=False)
     return figure
 
 
-def _curves(runs: Mapping[str, Sequence[Done]], title: str) -> Figure:
+def _numeric_setting(runs: Sequence[FinishedRun], names: Sequence[str]) -> str | None:
+    """Return the setting with the most numbers as values, at least three; None if there is none."""
+    numbers = {name: {run.value(name) for run in runs if is_number(run.value(name))} for name in names}
+    name = max(names, key=lambda name: len(numbers[name]), default=None)
+    return name if name and len(numbers[name]) > 2 else None
+
+
+def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) -> Figure:
+    """Draw the test accuracy by a setting, and its difference to m = 1: a curve for each margin."""
+    runs = [run for run in runs if "test/acc" in run.metrics and is_number(run.value(axis))]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    accuracy, difference = figure.subplots(1, 2)
+    accuracy.set(ylabel="test accuracy, %, with 95 % interval")
+    difference.set(ylabel="difference to m = 1, percentage points, with 95 % interval")
+    curves = _grouped(runs, lambda run: ", ".join(filter(None, [f"m = {run.margin}", _label(run, others)])))
+    for index, (label, curve) in enumerate(curves.items()):
+        style: dict[str, Any] = {"color": COLORS[index % 10], "marker": "o", "capsize": 3, "label": label}
+        points: dict[Any, list[FinishedRun]] = defaultdict(list)
+        for run in curve:
+            points[run.value(axis)].append(run)
+        values = {at: [100 * run.metrics["test/acc"] for run in group] for at, group in points.items()}
+        gaps = {at: paired_differences(group, _baseline(group[0], axis, others, runs)) for at, group in points.items()}
+        for axes, samples in ((accuracy, values), (difference, gaps)):
+            drawn = {at: sample for at, sample in sorted(samples.items()) if sample}
+            if any(any(sample) for sample in drawn.values()):  # not the difference of the baseline to itself
+                halves = [half_interval(sample) for sample in drawn.values()]
+                axes.errorbar(list(drawn), list(map(statistics.fmean, drawn.values())), halves, **style)
+    ticks = sorted({run.value(axis) for run in runs})
+    for axes in (accuracy, difference):
+        axes.set(xlabel=axis, xscale="log" if ticks[0] > 0 and ticks[-1] >= 10 * ticks[0] else "linear")
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    difference.axhline(0, color="gray", linewidth=1)
+    accuracy.legend(frameon=False)
+    return figure
+
+
+def _baseline(run: FinishedRun, axis: str, others: Sequence[str], runs: Sequence[FinishedRun]) -> Sequence[FinishedRun]:
+    """Return the runs at m = 1 with the settings of a run; for a run at m = 1 those with the first settings."""
+    softmax = [other for other in runs if other.margin == 1 and other.value(axis) == run.value(axis)]
+    group = run.group(others) if run.margin > 1 or not softmax else softmax[0].group(others)
+    return [other for other in softmax if other.group(others) == group]
+
+
+def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:
     """lambda, losses and accuracy over the training: the mean over seeds, and from the least to the most."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
@@ -93,7 +150,7 @@ def _curves(runs: Mapping[str, Sequence[Done]], title: str) -> Figure:
     return figure
 
 
-def _tests(runs: Mapping[str, Sequence[Done]], title: str) -> Iterator[tuple[str, Figure]]:
+def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tuple[str, Figure]]:
     """What the tests have left, the margins side by side; scatters and pairs are of the first seed."""
     records = {label: [record for run in own if (record := run.record())] for label, own in runs.items()}
     records = {label: own for label, own in records.items() if own}

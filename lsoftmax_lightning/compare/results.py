@@ -1,10 +1,11 @@
-"""The finished runs of a comparison, as they lie in its folder."""
+"""Finished runs of a comparison, from its folder or from a ``results.csv``."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,72 +15,149 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ..errors import InputError
 from ..lightning_cli import read_yaml
+from .paper import paper_experiment
+
+TRAINING_FACTS = ("data", "train_size", "label_noise", "checkpoint")
+"""Facts that are settings of a run: where they differ, the runs are not compared with each other."""
 
 
 @dataclass(frozen=True)
-class Done:
+class FinishedRun:
     """A finished run.
 
     Attributes:
-        folder: Where it is.
         margin: m.
-        seed: Of the training.
-        swept: The swept settings and their values.
-        facts: Steps, seconds, machine, versions, command.
-        results: Figures of the test, and that of validation which chose the checkpoint.
-        config: All settings.
+        seed: Seed of the training.
+        settings: Values of the settings that ``--sweep`` and ``--average`` set, by name.
+        metrics: Test metrics, and the validation metric that chose the checkpoint.
+        facts: What it was trained on and with: data, steps, seconds, machine, versions, command.
+        folder: Folder of the run; None if it was read from a ``results.csv``.
     """
 
-    folder: Path
     margin: int
     seed: int
-    swept: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, float]
     facts: Mapping[str, Any]
-    results: Mapping[str, float]
-    config: Mapping[str, Any]
+    folder: Path | None = None
 
     @property
-    def setting(self) -> str:
-        """The swept values in words."""
-        return ", ".join(f"{key} = {value}" for key, value in self.swept.items())
+    def averaged(self) -> list[str]:
+        """Names of the settings that ``--average`` set."""
+        names = str(self.facts.get("averaged", "")).split(", ")
+        return [name for name in self.settings if name in names]
+
+    @property
+    def pair(self) -> tuple[str, ...]:
+        """Seed and values of the averaged settings: what two paired runs share."""
+        return (str(self.seed), *(str(self.settings[name]) for name in self.averaged))
+
+    def value(self, name: str) -> Any:
+        """Return the value of a setting, "-" if it is not set."""
+        return self.settings.get(name, self.facts.get(name, "-"))
+
+    def group(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the values of settings as texts."""
+        return tuple(str(self.value(name)) for name in names)
 
     def record(self) -> dict[str, Any]:
-        """What :class:`~lsoftmax_lightning.compare.record.TestRecord` has left, if anything."""
-        path = self.folder / "test.pt"
+        """Return the content of the :class:`~lsoftmax_lightning.compare.record.TestRecord`, empty if there is none."""
+        path = Path(self.folder or "", "test.pt")
         try:
-            content: dict[str, Any] = torch.load(path, weights_only=True) if path.is_file() else {}
+            content: dict[str, Any] = torch.load(path, weights_only=True) if self.folder and path.is_file() else {}
         except Exception as error:  # whatever the decoder meets in a damaged file
             rank_zero_warn(f"{path} cannot be read and is left out of the figures: {error or type(error).__name__}")
             return {}
         return content
 
     def row(self) -> dict[str, Any]:
-        """All that is known in numbers and words."""
-        return {"margin": self.margin, **self.swept, "seed": self.seed, **self.results, **self.facts}
+        """Return the row of ``results.csv``."""
+        return {"margin": self.margin, **self.settings, "seed": self.seed, **self.metrics, **self.facts}
 
 
-def read(folder: Path) -> Iterator[Done]:
-    """The finished runs, in no order.
+def setting_names(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return the names of the settings that tell runs of a margin and a seed apart."""
+    swept = [name for run in runs for name in run.settings if name not in run.averaged]
+    facts = [name for name in TRAINING_FACTS if len({str(run.value(name)) for run in runs}) > 1]
+    return list(dict.fromkeys([*swept, *facts]))
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a setting is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read(path: Path) -> Iterator[FinishedRun]:
+    """Read finished runs, in no order.
+
+    Args:
+        path: Folder of a comparison, or a ``results.csv``.
 
     Raises:
-        InputError: If the ``config.yaml`` of one is missing or damaged.
+        InputError: If the ``config.yaml`` of a run is missing or damaged, or the file is not a ``results.csv``.
     """
-    for path in folder.glob("*/run.json"):
-        outcome = read_outcome(path.parent)
+    if path.is_file():
+        yield from _read_rows(path)
+    for file in path.glob("*/run.json"):
+        outcome = read_outcome(file.parent)
         if outcome is None:
-            rank_zero_warn(f"{damaged_outcome(path.parent)} is missing or damaged; its run is left out.")
+            rank_zero_warn(f"{damaged_outcome(file.parent)} is missing or damaged; its run is left out.")
             continue
-        facts, results = outcome
-        swept = dict(facts.pop("point"))
-        yield Done(
-            folder=path.parent,
-            margin=swept.pop("margin"),
-            seed=swept.pop("seed"),
-            swept=swept,
-            facts=facts,
-            results=results,
-            config=_config(path.with_name("config.yaml")),
+        facts, metrics = outcome
+        settings = dict(facts.pop("point"))
+        yield FinishedRun(
+            margin=settings.pop("margin"),
+            seed=settings.pop("seed"),
+            settings=settings,
+            metrics=metrics,
+            facts={**_described(_config(file.with_name("config.yaml")), metrics), **facts},
+            folder=file.parent,
         )
+
+
+def _read_rows(path: Path) -> Iterator[FinishedRun]:
+    """Read a ``results.csv``: names of metrics have a slash, those of settings a dot."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                values = {name: _parsed(text.removeprefix("'")) for name, text in row.items() if text}
+                metrics = {name: float(values.pop(name)) for name in list(values) if "/" in name}
+                yield FinishedRun(
+                    margin=int(values.pop("margin")),
+                    seed=int(values.pop("seed")),
+                    settings={name: values.pop(name) for name in list(values) if "." in name},
+                    metrics=metrics,
+                    facts=values,
+                )
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(
+            f"--report: needs a folder or results.csv of compare, got {path}, which is another or a damaged file "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _parsed(text: str) -> Any:
+    """Return a number if the text is one as Python writes it, else the text."""
+    for kind in (int, float):
+        try:
+            if str(kind(text)) == text:
+                return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _described(config: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Return what a table says of the settings of a run."""
+    data, checkpoint = config["data"], config["checkpoint"]
+    monitor = checkpoint.get("monitor")
+    return {
+        "data": str(data.get("class_path")).rpartition(".")[2],
+        "batch_size": data.get("init_args", {}).get("batch_size"),
+        **train_settings(config),
+        "checkpoint": f"{checkpoint.get('mode')}imum of {monitor}" if monitor in metrics else "last",
+        **({"paper": paper} if (paper := paper_experiment(config)) and not train_settings(config) else {}),
+    }
 
 
 def read_outcome(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -137,5 +215,5 @@ def train_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def file_name(text: str) -> str:
-    """A text that is fit to name a file."""
+    """Return a text with everything replaced that a file name should not contain."""
     return re.sub(r"[^\w.,+=-]", "_", text)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -64,22 +64,22 @@ class _Work:
         """How much of the run is over, 0 to 1."""
         return self.steps / self.total if self.total else 0
 
-    def finish(self, command: str) -> None:
+    def finish(self, facts: Mapping[str, str]) -> None:
         """Keeps what is known of it, which also says that it is finished."""
-        facts = {
+        content = {
             "point": self.run.point,
             "steps": int(self.steps),
             "seconds": None if self.resumed else round(time.monotonic() - self.began, 1),
             "threads": self.threads,
-            "command": command,
+            **facts,
             **train_settings(self.run.config),
             **provenance(),
         }
         (self.run.folder / "progress").unlink(missing_ok=True)
-        write_text(self.run.folder / "run.json", json.dumps(facts, indent=2) + "\n")
+        write_text(self.run.folder / "run.json", json.dumps(content, indent=2) + "\n")
 
 
-def train(runs: Sequence[Run], jobs: int, folder: Path, command: str) -> dict[Run, str]:
+def train(runs: Sequence[Run], jobs: int, folder: Path, facts: Mapping[str, str]) -> dict[Run, str]:
     """Trains the runs that are not finished; an interrupted one goes on from its last checkpoint.
 
     Args:
@@ -87,7 +87,7 @@ def train(runs: Sequence[Run], jobs: int, folder: Path, command: str) -> dict[Ru
         jobs: How many are trained at once. Where there are several, each has its share of the GPUs and, unless
             ``OMP_NUM_THREADS`` is set, of the CPU's cores.
         folder: Of the comparison, which is locked.
-        command: That of the comparison, kept with each run.
+        facts: Facts of the comparison, such as its command, that are kept with each run.
 
     Returns:
         The runs that failed, each with the last line that it printed.
@@ -98,14 +98,14 @@ def train(runs: Sequence[Run], jobs: int, folder: Path, command: str) -> dict[Ru
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            return {run: _last_line(run) for run in _train(runs, jobs, command)}
+            return {run: _last_line(run) for run in _train(runs, jobs, facts)}
     except Timeout as error:
         raise InputError(f"another comparison is at work in {folder}: wait for it, or choose a --folder.") from error
     except FileExistsError as error:
         raise InputError(f"--folder takes a folder, and {folder} is a file.") from error
 
 
-def _train(runs: Sequence[Run], jobs: int, command: str) -> list[Run]:
+def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run]:
     waiting = deque(run for run in runs if not run.finished)
     done = len(runs) - len(waiting)
     places = list(range(min(jobs, len(runs))))
@@ -142,7 +142,7 @@ def _train(runs: Sequence[Run], jobs: int, command: str) -> list[Run]:
                     done += 1
                     # a run that was told to end has no results, and no code to say so
                     if work.process.returncode == 0 and read_json(work.run.folder / "results.json") is not None:
-                        work.finish(command)
+                        work.finish(facts)
                         said = _accuracy(work.run)
                     else:
                         failed.append(work.run)

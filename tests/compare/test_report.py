@@ -12,6 +12,7 @@ import yaml
 from rich.progress import TaskID
 from torch.utils.tensorboard import SummaryWriter
 
+from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import report
 from lsoftmax_lightning.compare.figures import draw
 from lsoftmax_lightning.compare.plan import Run
@@ -181,7 +182,7 @@ def test_a_run_without_our_figures_has_a_row(tmp_path: Path) -> None:
     next(tmp_path.glob("*/results.json")).write_text('{"test/mine": 1.0}')
     assert report(tmp_path)[0]["test/mine"] == 1
     assert cells(tmp_path)[2] == ["2", "1", "-", "-"]
-    assert "of the last checkpoint" in (tmp_path / "table.md").read_text()
+    assert "Tested checkpoint: last." in (tmp_path / "table.md").read_text()
 
 
 def test_unfinished_runs_are_left_out(tmp_path: Path) -> None:
@@ -211,7 +212,8 @@ def test_the_facts_of_a_run_state_them(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         run = Run(tmp_path / name, {"margin": 2, "seed": 0}, {"data": {"init_args": {"batch_size": 8} | settings}})
         process: Any = None
-        _Work(run, place=0, threads=1, process=process, task=TaskID(0), resumed=False).finish("the command")
+        work = _Work(run, place=0, threads=1, process=process, task=TaskID(0), resumed=False)
+        work.finish({"command": "the command"})
         facts = json.loads((tmp_path / name / "run.json").read_text())
         stated = {key: facts[key] for key in ("train_size", "label_noise") if key in facts}
         assert stated == (settings if name == "noisy" else {})
@@ -280,3 +282,97 @@ def test_a_full_disk_leaves_the_previous_report(tmp_path: Path) -> None:
         after = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
         assert after.keys() == before.keys()
         assert all(after[path] == before[path] for path in tmp_path.glob("*.png"))
+
+
+def test_a_report_of_the_rows_has_the_table_of_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8}}
+    for margin in (1, 4):
+        for seed in (0, 1, 2):
+            for value in (0, 0.1, "a", [1, "x"], True, "=1"):
+                accuracy = 0.5 + margin / 30 + seed / 70
+                write_run(tmp_path / "runs", margin, seed, accuracy, {"model.x": value}, data, backbone="mnist")
+    report(tmp_path / "runs")
+    capsys.readouterr()
+    rows = report(tmp_path / "runs" / "results.csv")
+    table = (tmp_path / "runs" / "table.md").read_text()
+    assert capsys.readouterr().out.strip() == table.strip()
+    assert "99.69*" in table
+    assert len(rows) == 36
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+
+    main(["compare", "--report", str(tmp_path / "runs" / "results.csv"), "--folder", str(tmp_path / "new")])
+    assert (tmp_path / "new" / "results.csv").read_text() == (tmp_path / "runs" / "results.csv").read_text()
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"results.csv", "table.md", "accuracy.png"}
+
+
+def test_several_comparisons_are_reported_together(tmp_path: Path) -> None:
+    sizes = {500: 0.01, 1000: 0.02, 60000: 0.005}
+    for size, gap in sizes.items():
+        data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": size}}
+        for seed in (0, 1):
+            write_run(tmp_path / str(size), 1, seed, 0.8 + seed / 100, data=data)
+            write_run(tmp_path / str(size), 2, seed, 0.8 + seed / 100 + gap, data=data)
+            write_run(tmp_path / "smoothed" / str(size), 1, seed, 0.85, {"model.label_smoothing": 0.1}, data)
+    report(tmp_path / "500")
+    folders = [tmp_path / "500" / "results.csv", tmp_path / "1000", tmp_path / "60000"]
+    report([*folders, *(tmp_path / "smoothed").iterdir()], tmp_path / "all")
+    header, _, *lines = cells(tmp_path / "all")
+    assert header[:5] == ["m", "model.label_smoothing", "train_size", "runs", "test accuracy, %"]
+    assert [line[:3] + line[5:6] for line in lines] == [
+        *(
+            [m, "-", str(size), gap]
+            for size, gaps in zip(sizes, ("+1.00", "+2.00", "+0.50"), strict=True)
+            for m, gap in (("1", "-"), ("2", f"{gaps} ({gaps} to {gaps})"))
+        ),
+        *(["1", "0.1", str(size), "-"] for size in sizes),
+    ]
+
+    runs = sorted(
+        [
+            run
+            for folder in [tmp_path / str(size) for size in sizes] + list((tmp_path / "smoothed").iterdir())
+            for run in read(folder)
+        ],
+        key=lambda run: (len(run.settings), run.margin, run.seed),
+    )
+    accuracy, difference = dict(draw(runs))["accuracy_by_train_size"].axes
+    assert accuracy.get_xscale() == "log"
+    assert [text.get_text() for text in accuracy.get_xticklabels()] == ["500", "1,000", "60,000"]
+    curves = {bars.get_label(): list(bars.lines[0].get_ydata()) for bars in accuracy.containers}
+    assert curves["m = 2"] == pytest.approx([81.5, 82.5, 81.0])
+    assert curves["m = 1, model.label_smoothing = 0.1"] == pytest.approx([85.0] * 3)
+    gaps = {bars.get_label(): list(bars.lines[0].get_ydata()) for bars in difference.containers}
+    assert gaps == {
+        "m = 2": pytest.approx([1.0, 2.0, 0.5]),
+        "m = 1, model.label_smoothing = 0.1": pytest.approx([4.5] * 3),  # to the first m = 1
+    }
+
+
+def test_averaged_settings_pair_the_runs(tmp_path: Path) -> None:
+    for fold, (one, two) in {1: (0.7, 0.71), 2: (0.9, 0.92), 3: (0.8, 0.83)}.items():
+        for margin, accuracy in ((1, one), (2, two)):
+            write_run(tmp_path, margin, 0, accuracy, {"data.fold": fold})
+    for path in tmp_path.glob("*/run.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"averaged": "data.fold"}))
+    for source in (tmp_path, tmp_path / "results.csv"):
+        report(source, tmp_path)
+        header, _, first, second = cells(tmp_path)
+        assert header[:3] == ["m", "runs", "test accuracy, %"]
+        assert first[1:4] == ["3", "80.00 ± 10.00", "-"]
+        assert second[1:4] == ["3", "82.00 ± 10.54", "+2.00 (-0.48 to +4.48)"]
+        assert "paired by seed and data.fold" in (tmp_path / "table.md").read_text()
+
+
+def test_runs_that_the_rows_do_not_tell_apart_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, 1, 0, 0.5)
+    with pytest.raises(InputError, match="two runs have margin 1, seed 0 and the same settings"):
+        report([tmp_path / "a", tmp_path / "b"])
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "margin,seed\nx,0\n", "margin,seed,test/acc\n1,0,x\n", "\x00"])
+def test_another_file_than_rows_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"--report: (needs a folder or results\.csv|no run in)"):
+        report(path)

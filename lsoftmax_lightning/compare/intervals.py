@@ -1,0 +1,36 @@
+"""Means and differences with confidence intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from scipy.stats import t
+
+from .results import FinishedRun
+
+
+def paired_differences(runs: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> list[float]:
+    """Return the differences of the test accuracy between paired runs, in percentage points.
+
+    Args:
+        runs: Runs of one margin.
+        baseline: Runs to subtract; those without a counterpart are left out.
+    """
+    base = {run.pair: run.metrics["test/acc"] for run in baseline if "test/acc" in run.metrics}
+    shared = [run for run in runs if run.pair in base and "test/acc" in run.metrics]
+    return [100 * (run.metrics["test/acc"] - base[run.pair]) for run in shared]
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Return half the width of the 95 % interval of a mean by Student's t, NaN for a single value."""
+    if len(values) < 2:
+        return math.nan
+    return float(t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+    """Format the mean of differences, with the 95 % interval of Student's t if there are several."""
+    mean, half = statistics.fmean(values), half_interval(values)
+    return f"{mean:+.2f}" if math.isnan(half) else f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
