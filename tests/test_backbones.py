@@ -42,6 +42,19 @@ def test_table_1() -> None:
     assert sizes == {(5, 5)}
 
 
+def test_dropout_precedes_the_feature_layer_and_leaves_the_names_of_other_layers() -> None:
+    names = create_backbone("mnist", (1, 28, 28)).state_dict().keys()
+    assert create_backbone("mnist", (1, 28, 28), dropout=0.0).state_dict().keys() == names
+    backbone = create_backbone("mnist", (1, 28, 28), dropout=0.5)
+    kinds = [type(module) for module in backbone.modules()]
+    assert kinds[kinds.index(nn.Dropout) + 1] is nn.Linear
+    images = torch.randn(4, 1, 28, 28)
+    torch.manual_seed(0)
+    assert not torch.equal(backbone(images), backbone(images))
+    backbone.eval()
+    assert torch.equal(backbone(images), backbone(images))
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_networks_give_features(name: str) -> None:
     backbone = create_backbone(name, PAPER[name])
@@ -121,6 +134,9 @@ def test_bad_requests_are_refused() -> None:
         create_backbone("mnist", (1, 28, 28), wdith=3)
     with pytest.raises(InputError, match="kernel_size must be odd"):
         create_backbone("mnist", (1, 28, 28), kernel_size=4)
+    for probability in (-0.1, 1.0):
+        with pytest.raises(InputError, match=f"dropout: must be at least 0 and below 1, got {probability}"):
+            create_backbone("mnist", (1, 28, 28), dropout=probability)
     with pytest.raises(InputError, match="nope"):
         create_backbone("resnet18", (3, 32, 32), weights="nope")
     with pytest.raises(InputError, match="at least 8 pixels, got 4x28"):

@@ -65,7 +65,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(Path("my_images"))
     write_folder(Path("photos"))
     write_folder(Path(), ("casia-webface",))
-    Path("docs").mkdir()
+    shutil.copytree(ROOT / "docs" / "results", "docs/results")
     write_lfw(Path("lfw"), folds=10, count=5)
     for name in ("casia-webface", "lfw"):
         Path("data", name).symlink_to(Path(name).absolute())
@@ -127,6 +127,29 @@ def test_every_command_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for words in found:
         run(words, planned)
     assert all(runs > (3 if page.name == "results.md" else 4) for runs in planned)
+
+
+def test_the_tables_on_the_page_of_results_are_those_of_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / "results.md"
+    text = page.read_text()
+    shown = set()
+    for words in commands(page):
+        paths = [word for word in words if word.startswith("docs/results/")]
+        if not paths:
+            continue
+        shown.update(paths)
+        if "--report" in words:
+            main(["compare", "--report", *(str(ROOT / path) for path in paths)])
+        else:
+            runpy.run_path(str(ROOT / words[1]))["main"](*(str(ROOT / path) for path in paths))
+        table = capsys.readouterr().out.split("\n\n")[0].strip()
+        assert table in text, table
+    rows = sorted((ROOT / "docs" / "results").glob("*.csv"))
+    assert shown == {f"docs/results/{path.name}" for path in rows}
+    for path in rows:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                assert all(f"{name} {row[name]}" in text for name in ("torch", "lightning") if name in row)
 
 
 def test_the_configs_and_files_named_are_there() -> None:

@@ -21,12 +21,14 @@ class PaperNet(nn.Module):
         stem_stride: Stride of that convolution.
         kernel_size: Side of the convolutions, odd.
         feature_norm: Whether batch normalisation follows the linear layer.
+        dropout: Probability of dropout before the linear layer, from 0 to below 1. The paper uses none.
 
     Attributes:
         num_features: Width of the feature.
 
     Raises:
-        InputError: If the image is too small for the poolings to mean anything, or ``kernel_size`` is even.
+        InputError: If the image is too small for the poolings to mean anything, ``kernel_size`` is even, or ``dropout``
+            is out of range.
     """
 
     def __init__(
@@ -38,8 +40,11 @@ class PaperNet(nn.Module):
         stem_stride: int = 1,
         kernel_size: int = 3,
         feature_norm: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout: must be at least 0 and below 1, got {dropout}; the usual value is 0.5.")
         if kernel_size % 2 == 0:
             raise InputError(
                 f"kernel_size must be odd, so that the padding is the same on both sides, got {kernel_size}."
@@ -66,7 +71,10 @@ class PaperNet(nn.Module):
             if number < poolings:
                 layers.append(nn.MaxPool2d(2, ceil_mode=True))  # as Caffe rounds
         flat = channels * math.ceil(height / shrink) * math.ceil(width / shrink)
-        layers.extend([nn.Flatten(), nn.Linear(flat, num_features)])
+        layers.append(nn.Flatten())
+        if dropout:  # a layer only if it is used: the names of the others are part of checkpoints
+            layers.append(nn.Dropout(dropout))
+        layers.append(nn.Linear(flat, num_features))
         if feature_norm:
             layers.append(nn.BatchNorm1d(num_features))
         self.layers = nn.Sequential(*layers)

@@ -44,7 +44,7 @@ def draw(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, Figure]]:
 
 
 def _label(run: FinishedRun, names: Sequence[str]) -> str:
-    return ", ".join(f"{name} = {run.value(name)}" for name in names if run.value(name) != "-")
+    return ", ".join(f"{name} = {run.value(name)}" for name in names if run.value(name) not in ("-", "last"))
 
 
 def _grouped(runs: Sequence[FinishedRun], name: Callable[[FinishedRun], str]) -> dict[str, list[FinishedRun]]:
@@ -56,7 +56,7 @@ def _grouped(runs: Sequence[FinishedRun], name: Callable[[FinishedRun], str]) ->
 
 def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
     """Draw the test accuracy by margin: a dot for each run, mean and standard deviation."""
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = Figure(figsize=(6, 4.5 + 0.25 * len(settings)), layout="constrained")
     axes = figure.add_subplot(xlabel="margin m", ylabel="test accuracy, %: runs, mean ± standard deviation")
     for index, (setting, runs) in enumerate(settings.items()):
         color, shift = COLORS[index % 10], 0.5 / len(settings) * (index - (len(settings) - 1) / 2)
@@ -71,7 +71,7 @@ def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
     axes.set_xticks(sorted({run.margin for runs in settings.values() for run in runs}))
     axes.grid(alpha=0.3)
     if len(settings) > 1:
-        axes.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside lower center")
     return figure
 
 
@@ -88,7 +88,7 @@ def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     accuracy, difference = figure.subplots(1, 2)
     accuracy.set(ylabel="test accuracy, %, with 95 % interval")
-    difference.set(ylabel="difference to m = 1, percentage points, with 95 % interval")
+    difference.set(ylabel="difference to m = 1, points, with 95 % interval")
     curves = _grouped(runs, lambda run: ", ".join(filter(None, [f"m = {run.margin}", _label(run, others)])))
     for index, (label, curve) in enumerate(curves.items()):
         style: dict[str, Any] = {"color": COLORS[index % 10], "marker": "o", "capsize": 3, "label": label}

@@ -17,8 +17,8 @@ from ..errors import InputError
 from ..lightning_cli import read_yaml
 from .paper import paper_experiment
 
-TRAINING_FACTS = ("data", "train_size", "label_noise", "checkpoint")
-"""Facts that are settings of a run: where they differ, the runs are not compared with each other."""
+TRAINING_FACTS = {"data": "-", "train_size": "all", "label_noise": 0, "checkpoint": "last"}
+"""Facts that are settings of a run, with their defaults. Runs in which they differ are not compared with each other."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class FinishedRun:
         return (str(self.seed), *(str(self.settings[name]) for name in self.averaged))
 
     def value(self, name: str) -> Any:
-        """Return the value of a setting, "-" if it is not set."""
-        return self.settings.get(name, self.facts.get(name, "-"))
+        """Return the value of a setting, its default or "-" if it is not set."""
+        return self.settings.get(name, self.facts.get(name, TRAINING_FACTS.get(name, "-")))
 
     def group(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the values of settings as texts."""

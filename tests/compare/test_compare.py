@@ -62,6 +62,12 @@ def test_a_comparison_is_trained_and_another_call_goes_on(capsys: pytest.Capture
     assert "2 of 4 runs are finished already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
+    averaged = Path("averaged")
+    rows = compare("digits", [2], [0], SHORT, average={"model.label_smoothing": [0, 0.1]}, folder=averaged)
+    assert [row["averaged"] for row in rows] == ["model.label_smoothing"] * 2
+    assert "--average model.label_smoothing=0,0.1 --folder averaged" in rows[0]["command"]
+    assert (averaged / "table.md").read_text().splitlines()[2].startswith("| 2 | 2 | ")
+
     made = (folder / "table.md").read_text()
     (folder / "table.md").unlink()
     main(["compare", "--report", str(folder)])
@@ -171,8 +177,13 @@ def test_a_run_that_fails_is_named_and_the_others_are_there(capsys: pytest.Captu
         (["--config=digits.yaml", "--seeds", "4294967296"], "seeds: must be from 0 to 4294967295, got 4294967296"),
         (["--config=digits.yaml", "--margins", "1000000000"], "margin: must be an integer >= 1 and <= 100"),
         (["--config=digits.yaml", "--sweep=data.val_size=0.1,1e-1"], "would have the same name"),
+        (["--config=digits.yaml", "--average", "data.val_size"], "data.val_size takes one value or more"),
+        (["--config=digits.yaml", "--average", "data.val_size=[1"], "--average takes KEY=V1,V2"),
+        (["--config=digits.yaml", "--average", "a.b=1", "--sweep", "a.b=2"], "--average: must be settings that"),
+        (["--config=digits.yaml", "--average", "model.margin=3,4"], "by --margins, --seeds and --folder"),
         (["--report=gone"], "no run in"),
-        (["--report=gone", "--config=digits.yaml"], "no other argument"),
+        (["--report", "gone", "--jobs", "2"], "no other argument than --folder"),
+        (["--report=gone", "--config=digits.yaml"], "no other argument than --folder"),
         (["--report=gone", "--margins", "2"], "no other argument"),
     ],
 )

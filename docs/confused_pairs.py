@@ -1,0 +1,66 @@
+"""Compare the confusion matrices of two margins: which pairs of classes are confused less often.
+
+Usage: python docs/confused_pairs.py COUNTS_CSV               print the table
+       python docs/confused_pairs.py COUNTS_CSV FOLDER 1 4    write the counts of a comparison first
+"""
+
+import csv
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from lsoftmax_lightning.compare.intervals import mean_and_interval
+from lsoftmax_lightning.compare.results import read
+
+FIELDS = ["margin", "seed", "target", "prediction", "images"]
+SHOWN = 8  # pairs in the table, those with the largest change
+
+
+def write_counts(path: Path, folder: Path, margins: set[int]) -> None:
+    """Write the number of confused test images of each run of a comparison."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(FIELDS)
+        for run in sorted(read(folder), key=lambda run: (run.margin, run.seed)):
+            if run.margin not in margins:
+                continue
+            record = run.record()
+            names, counts = record["class_names"], record["counts"]
+            for target, prediction in (counts.fill_diagonal_(0)).nonzero().tolist():
+                row = [names[target], names[prediction], int(counts[target, prediction])]
+                writer.writerow([run.margin, run.seed, *row])
+
+
+def table(path: Path) -> str:
+    """Format the pairs of classes whose confusions change most, both directions together."""
+    confused: dict[tuple[str, str], dict[tuple[int, int], int]] = defaultdict(lambda: defaultdict(int))
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            first, second = sorted((row["target"], row["prediction"]))
+            run = int(row["margin"]), int(row["seed"])
+            for pair in ((first, second), ("all pairs", "")):
+                confused[pair][run] += int(row["images"])
+    runs = list(confused["all pairs", ""])
+    low, high = min(margin for margin, _ in runs), max(margin for margin, _ in runs)
+    seeds = sorted({seed for margin, seed in runs if margin == low} & {seed for margin, seed in runs if margin == high})
+    counts = {pair: {m: [images[m, seed] for seed in seeds] for m in (low, high)} for pair, images in confused.items()}
+    change = {pair: [b - a for a, b in zip(own[low], own[high], strict=True)] for pair, own in counts.items()}
+    pairs = sorted(change, key=lambda pair: -abs(sum(change[pair])))[: SHOWN + 1]
+    lines = [f"| pair of classes | confused images, m = {low} | m = {high} | change (95 % interval) |"]
+    lines.append("| --- | --- | --- | --- |")
+    for pair in sorted(pairs, key=lambda pair: sum(change[pair])):
+        means = " | ".join(f"{statistics.fmean(counts[pair][m]):.1f}" for m in (low, high))
+        lines.append(f"| {', '.join(filter(None, pair))} | {means} | {mean_and_interval(change[pair])} |")
+    return "\n".join(lines)
+
+
+def main(counts: str, folder: str = "", *margins: str) -> None:
+    """Write the counts if a folder is given, and print the table."""
+    if folder:
+        write_counts(Path(counts), Path(folder), set(map(int, margins)))
+    print(table(Path(counts)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
