@@ -45,7 +45,7 @@ def table(path: Path) -> str:
     low, high = min(margin for margin, _ in runs), max(margin for margin, _ in runs)
     seeds = sorted({seed for margin, seed in runs if margin == low} & {seed for margin, seed in runs if margin == high})
     counts = {pair: {m: [images[m, seed] for seed in seeds] for m in (low, high)} for pair, images in confused.items()}
-    change = {pair: [b - a for a, b in zip(own[low], own[high], strict=True)] for pair, own in counts.items()}
+    change = {pair: [b - a for a, b in zip(both[low], both[high], strict=True)] for pair, both in counts.items()}
     pairs = sorted(change, key=lambda pair: -abs(sum(change[pair])))[: SHOWN + 1]
     lines = [f"| pair of classes | confused images, m = {low} | m = {high} | change (95 % interval) |"]
     lines.append("| --- | --- | --- | --- |")

@@ -110,6 +110,12 @@ def csv_safe(row: Iterable[Any]) -> list[Any]:
     return [f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell for cell in row]
 
 
+def from_csv_safe(cell: str) -> str:
+    """Return the text of a cell that :func:`csv_safe` wrote."""
+    text = cell.removeprefix("'")
+    return text if _is_formula(text) else cell
+
+
 def _is_formula(text: str) -> bool:
     if not text.startswith(_FORMULA_STARTS):
         return False

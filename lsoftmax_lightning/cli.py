@@ -91,6 +91,7 @@ def compare_margins(args: list[str]) -> None:
     parser.add_argument("--folder", type=_path, help="where all is left (default: runs/compare-NAME)")
     parser.add_argument(
         "--report",
+        action="extend",
         nargs="+",
         type=_path,
         metavar="PATH",
@@ -101,14 +102,17 @@ def compare_margins(args: list[str]) -> None:
     if given.report:
         folder = ["--folder", str(given.folder)] if given.folder else []
         if settings or given != parser.parse_args(["--report", *map(str, given.report), *folder]):
-            raise InputError("--report takes paths, and no other argument than --folder: it trains nothing.")
+            raise InputError(
+                "--report: takes no other argument than --folder, since nothing is trained, got "
+                f"{' '.join(args)}; remove the others."
+            )
         report(given.report, given.folder)
         return
     if not given.config:
         raise InputError("compare needs a config, as in: compare --config digits.yaml --margins 1 4 --seeds 0 1 2")
     sweep, average = (_values(option, getattr(given, option)) for option in ("sweep", "average"))
     try:
-        compare(given.config, given.margins, given.seeds, settings, sweep, average, given.jobs, given.folder)
+        compare(given.config, given.margins, given.seeds, settings, sweep, given.jobs, given.folder, average)
     except Stopped:
         print("The same command continues from here.", file=sys.stderr)
         raise

@@ -21,9 +21,9 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     settings: Sequence[str] = (),
     sweep: Mapping[str, Sequence[Any]] | None = None,
-    average: Mapping[str, Sequence[Any]] | None = None,
     jobs: int = 1,
     folder: str | Path | None = None,
+    average: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains a config at several margins and seeds and leaves table, figures and all runs in one folder.
 
@@ -37,10 +37,10 @@ def compare(
         settings: Further arguments of ``fit``, the same for all runs: ``["--trainer.max_steps", "600"]``.
         sweep: Further settings by their names, and values of each, to be crossed with the margins:
             ``{"model.label_smoothing": [0, 0.1]}``.
-        average: Likewise, but the table has means over these values, and pairs runs by them as by the seed:
-            ``{"data.fold": [1, 2, 3]}``.
         jobs: How many runs are trained at once, each on its share of the GPUs or of the CPU's cores.
         folder: Where all is left, by default ``runs/compare-<config>``.
+        average: Like ``sweep``, but the table has means over these values, and pairs runs by them as by the seed:
+            ``{"data.fold": [1, 2, 3]}``.
 
     Returns:
         A row for each run in the folder, as in its ``results.csv``: margin, seed and swept settings, test figures, the
@@ -68,9 +68,11 @@ def compare(
     if both := sweep.keys() & average.keys():
         raise InputError(f"--average: must be settings that --sweep does not have, got {', '.join(both)} in both.")
     runs = plan(configs, margins, seeds, settings, {**sweep, **average}, path)
-    facts = {"command": shlex.join([*words, *settings]), **({"averaged": ", ".join(average)} if average else {})}
+    facts = {"command": shlex.join([*words, *settings])}
+    if average:
+        facts["averaged"] = ", ".join(average)
     failed = train(runs, jobs, path, facts)
-    rows = report(path) if any(run.finished for run in runs) else []
+    rows = report(path, average=average) if any(run.finished for run in runs) else []
     if failed:
         reasons = "".join(f"\n  {run.folder.name}: {reason}" for run, reason in failed.items())
         raise RunError(

@@ -9,6 +9,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,7 +18,7 @@ from .. import pictures
 from ..functional import degrees
 from ..pictures import COLORS
 from .intervals import half_interval, paired_differences
-from .results import FinishedRun, is_number, setting_names
+from .results import FinishedRun, number, setting_names
 
 _CURVES = {"lambda": "symlog", "train/loss": "log", "val/loss": "log", "val/acc": "linear"}
 
@@ -67,7 +68,7 @@ def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
                 axes.plot(run.margin + shift, values[run.margin + shift][-1], ".", color=color, alpha=0.35)
         means = [statistics.fmean(group) for group in values.values()]
         spreads = [statistics.stdev(group) if len(group) > 1 else 0 for group in values.values()]
-        axes.errorbar(list(values), means, spreads, color=color, marker="o", capsize=4, label=setting)
+        axes.errorbar(list(values), means, spreads, color=color, marker="o", capsize=4, label=setting or "default")
     axes.set_xticks(sorted({run.margin for runs in settings.values() for run in runs}))
     axes.grid(alpha=0.3)
     if len(settings) > 1:
@@ -77,47 +78,59 @@ def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
 
 def _numeric_setting(runs: Sequence[FinishedRun], names: Sequence[str]) -> str | None:
     """Return the setting with the most numbers as values, at least three; None if there is none."""
-    numbers = {name: {run.value(name) for run in runs if is_number(run.value(name))} for name in names}
+    tested = [run for run in runs if "test/acc" in run.metrics]
+    numbers = {name: {number(run.value(name)) for run in tested} - {None} for name in names}
     name = max(names, key=lambda name: len(numbers[name]), default=None)
     return name if name and len(numbers[name]) > 2 else None
 
 
 def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) -> Figure:
     """Draw the test accuracy by a setting, and its difference to m = 1: a curve for each margin."""
-    runs = [run for run in runs if "test/acc" in run.metrics and is_number(run.value(axis))]
+    left_out = {str(run.value(axis)): None for run in runs if number(run.value(axis)) is None}
+    if left_out:
+        rank_zero_warn(f"accuracy_by_{axis} leaves out runs in which {axis} is {' or '.join(left_out)}.")
+    points: dict[str, dict[float, list[FinishedRun]]] = defaultdict(lambda: defaultdict(list))
+    baselines = {}  # label of the curve at m = 1 that a curve is compared with
+    for run in runs:
+        at = number(run.value(axis))
+        if at is not None and "test/acc" in run.metrics:
+            setting = _label(run, others)
+            label = ", ".join(filter(None, [f"m = {run.margin}", setting]))
+            points[label][at].append(run)
+            baselines[label] = ", ".join(filter(None, ["m = 1", setting]))
+    softmax = next((label for label, baseline in baselines.items() if label == baseline), None)
+
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     accuracy, difference = figure.subplots(1, 2)
     accuracy.set(ylabel="test accuracy, %, with 95 % interval")
     difference.set(ylabel="difference to m = 1, points, with 95 % interval")
-    curves = _grouped(runs, lambda run: ", ".join(filter(None, [f"m = {run.margin}", _label(run, others)])))
-    for index, (label, curve) in enumerate(curves.items()):
-        style: dict[str, Any] = {"color": COLORS[index % 10], "marker": "o", "capsize": 3, "label": label}
-        points: dict[Any, list[FinishedRun]] = defaultdict(list)
-        for run in curve:
-            points[run.value(axis)].append(run)
-        values = {at: [100 * run.metrics["test/acc"] for run in group] for at, group in points.items()}
-        gaps = {at: paired_differences(group, _baseline(group[0], axis, others, runs)) for at, group in points.items()}
-        for axes, samples in ((accuracy, values), (difference, gaps)):
-            drawn = {at: sample for at, sample in sorted(samples.items()) if sample}
-            if any(any(sample) for sample in drawn.values()):  # not the difference of the baseline to itself
-                halves = [half_interval(sample) for sample in drawn.values()]
-                axes.errorbar(list(drawn), list(map(statistics.fmean, drawn.values())), halves, **style)
-    ticks = sorted({run.value(axis) for run in runs})
+    difference.axhline(0, color="gray", linewidth=1)
+    for color, (label, curve) in zip(cycle(COLORS), points.items(), strict=False):
+        style = {"color": color, "marker": "o", "capsize": 3, "label": label}
+        baseline = baselines[label] if baselines[label] != label else softmax
+        _errorbars(
+            accuracy, {at: [100 * run.metrics["test/acc"] for run in group] for at, group in curve.items()}, style
+        )
+        if baseline and baseline != label:
+            base = points[baseline]
+            gaps = {at: paired_differences(group, base[at]) for at, group in curve.items() if at in base}
+            _errorbars(difference, gaps, style)
+    ticks = sorted({at for curve in points.values() for at in curve})
     for axes in (accuracy, difference):
         axes.set(xlabel=axis, xscale="log" if ticks[0] > 0 and ticks[-1] >= 10 * ticks[0] else "linear")
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    difference.axhline(0, color="gray", linewidth=1)
     accuracy.legend(frameon=False)
     return figure
 
 
-def _baseline(run: FinishedRun, axis: str, others: Sequence[str], runs: Sequence[FinishedRun]) -> Sequence[FinishedRun]:
-    """Return the runs at m = 1 with the settings of a run; for a run at m = 1 those with the first settings."""
-    softmax = [other for other in runs if other.margin == 1 and other.value(axis) == run.value(axis)]
-    group = run.group(others) if run.margin > 1 or not softmax else softmax[0].group(others)
-    return [other for other in softmax if other.group(others) == group]
+def _errorbars(axes: Axes, samples: Mapping[float, Sequence[float]], style: Mapping[str, Any]) -> None:
+    """Draw means with their 95 % intervals."""
+    drawn = {at: sample for at, sample in sorted(samples.items()) if sample}
+    if drawn:
+        halves = [half_interval(sample) for sample in drawn.values()]
+        axes.errorbar(list(drawn), list(map(statistics.fmean, drawn.values())), halves, **style)
 
 
 def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:
@@ -168,8 +181,9 @@ def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tu
         classes = len(next(iter(records.values()))[0]["class_names"])
         figure, panels = _side_by_side(records, title, max(5.5, 0.13 * classes))
         for (label, own), axes in zip(records.items(), panels, strict=True):
-            counts = torch.stack([record["counts"] for record in own]).sum(0)
-            pictures.confusion(counts, own[0]["class_names"], f"images, {len(own)} seeds", label, axes)
+            same_classes = [record["counts"] for record in own if record["class_names"] == own[0]["class_names"]]
+            counts = torch.stack(same_classes).sum(0)
+            pictures.confusion(counts, own[0]["class_names"], f"images, {len(same_classes)} runs", label, axes)
         yield "confusion", figure
         angles = {label: torch.cat([record["angles"] for record in own]) for label, own in records.items()}
         yield "angles", pictures.angle_histogram(angles, {}, f"angle to the own class, test {title}".strip())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from .figures import draw
 from .intervals import mean_and_interval, paired_differences
 from .paper import PAPER_ACCURACIES, paper_source
 from .provenance import PACKAGES
-from .results import FinishedRun, file_name, is_number, read, setting_names
+from .results import FinishedRun, columns, file_name, number, read, setting_names
 
+_LONGEST_NAME = 150  # characters of the name of a figure
 # metric, title, factor and decimals; those that no run has are left out
 _COLUMNS = (
     ("val/acc", "val/acc, %", 100, 2),
@@ -29,99 +31,131 @@ _COLUMNS = (
 )
 
 
-def report(paths: str | Path | Sequence[str | Path], folder: str | Path | None = None) -> list[dict[str, Any]]:
-    """Make ``results.csv``, ``table.md`` and the figures of finished runs, without training.
+def report(
+    paths: str | Path | Sequence[str | Path], folder: str | Path | None = None, average: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Print the table of finished runs, and write it with ``results.csv`` and figures, without training.
 
     In ``results.csv``, texts that a spreadsheet would run as a formula have a ``'`` in front.
 
     Args:
         paths: Folders or ``results.csv`` files of comparisons, whose runs are put together. Curves and pictures of
             features are drawn of runs in folders only.
-        folder: Where the files are written. Default: the folder of the comparison if there is just one; else the
-            table is only printed.
+        folder: Where the files are written. Default: the folder of the comparison if that is the only path; else
+            nothing is written.
+        average: Settings over which the table averages, beside those that the runs were trained with.
 
     Returns:
         A row for each run, as in ``results.csv``.
 
     Raises:
-        InputError: If no run is finished, the ``config.yaml`` of one is damaged, or two are the same.
+        InputError: If a path has no finished run, the ``config.yaml`` of a run is damaged, a run lacks a setting to
+            average over, or runs with the same margin and seed cannot be told apart or compared.
     """
     sources = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    runs = [run for source in sources for run in read(source)]
-    if not runs:
-        raise InputError(
-            f"--report: no run in {', '.join(str(source.absolute()) for source in sources)} is finished; pass the "
-            "folder or the results.csv of a compare."
-        )
-    names = setting_names(sorted(runs, key=lambda run: list(run.settings)))
+    found = {source: list(read(source)) for source in sources}
+    for source, runs in found.items():
+        if not runs:
+            raise InputError(
+                f"--report: no run in {source.absolute()} is finished; pass the folder or the results.csv of a compare."
+            )
+    runs = _with_averages([run for runs in found.values() for run in runs], average)
+    names = setting_names(runs)
     runs.sort(key=lambda run: _order(run, names))
-    _check_unique(runs, names)
+    _check_comparable(runs, names)
     table = _table(runs, names)
+    rows = [run.row() for run in runs]
     if folder is None and len(sources) == 1 and sources[0].is_dir():
         folder = sources[0]
-    rows = [run.row() for run in runs]
     if folder is None:
         print(table)
         return rows
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    columns = list({name: None for row in rows for name in row})
-    write_csv(folder / "results.csv", [columns, *([row.get(name, "") for name in columns] for row in rows)])
+    header = columns(runs)
+    write_csv(folder / "results.csv", [header, *([row.get(name, "") for name in header] for row in rows)])
     write_text(folder / "table.md", table)
-    for name, figure in draw(runs):
-        with atomic_path(folder / f"{file_name(name)}.png") as part:
+    written: set[str] = set()
+    for title, figure in draw(runs):
+        name = file_name(title)[:_LONGEST_NAME]
+        if name in written:
+            name += f"-{len(written)}"
+        written.add(name)
+        with atomic_path(folder / f"{name}.png") as part:
             figure.savefig(part, format="png", dpi=100)
     print(f"{table}\nTable and figures are in {folder}")
     return rows
 
 
+def _with_averages(runs: Sequence[FinishedRun], average: Collection[str]) -> list[FinishedRun]:
+    """Average all runs over the settings over which some of them are averaged."""
+    averaged = list(dict.fromkeys([*average, *(name for run in runs for name in run.averaged)]))
+    for run in runs:
+        if missing := [name for name in averaged if name not in run.settings]:
+            raise InputError(
+                f"--average: needs {missing[0]} in every run, got one with margin {run.margin} and seed {run.seed} "
+                "without it; report that comparison separately."
+            )
+    if not averaged:
+        return list(runs)
+    return [replace(run, facts={**run.facts, "averaged": ", ".join(averaged)}) for run in runs]
+
+
 def _order(run: FinishedRun, names: Sequence[str]) -> tuple[Any, ...]:
     """Sort by settings, first those with fewer of them, numbers by size; then by margin and seed."""
     values = [run.value(name) for name in names]
-    numbers = [value if is_number(value) else math.inf for value in values]
     missing = [value == "-" for value in values]
-    return sum(not absent for absent in missing), missing, numbers, list(map(str, values)), run.margin, run.pair
+    sizes = [math.inf if (size := number(value)) is None else size for value in values]
+    averaged = [number(run.settings[name]) or 0.0 for name in run.averaged]
+    return missing.count(False), missing, sizes, list(map(str, values)), run.margin, run.seed, averaged, run.pair
 
 
-def _check_unique(runs: Sequence[FinishedRun], names: Sequence[str]) -> None:
-    """Reject two runs that only settings tell apart which the rows do not contain."""
+def _check_comparable(runs: Sequence[FinishedRun], names: Sequence[str]) -> None:
+    """Reject runs that the table would put together although they were trained differently."""
+    first: dict[Any, FinishedRun] = {}
     seen: dict[Any, FinishedRun] = {}
     for run in runs:
-        other = seen.setdefault((run.group(names), run.margin, run.pair), run)
-        if other is not run:
+        group = run.group(names)
+        other = first.setdefault(group, run)
+        differing = [name for name in ("backbone", "batch_size", "paper") if run.value(name) != other.value(name)]
+        if not differing and seen.setdefault((group, run.margin, run.pair), run) is not run:
+            other, differing = seen[group, run.margin, run.pair], ["command"]
+        if differing:
+            name = differing[0]
             raise InputError(
-                f"--report: two runs have margin {run.margin}, seed {run.seed} and the same settings; report their "
-                f"comparisons separately. Their commands: {other.facts.get('command')}; {run.facts.get('command')}."
+                f"--report: two runs differ in {name}, which is not a setting of the table: {other.value(name)} and "
+                f"{run.value(name)}; report their comparisons separately."
             )
 
 
 def _table(runs: Sequence[FinishedRun], names: Sequence[str]) -> str:
     found = {name for run in runs for name in run.metrics}
     known = {name for name, *_ in _COLUMNS}
-    columns = [(name, name, 1, 3) for name in sorted(found) if name.startswith("val/") and name not in known]
-    columns += [column for column in _COLUMNS if column[0] in found]
-    has_paper = any("paper" in run.facts for run in runs)
-
+    monitors = sorted({str(run.value("checkpoint")).partition(" of ")[2] for run in runs} & found - known)
+    shown = [(name, name, 1, 3) for name in monitors]
+    shown += [column for column in _COLUMNS if column[0] in found]
     header = ["m", *names, "runs", "test accuracy, %", "difference to m = 1 (95 % interval)"]
-    header += [title for _, title, *_ in columns] + ["paper, %"] * has_paper
+    header += [title for _, title, *_ in shown]
+    has_paper = any("paper" in run.facts for run in runs)
+    if has_paper:
+        header.append("paper, %")
     lines = []
     for group, margin in dict.fromkeys((run.group(names), run.margin) for run in runs):
         same_settings = [run for run in runs if run.group(names) == group]
         group_runs = [run for run in same_settings if run.margin == margin]
-        paper = PAPER_ACCURACIES.get(group_runs[0].facts.get("paper", ""), {})
-        lines.append(
-            [
-                str(margin),
-                *group,
-                str(len(group_runs)),
-                _mean(group_runs, "test/acc", 100, 2),
-                _difference(group_runs, [run for run in same_settings if run.margin == 1]),
-                *(_mean(group_runs, name, factor, digits) for name, _, factor, digits in columns),
-                *[paper.get(margin, "-")] * has_paper,
-            ]
-        )
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
+        line = [str(margin), *group, str(len(group_runs)), _mean(group_runs, "test/acc", 100, 2)]
+        line.append(_difference(group_runs, [run for run in same_settings if run.margin == 1]))
+        line += [_mean(group_runs, name, factor, digits) for name, _, factor, digits in shown]
+        if has_paper:
+            line.append(PAPER_ACCURACIES.get(group_runs[0].facts.get("paper", ""), {}).get(margin, "-"))
+        lines.append(line)
+    table = "\n".join(map(_markdown_row, (header, ["---"] * len(header), *lines)))
     return "\n\n".join([table, *_notes(runs)]) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    escaped = [" ".join(cell.split()).replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def _notes(runs: Sequence[FinishedRun]) -> list[str]:
@@ -137,11 +171,11 @@ def _notes(runs: Sequence[FinishedRun]) -> list[str]:
     packages = [f"{name} {values(name)}" for name in ("python", *PACKAGES) if name in names]
     averaged = "".join(f" and {name}" for name in dict.fromkeys(name for run in runs for name in run.averaged))
     papers = dict.fromkeys(run.facts["paper"] for run in runs if "paper" in run.facts)
-    commands = "\n".join(dict.fromkeys(run.facts["command"] for run in runs))
+    commands = "\n".join(dict.fromkeys(str(run.facts.get("command", "?")) for run in runs))
     return [
         f"Tested checkpoint: {values('checkpoint')}. Mean ± standard deviation of the runs, angles in degrees. "
         f"Differences are paired by seed{averaged}, in percentage points, with the 95 % interval of Student's t.",
-        f"{values('data')}, {values('steps', '?')} steps, {', '.join(data)}, on {values('machine', '?')} "
+        f"{', '.join([values('data'), values('steps', '?') + ' steps', *data])}, on {values('machine', '?')} "
         f"(threads of a run: {values('threads', '?')}); {', '.join(packages)}.",
         *map(paper_source, papers),
         f"```sh\n{commands}\n```",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ..atomic import from_csv_safe
 from ..errors import InputError
 from ..lightning_cli import read_yaml
 from .paper import paper_experiment
@@ -44,8 +45,7 @@ class FinishedRun:
     @property
     def averaged(self) -> list[str]:
         """Names of the settings that ``--average`` set."""
-        names = str(self.facts.get("averaged", "")).split(", ")
-        return [name for name in self.settings if name in names]
+        return [name for name in str(self.facts.get("averaged", "")).split(", ") if name]
 
     @property
     def pair(self) -> tuple[str, ...]:
@@ -53,8 +53,9 @@ class FinishedRun:
         return (str(self.seed), *(str(self.settings[name]) for name in self.averaged))
 
     def value(self, name: str) -> Any:
-        """Return the value of a setting, its default or "-" if it is not set."""
-        return self.settings.get(name, self.facts.get(name, TRAINING_FACTS.get(name, "-")))
+        """Return the value of a setting, its default or "-" if it is not set. A float without a fraction is an int."""
+        value = self.settings.get(name, self.facts.get(name, TRAINING_FACTS.get(name, "-")))
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
     def group(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the values of settings as texts."""
@@ -72,19 +73,31 @@ class FinishedRun:
 
     def row(self) -> dict[str, Any]:
         """Return the row of ``results.csv``."""
-        return {"margin": self.margin, **self.settings, "seed": self.seed, **self.metrics, **self.facts}
+        settings = {name: "None" if value is None else value for name, value in self.settings.items()}
+        return {"margin": self.margin, **settings, "seed": self.seed, **self.metrics, **self.facts}
+
+
+def columns(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return the columns of ``results.csv``: margin, settings, seed, metrics, facts."""
+    settings = sorted({name for run in runs for name in run.settings})
+    others = [name for kind in ("metrics", "facts") for run in runs for name in getattr(run, kind)]
+    return list(dict.fromkeys(["margin", *settings, "seed", *others]))
 
 
 def setting_names(runs: Sequence[FinishedRun]) -> list[str]:
     """Return the names of the settings that tell runs of a margin and a seed apart."""
-    swept = [name for run in runs for name in run.settings if name not in run.averaged]
-    facts = [name for name in TRAINING_FACTS if len({str(run.value(name)) for run in runs}) > 1]
-    return list(dict.fromkeys([*swept, *facts]))
+    swept = sorted({name for run in runs for name in run.settings if name not in run.averaged})
+    return [*swept, *(name for name in TRAINING_FACTS if len({str(run.value(name)) for run in runs}) > 1)]
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value of a setting is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def number(value: Any) -> float | None:
+    """Return the value of a setting as a number, None if it is not one. YAML reads 1e-3 as a text."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def read(path: Path) -> Iterator[FinishedRun]:
@@ -105,29 +118,35 @@ def read(path: Path) -> Iterator[FinishedRun]:
             continue
         facts, metrics = outcome
         settings = dict(facts.pop("point"))
+        facts = {**_described(_config(file.with_name("config.yaml")), metrics), **facts}
         yield FinishedRun(
             margin=settings.pop("margin"),
             seed=settings.pop("seed"),
-            settings=settings,
+            # a swept train_size is a fact already
+            settings={name: value for name, value in settings.items() if name.rpartition(".")[2] not in TRAINING_FACTS},
             metrics=metrics,
-            facts={**_described(_config(file.with_name("config.yaml")), metrics), **facts},
+            facts={name: value for name, value in facts.items() if value is not None},
             folder=file.parent,
         )
 
 
 def _read_rows(path: Path) -> Iterator[FinishedRun]:
-    """Read a ``results.csv``: names of metrics have a slash, those of settings a dot."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                values = {name: _parsed(text.removeprefix("'")) for name, text in row.items() if text}
-                metrics = {name: float(values.pop(name)) for name in list(values) if "/" in name}
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            names = list(rows.fieldnames or ())
+            swept = names[names.index("margin") + 1 : names.index("seed")]
+            for row in rows:
+                cells = {name: from_csv_safe(text) for name, text in row.items() if text}
+                monitor = cells.get("checkpoint", "").partition(" of ")[2]
+                metrics = [name for name in cells if "/" in name or name == monitor]
+                facts = [name for name in cells if name not in ("margin", "seed", *swept, *metrics)]
                 yield FinishedRun(
-                    margin=int(values.pop("margin")),
-                    seed=int(values.pop("seed")),
-                    settings={name: values.pop(name) for name in list(values) if "." in name},
-                    metrics=metrics,
-                    facts=values,
+                    margin=int(cells["margin"]),
+                    seed=int(cells["seed"]),
+                    settings={name: _parsed(cells[name]) for name in swept if name in cells},
+                    metrics={name: float(cells[name]) for name in metrics},
+                    facts={name: _parsed(cells[name]) if name in TRAINING_FACTS else cells[name] for name in facts},
                 )
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(
@@ -148,15 +167,17 @@ def _parsed(text: str) -> Any:
 
 
 def _described(config: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Return what a table says of the settings of a run."""
+    """Return what a table says of the settings of a run; None for what is not set."""
     data, checkpoint = config["data"], config["checkpoint"]
     monitor = checkpoint.get("monitor")
+    backbone = config["model"].get("init_args", {}).get("backbone")
     return {
         "data": str(data.get("class_path")).rpartition(".")[2],
+        "backbone": backbone.get("class_path") if isinstance(backbone, Mapping) else backbone,
         "batch_size": data.get("init_args", {}).get("batch_size"),
         **train_settings(config),
         "checkpoint": f"{checkpoint.get('mode')}imum of {monitor}" if monitor in metrics else "last",
-        **({"paper": paper} if (paper := paper_experiment(config)) and not train_settings(config) else {}),
+        "paper": None if train_settings(config) else paper_experiment(config),
     }
 
 

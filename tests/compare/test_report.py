@@ -288,7 +288,7 @@ def test_a_report_of_the_rows_has_the_table_of_the_runs(tmp_path: Path, capsys: 
     data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8}}
     for margin in (1, 4):
         for seed in (0, 1, 2):
-            for value in (0, 0.1, "a", [1, "x"], True, "=1"):
+            for value in (0, 0.1, "a", [1, "x"], True, None, "=1", "'a'", "a|b"):
                 accuracy = 0.5 + margin / 30 + seed / 70
                 write_run(tmp_path / "runs", margin, seed, accuracy, {"model.x": value}, data, backbone="mnist")
     report(tmp_path / "runs")
@@ -297,7 +297,9 @@ def test_a_report_of_the_rows_has_the_table_of_the_runs(tmp_path: Path, capsys: 
     table = (tmp_path / "runs" / "table.md").read_text()
     assert capsys.readouterr().out.strip() == table.strip()
     assert "99.69*" in table
-    assert len(rows) == 36
+    assert len(rows) == 54
+    (tmp_path / "runs" / "bom.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "runs" / "results.csv").read_bytes())
+    assert report(tmp_path / "runs" / "bom.csv") == rows
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
 
     main(["compare", "--report", str(tmp_path / "runs" / "results.csv"), "--folder", str(tmp_path / "new")])
@@ -363,14 +365,87 @@ def test_averaged_settings_pair_the_runs(tmp_path: Path) -> None:
         assert "paired by seed and data.fold" in (tmp_path / "table.md").read_text()
 
 
-def test_runs_that_the_rows_do_not_tell_apart_are_refused(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_run(tmp_path / name, 1, 0, 0.5)
-    with pytest.raises(InputError, match="two runs have margin 1, seed 0 and the same settings"):
+def test_averages_hold_for_all_runs(tmp_path: Path) -> None:
+    for fold, accuracy in ((2, 0.8), (10, 0.9)):
+        write_run(tmp_path, 2, 0, accuracy, {"data.fold": fold})
+    rows = report(tmp_path, average=["data.fold"])  # of runs that a --sweep trained
+    assert cells(tmp_path)[2][:3] == ["2", "2", "85.00 ± 7.07"]
+    assert [(row["data.fold"], row["averaged"]) for row in rows] == [(2, "data.fold"), (10, "data.fold")]
+    write_run(tmp_path / "other", 1, 0, 0.5)
+    with pytest.raises(InputError, match=r"--average: needs data\.fold in every run, got one with margin 1 and seed 0"):
+        report([tmp_path / "results.csv", tmp_path / "other"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({}, "command"), ({"batch_size": 9}, "batch_size"), ({"backbone": "mnist"}, "backbone")],
+)
+def test_runs_that_a_table_would_mix_up_are_refused(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
+    for folder, batch_size, backbone in (
+        ("a", 8, "digits"),
+        ("b", settings.get("batch_size", 8), settings.get("backbone", "digits")),
+    ):
+        data = {"class_path": "DigitsDataModule", "init_args": {"batch_size": batch_size}}
+        write_run(tmp_path / folder, 1, 0, 0.5, data=data, backbone=backbone)
+    with pytest.raises(InputError, match=f"--report: two runs differ in {name}"):
         report([tmp_path / "a", tmp_path / "b"])
 
 
-@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "margin,seed\nx,0\n", "margin,seed,test/acc\n1,0,x\n", "\x00"])
+def test_every_path_of_a_report_needs_finished_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 1, 0, 0.5)
+    with pytest.raises(InputError, match=r"no run in .*/typo is finished"):
+        report([tmp_path / "a", tmp_path / "typo"])
+
+
+def test_rows_are_sorted_by_numbers(tmp_path: Path) -> None:
+    for seed in (10, 9):
+        for value in ("1e-1", "1e-3", "1e-2"):  # texts to YAML
+            write_run(tmp_path, 1, seed, 0.5, {"model.lr": value})
+    rows = report(tmp_path)
+    order = [(value, seed) for value in ("1e-3", "1e-2", "1e-1") for seed in (9, 10)]
+    assert [(row["model.lr"], row["seed"]) for row in rows] == order
+    accuracy, _ = dict(draw(list(read(tmp_path / "results.csv"))))["accuracy_by_model.lr"].axes
+    (curve,) = accuracy.containers
+    assert list(curve.lines[0].get_xdata()) == [0.001, 0.01, 0.1]
+
+
+def test_a_swept_number_of_images_is_an_axis(tmp_path: Path) -> None:
+    for size in (500.0, 1000.0, 5000.0, None):
+        for margin in (1, 2):
+            data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": size}}
+            write_run(tmp_path, margin, 0, 1.0, {"data.train_size": size}, data)
+    with pytest.warns(UserWarning, match="accuracy_by_train_size leaves out runs in which train_size is all"):
+        report(tmp_path)
+    header, _, *lines = cells(tmp_path)
+    assert header[:3] == ["m", "train_size", "runs"]
+    assert [line[1] for line in lines] == ["500", "500", "1000", "1000", "5000", "5000", "all", "all"]
+    runs = sorted(read(tmp_path), key=lambda run: run.margin)
+    with pytest.warns(UserWarning, match="leaves out"):
+        accuracy, difference = dict(draw(runs))["accuracy_by_train_size"].axes
+    assert [bars.get_label() for bars in accuracy.containers] == ["m = 1", "m = 2"]
+    (equal,) = difference.containers  # a difference of 0 is drawn too
+    assert list(equal.lines[0].get_ydata()) == [0, 0, 0]
+
+
+def test_an_axis_without_an_accuracy_is_not_drawn(tmp_path: Path) -> None:
+    for value in (1, 2, 3):
+        write_run(tmp_path, 1, 0, 0.5, {"data.x": value}, pairs=True)
+    for path in tmp_path.glob("*/results.json"):
+        path.write_text('{"test/auc": 0.9}')
+    report(tmp_path)
+    assert not list(tmp_path.glob("accuracy_by*"))
+
+
+def test_long_and_equal_names_of_figures_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    for value in ("a b", "a?b", "a*b"):
+        write_run(tmp_path, 1, 0, 0.5, {"model.x": value, f"model.{'y' * 150}": 1})
+    report(tmp_path)
+    assert len(list(tmp_path.glob("curves*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    "content", ["", "a,b\n1,2\n", "margin,seed\nx,0\n", "margin,seed\n1.7,0\n", "margin,seed,test/acc\n1,0,x\n", "\x00"]
+)
 def test_another_file_than_rows_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text(content)
