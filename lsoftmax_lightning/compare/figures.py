@@ -198,6 +198,6 @@ def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tu
 
 
 def _side_by_side(labels: Sized, title: str, side: float = 5.5) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(side * len(labels), side), layout="constrained")
+    figure = Figure(figsize=(side * len(labels), side + 0.5), layout="constrained")
     figure.suptitle(title)
     return figure, list(figure.subplots(1, len(labels), squeeze=False).flat)

@@ -117,7 +117,7 @@ def _check_comparable(runs: Sequence[FinishedRun], names: Sequence[str]) -> None
     for run in runs:
         group = run.group(names)
         other = first.setdefault(group, run)
-        differing = [name for name in ("backbone", "batch_size", "paper") if run.value(name) != other.value(name)]
+        differing = [name for name in ("backbone", "batch_size", "paper") if run.group([name]) != other.group([name])]
         if not differing and seen.setdefault((group, run.margin, run.pair), run) is not run:
             other, differing = seen[group, run.margin, run.pair], ["command"]
         if differing:

@@ -337,6 +337,10 @@ def test_several_comparisons_are_reported_together(tmp_path: Path) -> None:
         ],
         key=lambda run: (len(run.settings), run.margin, run.seed),
     )
+    data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": 500}}
+    write_run(tmp_path / "more", 3, 0, 0.9, data=data)
+    assert len(report([tmp_path / "500" / "results.csv", tmp_path / "more"])) == 5  # in one row of settings
+
     accuracy, difference = dict(draw(runs))["accuracy_by_train_size"].axes
     assert accuracy.get_xscale() == "log"
     assert [text.get_text() for text in accuracy.get_xticklabels()] == ["500", "1,000", "60,000"]
