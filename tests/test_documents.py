@@ -60,6 +60,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
     """The data that the pages speak of, and a run."""
     write_mnist(Path("data"))
+    write_mnist(Path("data"), folder="FashionMNIST")
     write_cifar(Path("data"), monkeypatch, CIFAR10)
     write_folder(Path("cifar10-jpeg"))
     write_folder(Path("my_images"))

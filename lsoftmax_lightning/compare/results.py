@@ -118,14 +118,14 @@ def read(path: Path) -> Iterator[FinishedRun]:
             continue
         facts, metrics = outcome
         settings = dict(facts.pop("point"))
-        facts = {**_described(_config(file.with_name("config.yaml")), metrics), **facts}
+        described = _described(_config(file.with_name("config.yaml")), metrics)
         yield FinishedRun(
             margin=settings.pop("margin"),
             seed=settings.pop("seed"),
             # a swept train_size is a fact already
             settings={name: value for name, value in settings.items() if name.rpartition(".")[2] not in TRAINING_FACTS},
             metrics=metrics,
-            facts={name: value for name, value in facts.items() if value is not None},
+            facts={**described, **facts},
             folder=file.parent,
         )
 
@@ -167,11 +167,11 @@ def _parsed(text: str) -> Any:
 
 
 def _described(config: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Return what a table says of the settings of a run; None for what is not set."""
+    """Return what a table says of the settings of a run, without those that are not set."""
     data, checkpoint = config["data"], config["checkpoint"]
     monitor = checkpoint.get("monitor")
     backbone = config["model"].get("init_args", {}).get("backbone")
-    return {
+    described = {
         "data": str(data.get("class_path")).rpartition(".")[2],
         "backbone": backbone.get("class_path") if isinstance(backbone, Mapping) else backbone,
         "batch_size": data.get("init_args", {}).get("batch_size"),
@@ -179,6 +179,7 @@ def _described(config: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[
         "checkpoint": f"{checkpoint.get('mode')}imum of {monitor}" if monitor in metrics else "last",
         "paper": None if train_settings(config) else paper_experiment(config),
     }
+    return {name: value for name, value in described.items() if value is not None}
 
 
 def read_outcome(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
