@@ -10,26 +10,26 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from lsoftmax_lightning.atomic import write_csv
 from lsoftmax_lightning.compare.intervals import mean_and_interval
+from lsoftmax_lightning.compare.report import markdown_table
 from lsoftmax_lightning.compare.results import read
 
-FIELDS = ["margin", "seed", "target", "prediction", "images"]
 SHOWN = 8  # pairs in the table, those with the largest change
 
 
 def write_counts(path: Path, folder: Path, margins: set[int]) -> None:
     """Write the number of confused test images of each run of a comparison."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FIELDS)
-        for run in sorted(read(folder), key=lambda run: (run.margin, run.seed)):
-            if run.margin not in margins:
-                continue
-            record = run.record()
-            names, counts = record["class_names"], record["counts"]
-            for target, prediction in (counts.fill_diagonal_(0)).nonzero().tolist():
-                row = [names[target], names[prediction], int(counts[target, prediction])]
-                writer.writerow([run.margin, run.seed, *row])
+    rows = [["margin", "seed", "target", "prediction", "images"]]
+    for run in sorted(read(folder), key=lambda run: (run.margin, run.seed)):
+        if run.margin not in margins:
+            continue
+        record = run.record()
+        names, counts = record["class_names"], record["counts"]
+        for target, prediction in counts.fill_diagonal_(0).nonzero().tolist():
+            images = int(counts[target, prediction])
+            rows.append([run.margin, run.seed, names[target], names[prediction], images])
+    write_csv(path, rows)
 
 
 def table(path: Path) -> str:
@@ -47,12 +47,12 @@ def table(path: Path) -> str:
     counts = {pair: {m: [images[m, seed] for seed in seeds] for m in (low, high)} for pair, images in confused.items()}
     change = {pair: [b - a for a, b in zip(both[low], both[high], strict=True)] for pair, both in counts.items()}
     pairs = sorted(change, key=lambda pair: -abs(sum(change[pair])))[: SHOWN + 1]
-    lines = [f"| pair of classes | confused images, m = {low} | m = {high} | change (95 % interval) |"]
-    lines.append("| --- | --- | --- | --- |")
+    header = ["pair of classes", f"confused images, m = {low}", f"m = {high}", "change (95 % interval)"]
+    lines = []
     for pair in sorted(pairs, key=lambda pair: sum(change[pair])):
-        means = " | ".join(f"{statistics.fmean(counts[pair][m]):.1f}" for m in (low, high))
-        lines.append(f"| {', '.join(filter(None, pair))} | {means} | {mean_and_interval(change[pair])} |")
-    return "\n".join(lines)
+        means = [f"{statistics.fmean(counts[pair][m]):.1f}" for m in (low, high)]
+        lines.append([", ".join(filter(None, pair)), *means, mean_and_interval(change[pair])])
+    return markdown_table(header, lines)
 
 
 def main(counts: str, folder: str = "", *margins: str) -> None:

@@ -94,10 +94,9 @@ def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) 
     for run in runs:
         at = number(run.value(axis))
         if at is not None and "test/acc" in run.metrics:
-            setting = _label(run, others)
-            label = ", ".join(filter(None, [f"m = {run.margin}", setting]))
+            label, baseline = (", ".join(filter(None, [f"m = {m}", _label(run, others)])) for m in (run.margin, 1))
             points[label][at].append(run)
-            baselines[label] = ", ".join(filter(None, ["m = 1", setting]))
+            baselines[label] = baseline
     softmax = next((label for label, baseline in baselines.items() if label == baseline), None)
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -107,12 +106,12 @@ def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) 
     difference.axhline(0, color="gray", linewidth=1)
     for color, (label, curve) in zip(cycle(COLORS), points.items(), strict=False):
         style = {"color": color, "marker": "o", "capsize": 3, "label": label}
-        baseline = baselines[label] if baselines[label] != label else softmax
+        reference = baselines[label] if baselines[label] != label else softmax
         _errorbars(
             accuracy, {at: [100 * run.metrics["test/acc"] for run in group] for at, group in curve.items()}, style
         )
-        if baseline and baseline != label:
-            base = points[baseline]
+        if reference in points and reference != label:
+            base = points[reference]
             gaps = {at: paired_differences(group, base[at]) for at, group in curve.items() if at in base}
             _errorbars(difference, gaps, style)
     ticks = sorted({at for curve in points.values() for at in curve})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,13 +149,14 @@ def _table(runs: Sequence[FinishedRun], names: Sequence[str]) -> str:
         if has_paper:
             line.append(PAPER_ACCURACIES.get(group_runs[0].facts.get("paper", ""), {}).get(margin, "-"))
         lines.append(line)
-    table = "\n".join(map(_markdown_row, (header, ["---"] * len(header), *lines)))
-    return "\n\n".join([table, *_notes(runs)]) + "\n"
+    return "\n\n".join([markdown_table(header, lines), *_notes(runs)]) + "\n"
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    escaped = [" ".join(cell.split()).replace("|", r"\|") for cell in cells]
-    return f"| {' | '.join(escaped)} |"
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Format a table in Markdown, each line of cells in a line of text."""
+    rows = [[" ".join(cell.split()).replace("|", r"\|") for cell in cells] for cells in (header, *lines)]
+    rows.insert(1, ["---"] * len(header))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _notes(runs: Sequence[FinishedRun]) -> list[str]:

@@ -63,9 +63,11 @@ class FinishedRun:
 
     def record(self) -> dict[str, Any]:
         """Return the content of the :class:`~lsoftmax_lightning.compare.record.TestRecord`, empty if there is none."""
-        path = Path(self.folder or "", "test.pt")
+        if self.folder is None:
+            return {}
+        path = self.folder / "test.pt"
         try:
-            content: dict[str, Any] = torch.load(path, weights_only=True) if self.folder and path.is_file() else {}
+            content: dict[str, Any] = torch.load(path, weights_only=True) if path.is_file() else {}
         except Exception as error:  # whatever the decoder meets in a damaged file
             rank_zero_warn(f"{path} cannot be read and is left out of the figures: {error or type(error).__name__}")
             return {}
@@ -122,12 +124,16 @@ def read(path: Path) -> Iterator[FinishedRun]:
         yield FinishedRun(
             margin=settings.pop("margin"),
             seed=settings.pop("seed"),
-            # a swept train_size is a fact already
-            settings={name: value for name, value in settings.items() if name.rpartition(".")[2] not in TRAINING_FACTS},
+            settings={name: value for name, value in settings.items() if not _is_fact(name)},
             metrics=metrics,
             facts={**described, **facts},
             folder=file.parent,
         )
+
+
+def _is_fact(name: str) -> bool:
+    """Return whether a swept setting, such as ``data.train_size``, is one of the facts already."""
+    return name.replace(".init_args", "") in ("data", "data.train_size", "data.label_noise")
 
 
 def _read_rows(path: Path) -> Iterator[FinishedRun]:

@@ -431,6 +431,15 @@ def test_a_swept_number_of_images_is_an_axis(tmp_path: Path) -> None:
     assert list(equal.lines[0].get_ydata()) == [0, 0, 0]
 
 
+def test_an_accuracy_by_a_setting_needs_no_run_at_m_1(tmp_path: Path) -> None:
+    for value in (1, 2, 3):
+        write_run(tmp_path, 2, 0, 0.5, {"model.checkpoint": value})
+    report(tmp_path)
+    assert cells(tmp_path)[0][:2] == ["m", "model.checkpoint"]
+    accuracy, difference = dict(draw(list(read(tmp_path))))["accuracy_by_model.checkpoint"].axes
+    assert (len(accuracy.containers), len(difference.containers)) == (1, 0)
+
+
 def test_an_axis_without_an_accuracy_is_not_drawn(tmp_path: Path) -> None:
     for value in (1, 2, 3):
         write_run(tmp_path, 1, 0, 0.5, {"data.x": value}, pairs=True)
