@@ -88,18 +88,20 @@ def batch(size: int, width: int, classes: int) -> tuple[Tensor, Tensor]:
     return torch.randn(size, width, requires_grad=True), torch.randint(classes, (size,))
 
 
-def step_of_head(size: int, width: int, classes: int, lean: bool | None = None) -> float:
-    """Seconds of a step of the head, or with ``lean`` False of a linear layer under cross-entropy."""
+def step_of_head(size: int, width: int, classes: int, plain: bool = False) -> float:
+    """Seconds of a step of the head, or with ``plain`` of a linear layer under cross-entropy."""
     head = LSoftmaxLinear(width, classes, margin=4, lambda_=5.0)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
     x, target = batch(size, width, classes)
 
     def step() -> None:
         optimizer.zero_grad()
-        if lean is False:
+        if plain:
             loss = F.cross_entropy(head(x), target)
+        elif head.prefers_chunks:
+            loss = head.cross_entropy(x, target).loss
         else:
-            loss = head.cross_entropy(x, target).loss if head.lean else F.cross_entropy(head(x, target), target)
+            loss = F.cross_entropy(head(x, target), target)
         loss.backward()
         optimizer.step()
 

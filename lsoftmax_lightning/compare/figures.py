@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from .. import pictures
-from ..functional import degrees
+from ..geometry import degrees
 from ..pictures import COLORS
 from .intervals import half_interval, paired_differences
 from .results import FinishedRun, number, setting_names

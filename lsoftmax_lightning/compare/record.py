@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..atomic import torch_save
 from ..callbacks.frames import ClassFrame, PairFrame, class_sample, take_frame
-from ..callbacks.listener import HeadListener
+from ..callbacks.observer import HeadObserver
 
 _SHOWN = 2000  # features in a scatter
 
 
-class TestRecord(HeadListener):
+class TestRecord(HeadObserver):
     """Leaves angles, confusion and projected features of a test in a file, small and without images.
 
     The file is a dict that :func:`torch.load` reads with ``weights_only=True``: of a test on the classes of the head
@@ -41,14 +41,14 @@ class TestRecord(HeadListener):
         """Begins anew."""
         self._sample = class_sample(_SHOWN, trainer, trainer.num_test_batches)
 
-    def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+    def observe_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch."""
         with self.optional("images, features and predictions", collective=True):
             self._sample.update(images, features, logits, target, pl_module.head.full_weight)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Writes the file."""
-        if not self.listening:
+        if not self.is_observing:
             return
         frame = None
         with self.optional("the record of the test", collective=True):
