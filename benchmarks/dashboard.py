@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.callbacks import Dashboard, MarginMonitor
-from lsoftmax_lightning.callbacks.observer import HeadObserver
+from lsoftmax_lightning.dashboard.observer import HeadObserver
 from lsoftmax_lightning.datamodules import CIFAR10DataModule, DigitsDataModule, ImageDataModule
 from lsoftmax_lightning.datamodules.base import Images
 

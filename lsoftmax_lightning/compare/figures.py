@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from .. import pictures
+from ..dashboard import plots
+from ..dashboard.plots import COLORS
 from ..geometry import degrees
-from ..pictures import COLORS
 from .intervals import half_interval, paired_differences
 from .results import FinishedRun, number, setting_names
 
@@ -172,7 +172,7 @@ def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tu
         figure, panels = _side_by_side(records, first_seed)
         for (label, (first, *_)), axes in zip(records.items(), panels, strict=True):
             points, rays, target = (first[name] for name in ("points", "rays", "points_target"))
-            pictures.feature_scatter(points, rays, target, first["class_names"], label, axes)
+            plots.feature_scatter(points, rays, target, first["class_names"], label, axes)
         limit = max(axes.get_xlim()[1] for axes in panels)
         for axes in panels:
             axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
@@ -182,17 +182,17 @@ def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tu
         for (label, own), axes in zip(records.items(), panels, strict=True):
             same_classes = [record["counts"] for record in own if record["class_names"] == own[0]["class_names"]]
             counts = torch.stack(same_classes).sum(0)
-            pictures.confusion(counts, own[0]["class_names"], f"images, {len(same_classes)} runs", label, axes)
+            plots.confusion(counts, own[0]["class_names"], f"images, {len(same_classes)} runs", label, axes)
         yield "confusion", figure
         angles = {label: torch.cat([record["angles"] for record in own]) for label, own in records.items()}
-        yield "angles", pictures.angle_histogram(angles, {}, f"angle to the own class, test {title}".strip())
+        yield "angles", plots.angle_histogram(angles, {}, f"angle to the own class, test {title}".strip())
     if "cosines" in kinds:
         pairs = {label: (own[0]["cosines"], own[0]["same"]) for label, own in records.items()}
-        yield "roc", pictures.roc(pairs, first_seed)
+        yield "roc", plots.roc(pairs, first_seed)
         figure, panels = _side_by_side(records, first_seed)
         for (label, (cosines, same)), axes in zip(pairs.items(), panels, strict=True):
             between = degrees(cosines)
-            pictures.angle_histogram({"same": between[same], "different": between[~same]}, {}, label, axes)
+            plots.angle_histogram({"same": between[same], "different": between[~same]}, {}, label, axes)
         yield "pair_angles", figure
 
 

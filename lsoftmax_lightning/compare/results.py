@@ -62,7 +62,7 @@ class FinishedRun:
         return tuple(str(self.value(name)) for name in names)
 
     def record(self) -> dict[str, Any]:
-        """Return the content of the :class:`~lsoftmax_lightning.compare.record.TestRecord`, empty if there is none."""
+        """Return the content of the :class:`~lsoftmax_lightning.dashboard.record.TestRecord`; empty without one."""
         if self.folder is None:
             return {}
         path = self.folder / "test.pt"

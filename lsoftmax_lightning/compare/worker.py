@@ -13,10 +13,10 @@ from lightning import Callback, Trainer
 
 from ..atomic import write_text
 from ..callbacks.run_length import run_length
+from ..dashboard.record import TestRecord
 from ..lightning_cli import LSoftmaxCLI
 from ..signals import Stopped
 from ..user_errors import errors_without_traceback
-from .record import TestRecord
 
 
 class Progress(Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch.utils.tensorboard.summary import hparams
 from ..geometry import effective_margin, evenly_spaced, segment_counts, separation, target_angles
 from ..metrics import ClassAngles, MeanLoss
 from ..schedules import LambdaSchedule
-from .annealing import LambdaAnnealing
 from .observer import HeadObserver, classes_of, tensorboard_loggers
 
 
@@ -203,9 +202,16 @@ def _has_pairs(trainer: Trainer, stage: str) -> bool:
     return hasattr(trainer.datamodule, f"{stage}_pairs")  # type: ignore[attr-defined]
 
 
+@runtime_checkable
+class _Annealing(Protocol):
+    """A callback that sets lambda, such as ``LambdaAnnealing``, which is in a room above this one."""
+
+    def schedule_for(self, pl_module: Any) -> LambdaSchedule: ...
+
+
 def _schedule(trainer: Trainer, pl_module: Any) -> LambdaSchedule | None:
     """Returns the schedule of lambda, if the Trainer anneals it."""
-    annealing = (callback for callback in trainer.callbacks if isinstance(callback, LambdaAnnealing))  # type: ignore[attr-defined]
+    annealing = (callback for callback in trainer.callbacks if isinstance(callback, _Annealing))  # type: ignore[attr-defined]
     return next((callback.schedule_for(pl_module) for callback in annealing), None)
 
 

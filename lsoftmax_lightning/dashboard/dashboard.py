@@ -18,8 +18,8 @@ from ..class_names import names_by_index
 from ..errors import InputError
 from ..geometry import target_angles
 from .baseline import ANGLE_BINS, softmax_angles
-from .frames import ClassFrame, ClassSample, Frame, Picture, class_sample, latest_angles, take_frame
 from .observer import HeadObserver, tensorboard_loggers
+from .snapshots import ClassFrame, ClassSample, Frame, Picture, class_sample, latest_angles, take_frame
 
 _MAX_TRAIN_ANGLES = 1_000_000  # samples, of 4 bytes each
 _MAX_TRAIN_BATCHES = 1000  # small tensors, of which each takes several hundred bytes more
@@ -28,10 +28,10 @@ _MAX_TRAIN_BATCHES = 1000  # small tensors, of which each takes several hundred 
 class Dashboard(HeadObserver):
     """Draws a training on TensorBoard, for any module with an L-Softmax ``head``; without it, does nothing.
 
-    After validation: the features (:func:`~lsoftmax_lightning.pictures.plane`), the angles of samples to their class,
-    the angles between class weights, the confusion matrix and the most confused images; where validation is of pairs of
-    images, the ROC curve, the angles of the pairs and the hardest pairs. After training also the embedding projector.
-    After a test the same of its images.
+    After a validation: the features (:func:`~lsoftmax_lightning.dashboard.plots.plane`), the angles of samples to their
+    class, the angles between class weights, the confusion matrix and the most confused images. For a validation on
+    pairs of images: the ROC curve, the angles of the pairs and the hardest pairs. After training also the embedding
+    projector. After a test the same plots of its images.
 
     The angles of training are of the batches that are logged since the last validation, of at most the last million
     samples, in the first process. Several validation dataloaders are taken for one. Training waits for no picture:

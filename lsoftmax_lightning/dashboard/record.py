@@ -9,8 +9,8 @@ from lightning import Trainer
 from torch import Tensor
 
 from ..atomic import torch_save
-from ..callbacks.frames import ClassFrame, PairFrame, class_sample, take_frame
-from ..callbacks.observer import HeadObserver
+from .observer import HeadObserver
+from .snapshots import ClassFrame, PairFrame, class_sample, take_frame
 
 _SHOWN = 2000  # features in a scatter
 
@@ -20,8 +20,8 @@ class TestRecord(HeadObserver):
 
     The file is a dict that :func:`torch.load` reads with ``weights_only=True``: of a test on the classes of the head
     ``class_names``, ``points`` [N', 2], ``rays`` [C, 2], ``points_target`` [N'] (see
-    :func:`~lsoftmax_lightning.pictures.plane`), ``counts`` [C, C] and ``angles`` [N] in degrees; of a test on pairs
-    ``cosines`` [P] and ``same`` [P].
+    :func:`~lsoftmax_lightning.dashboard.plots.plane`), ``counts`` [C, C] and ``angles`` [N] in degrees; of a test on
+    pairs ``cosines`` [P] and ``same`` [P].
 
     Args:
         path: Of the file.

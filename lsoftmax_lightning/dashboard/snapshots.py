@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from .. import pictures
 from ..class_names import names_by_index
 from ..geometry import degrees, effective_margin, evenly_spaced, separation, target_angles
+from . import plots
 
 _SHOWN = 100  # classes that can be told apart in a picture
 _HARD = 12  # images in a strip
@@ -61,7 +61,7 @@ class Frame:
         boundaries = {"boundary of softmax": self.nearest / 2}
         if self.margin > 1:
             boundaries[f"what m = {self.margin} asks for"] = self.nearest / (self.margin + 1)
-        figure = pictures.angle_histogram(angles, boundaries, self._title("angle to the own class"))
+        figure = plots.angle_histogram(angles, boundaries, self._title("angle to the own class"))
         rows = ((name, angle) for name, values in angles.items() for angle in values.tolist())
         yield Picture("angles", figure, ("stage", "degrees"), rows)
 
@@ -99,21 +99,21 @@ class ClassFrame(Frame):
         names, points, rays, target = self.scatter()
         of = f" of {len(names)} of {len(self.class_names)} classes" * (len(names) < len(self.class_names))
 
-        figure = pictures.feature_scatter(points, rays, target, names, self._title(f"features{of}"))
+        figure = plots.feature_scatter(points, rays, target, names, self._title(f"features{of}"))
         rows = [(*point, names[c]) for point, c in zip(points.tolist(), target.tolist(), strict=True) if c >= 0]
         yield Picture("features", figure, ("x", "y", "class"), rows)
 
         unit = normalize(self.weight)
         between = degrees(unit @ unit.T).fill_diagonal_(0)
-        figure = pictures.angle_map(between, names, self._title(f"angles between the weights{of}"))
+        figure = plots.angle_map(between, names, self._title(f"angles between the weights{of}"))
         yield Picture("class_angles", figure, ("class", *names), _rows(names, between))
 
         counts, totals = self.counts()
         for picture, values, kind in (
             ("confusion", counts, "images"),
-            ("confusion_percent", pictures.percent_of_rows(counts, totals), "% of the true class"),
+            ("confusion_percent", plots.percent_of_rows(counts, totals), "% of the true class"),
         ):
-            figure = pictures.confusion(values, names, kind, self._title(f"confusion{of}"))
+            figure = plots.confusion(values, names, kind, self._title(f"confusion{of}"))
             yield Picture(picture, figure, ("true class", *names), _rows(names, values))
 
         mistakes = self.worst[0] > 0
@@ -124,16 +124,16 @@ class ClassFrame(Frame):
                 for target, prediction, angle in zip(*(part.tolist() for part in numbers), strict=True)
             ]
             captions = ["{}\ntaken for {}\n{:.0f}°".format(*row) for row in rows]
-            figure = pictures.image_strip(images, captions, self._title("most confused"))
+            figure = plots.image_strip(images, captions, self._title("most confused"))
             yield Picture("most_confused", figure, ("true class", "predicted class", "degrees"), rows)
 
     def scatter(self) -> tuple[list[str], Tensor, Tensor, Tensor]:
-        """Names of the classes shown, points and rays of :func:`~lsoftmax_lightning.pictures.plane`, classes of points.
+        """Names of the classes shown, points and rays of :func:`.plots.plane`, and classes of the points.
 
         Classes are numbered among those shown, -1 for others.
         """
         names = [self.class_names[number] for number in self.shown]
-        return names, *pictures.plane(self.features, self.weight), self._place()[self.features_target]
+        return names, *plots.plane(self.features, self.weight), self._place()[self.features_target]
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Images by true and predicted class, of the classes shown, and all of each true class."""
@@ -174,15 +174,15 @@ class PairFrame(Frame):
         rows = list(zip(self.cosines.tolist(), angles.tolist(), self.same.tolist(), strict=True))
         header = ("cosine", "degrees", "same")
         curve = {"pairs": (self.cosines, self.same)}
-        figure = pictures.roc(curve, self._title(f"ROC curve of {len(rows)} pairs"))
+        figure = plots.roc(curve, self._title(f"ROC curve of {len(rows)} pairs"))
         yield Picture("roc", figure, header, rows)
         both = {"same": angles[self.same], "different": angles[~self.same]}
-        figure = pictures.angle_histogram(both, {}, self._title("angle between two images"))
+        figure = plots.angle_histogram(both, {}, self._title("angle between two images"))
         yield Picture("pair_angles", figure, header, rows)
         if self.images is not None:
             rows = [rows[pair] for pair in self.hardest.tolist()]
             captions = [f"{'same' if same else 'different'}: {angle:.0f}°" for _, angle, same in rows]
-            figure = pictures.image_strip(self.images, captions, self._title("hardest pairs"))
+            figure = plots.image_strip(self.images, captions, self._title("hardest pairs"))
             yield Picture("hardest_pairs", figure, header, rows)
 
 

@@ -23,8 +23,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lsoftmax_lightning import VerificationModule
 from lsoftmax_lightning.callbacks import Dashboard, MarginMonitor
-from lsoftmax_lightning.callbacks.baseline import softmax_angles
-from lsoftmax_lightning.callbacks.frames import ClassSample
+from lsoftmax_lightning.dashboard.baseline import softmax_angles
+from lsoftmax_lightning.dashboard.snapshots import ClassSample
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.errors import DivergenceError, InputError
 from lsoftmax_lightning.metrics import PairVerification
@@ -271,14 +271,14 @@ def fail(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "what", "left"),
     [
-        ("callbacks.frames.ClassSample.update", "images, features and predictions", {"angles"}),
-        ("callbacks.dashboard.target_angles", "the angles of training", CLASS_PICTURES),
-        ("callbacks.dashboard.take_frame", "val pictures", set()),
-        ("callbacks.dashboard.softmax_angles", "val pictures", set()),
-        ("pictures.angle_map", "val pictures", {"angles", "features"}),
-        ("callbacks.dashboard.write_csv", "val/features", set()),
-        ("callbacks.frames.ClassFrame.embedding", "the projector", CLASS_PICTURES),
-        ("callbacks.monitor.hparams", "HParams", CLASS_PICTURES),
+        ("dashboard.snapshots.ClassSample.update", "images, features and predictions", {"angles"}),
+        ("dashboard.dashboard.target_angles", "the angles of training", CLASS_PICTURES),
+        ("dashboard.dashboard.take_frame", "val pictures", set()),
+        ("dashboard.dashboard.softmax_angles", "val pictures", set()),
+        ("dashboard.plots.angle_map", "val pictures", {"angles", "features"}),
+        ("dashboard.dashboard.write_csv", "val/features", set()),
+        ("dashboard.snapshots.ClassFrame.embedding", "the projector", CLASS_PICTURES),
+        ("dashboard.monitor.hparams", "HParams", CLASS_PICTURES),
     ],
 )
 def test_no_error_in_a_picture_ends_a_run(
@@ -606,8 +606,8 @@ def test_a_broken_link_beside_a_run_ends_no_training() -> None:
 
 
 def test_angles_of_training_are_bounded_without_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsoftmax_lightning.callbacks.dashboard._MAX_TRAIN_ANGLES", 50)
-    monkeypatch.setattr("lsoftmax_lightning.callbacks.dashboard._MAX_TRAIN_BATCHES", 4)
+    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard._MAX_TRAIN_ANGLES", 50)
+    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard._MAX_TRAIN_BATCHES", 4)
     held: list[int] = []
 
     class Watch(Callback):

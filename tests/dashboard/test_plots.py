@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from lsoftmax_lightning import pictures
+from lsoftmax_lightning.dashboard import plots
 
 NAMES = ("cat", "$dog^$", "fish")
 
@@ -18,14 +18,14 @@ def texts(figure: Figure) -> list[str]:
 
 def test_two_features_are_drawn_as_they_are() -> None:
     features, weight = torch.tensor([[3.0, 4.0], [0.0, -5.0]]), torch.tensor([[2.0, 0.0], [0.0, 9.0], [1.0, 1.0]])
-    points, rays = pictures.plane(features, weight)
+    points, rays = plots.plane(features, weight)
     assert torch.equal(points, features)
     torch.testing.assert_close(rays, 5 * torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5**0.5, 0.5**0.5]]))
 
 
 def test_more_features_are_projected_so_that_classes_keep_their_places() -> None:
     weight = torch.diag(torch.tensor([1.0, 5.0, 0.1, 2.0]))
-    points, rays = pictures.plane(torch.cat([3 * torch.eye(4), torch.ones(1, 4)]), weight)
+    points, rays = plots.plane(torch.cat([3 * torch.eye(4), torch.ones(1, 4)]), weight)
     circle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     torch.testing.assert_close(rays, circle, atol=1e-6, rtol=0)
     torch.testing.assert_close(points[:4], circle, atol=1e-6, rtol=0)
@@ -36,7 +36,7 @@ def test_more_features_are_projected_so_that_classes_keep_their_places() -> None
 def test_every_class_is_told_apart_and_named(count: int) -> None:
     target = torch.arange(5 * count) % count
     names = [f"class {number}" for number in range(count)]
-    figure = pictures.feature_scatter(torch.rand(5 * count, 2), torch.rand(count, 2), target, names, "title")
+    figure = plots.feature_scatter(torch.rand(5 * count, 2), torch.rand(count, 2), target, names, "title")
     (axes,) = figure.axes
     points = [line for line in axes.lines if line.get_linestyle() == "None"]
     assert [line.get_label() for line in points] == names
@@ -53,9 +53,9 @@ def test_names_that_begin_with_an_underscore_are_in_legends() -> None:
     names, values = ["_private", "$x$", "y" * 300], torch.tensor([0.1, 0.5, 0.9])
     pairs = {"_run": (values, torch.tensor([True, False, True]))}
     for figure, expected in (
-        (pictures.feature_scatter(torch.rand(3, 2), torch.rand(3, 2), torch.arange(3), names), names[0]),
-        (pictures.angle_histogram({"_run": values}, {"_b": 1.0}), "_run (mean 0.5°)"),
-        (pictures.roc(pairs), "_run"),
+        (plots.feature_scatter(torch.rand(3, 2), torch.rand(3, 2), torch.arange(3), names), names[0]),
+        (plots.angle_histogram({"_run": values}, {"_b": 1.0}), "_run (mean 0.5°)"),
+        (plots.roc(pairs), "_run"),
     ):
         texts(figure)
         assert figure.axes[0].get_legend().get_texts()[0].get_text() == expected
@@ -64,7 +64,7 @@ def test_names_that_begin_with_an_underscore_are_in_legends() -> None:
 
 def test_angles_are_shares_against_boundaries() -> None:
     angles = {"train": torch.tensor([1.0, 1.5, 91.0, 180.0]), "val": torch.tensor([45.0]), "none": torch.empty(0)}
-    figure = pictures.angle_histogram(angles, {"softmax": 40.0})
+    figure = plots.angle_histogram(angles, {"softmax": 40.0})
     (axes,) = figure.axes
     heights = [patch.get_data().values for patch in axes.patches[1::2]]
     assert [height.sum() for height in heights] == pytest.approx([100, 100])
@@ -81,7 +81,7 @@ def test_angles_are_shares_against_boundaries() -> None:
 @pytest.mark.parametrize("shares", [False, True])
 def test_the_confusion_matrix_has_counts_or_shares_of_rows(shares: bool) -> None:
     counts = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
-    figure = pictures.confusion(pictures.percent_of_rows(counts) if shares else counts, NAMES)
+    figure = plots.confusion(plots.percent_of_rows(counts) if shares else counts, NAMES)
     assert texts(figure) == (["80", "20", "25", "75"] if shares else ["8", "2", "1", "3"])
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", r"\$dog^\$", "fish"]  # drawn as they are
@@ -91,7 +91,7 @@ def test_the_confusion_matrix_has_counts_or_shares_of_rows(shares: bool) -> None
 @pytest.mark.parametrize("count", [3, 100])
 def test_the_map_of_angles(count: int) -> None:
     names = [f"class {number}" for number in range(count)]
-    figure = pictures.angle_map(torch.full((count, count), 90.0).fill_diagonal_(0), names)
+    figure = plots.angle_map(torch.full((count, count), 90.0).fill_diagonal_(0), names)
     written = texts(figure)
     assert written == (["90"] * 6 if count == 3 else [])  # a hundred columns leave no room for numbers
     labels = figure.axes[0].get_xticklabels()
@@ -102,7 +102,7 @@ def test_the_map_of_angles(count: int) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_carry_their_captions(channels: int) -> None:
-    figure = pictures.image_strip(torch.full((7, channels, 4, 5), 200, dtype=torch.uint8), [str(n) for n in range(7)])
+    figure = plots.image_strip(torch.full((7, channels, 4, 5), 200, dtype=torch.uint8), [str(n) for n in range(7)])
     FigureCanvasAgg(figure).draw()
     assert [axes.get_title() for axes in figure.axes] == [*map(str, range(7)), *[""] * 5]
     assert [len(axes.images) for axes in figure.axes] == [1] * 7 + [0] * 5
@@ -112,7 +112,7 @@ def test_the_roc_curve_is_that_of_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     same = torch.arange(300) % 2 == 0
     cosines = (0.4 * torch.randn(300, generator=generator) + 0.3 * same).clamp(-1, 1)
-    figure = pictures.roc({"pairs": (cosines, same)})
+    figure = plots.roc({"pairs": (cosines, same)})
     FigureCanvasAgg(figure).draw()
     x, y = (torch.as_tensor(data) for data in figure.axes[0].lines[0].get_data())
     false, true, _ = roc_curve(same, cosines, drop_intermediate=False)
@@ -123,7 +123,7 @@ def test_the_roc_curve_is_that_of_scikit_learn() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_diverged_training_is_drawn_all_the_same(value: float) -> None:
     features, weight, target = torch.full((6, 3), value), torch.full((3, 3), value), torch.arange(6) % 3
-    texts(pictures.feature_scatter(*pictures.plane(features, weight), target, NAMES))
-    texts(pictures.feature_scatter(*pictures.plane(features[:, :2], weight[:, :2]), target, NAMES))
-    texts(pictures.angle_histogram({"train": features[:, 0]}, {"softmax": value}))
-    texts(pictures.angle_map(weight, NAMES))
+    texts(plots.feature_scatter(*plots.plane(features, weight), target, NAMES))
+    texts(plots.feature_scatter(*plots.plane(features[:, :2], weight[:, :2]), target, NAMES))
+    texts(plots.angle_histogram({"train": features[:, 0]}, {"softmax": value}))
+    texts(plots.angle_map(weight, NAMES))
