@@ -19,13 +19,13 @@ def main(root: str, *checkpoints: str) -> None:
     data = LFWFoldDataModule(root, image_size=(56, 48))
     for folds in (range(9, 10), range(1, 9)):
         fitted = [pair._replace(fold=0) for pair in data.pairs if pair.fold in folds]
-        files, table = data.number_images([*fitted, *(pair for pair in data.pairs if pair.fold == 10)])
+        files, pairs = data.index_images([*fitted, *(pair for pair in data.pairs if pair.fold == 10)])
         (faces,) = data.read(files)
         for path in checkpoints:
             model = VerificationModule.load_from_checkpoint(path, map_location="cpu").eval()
-            metric = PairVerification(table)
-            for numbers in faces.targets.split(256):
-                metric.update(model.represent(data.normalize(faces.images[numbers])), numbers)
+            metric = PairVerification(pairs)
+            for image_ids in faces.targets.split(256):
+                metric.update(model.represent(data.normalize(faces.images[image_ids])), image_ids)
             print(f"{path}: {metric.compute()['acc']:.2%} with the threshold of folds {folds[0]} to {folds[-1]}")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lsoftmax_lightning import metrics
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.metrics import ClassAngles, MeanLoss, PairVerification
+from lsoftmax_lightning.pairs import Pairs
 
 
 def make_pairs(folds: int = 5, count: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -37,10 +38,10 @@ def noisy(people: Tensor, noise: float, width: int = 12) -> Tensor:
     return (centres[people] + noise * torch.randn(len(people), width, generator=generator)) * scale + 0.3
 
 
-def figures(pairs: Tensor, embeddings: Tensor, **settings: Any) -> dict[str, float]:
-    metric = PairVerification(pairs, **settings)
-    for numbers in torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(2)).split(17):
-        metric.update(embeddings[numbers], numbers)
+def metric_values(pairs: Tensor, embeddings: Tensor, **settings: Any) -> dict[str, float]:
+    metric = PairVerification(Pairs.from_table(pairs), **settings)
+    for image_ids in torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(2)).split(17):
+        metric.update(embeddings[image_ids], image_ids)
     return {name: value.item() for name, value in metric.compute().items()}
 
 
@@ -80,14 +81,14 @@ def naive(pairs: Tensor, embeddings: Tensor, pca_components: int | None) -> dict
 def test_it_is_the_protocol(noise: float, pca_components: int | None) -> None:
     pairs, people = make_pairs()
     embeddings = noisy(people, noise)
-    found = figures(pairs, embeddings, pca_components=pca_components)
+    found = metric_values(pairs, embeddings, pca_components=pca_components)
     assert found == pytest.approx(naive(pairs, embeddings, pca_components), abs=1e-6)
     assert 0.55 < found["acc"] < 1 or noise == 0.2
 
 
 def test_random_embeddings_score_a_half() -> None:
     pairs, people = make_pairs(folds=10, count=300)  # as LFW: 6,000 pairs
-    found = figures(pairs, torch.randn(len(people), 64, generator=torch.Generator().manual_seed(0)))
+    found = metric_values(pairs, torch.randn(len(people), 64, generator=torch.Generator().manual_seed(0)))
     assert found["acc"] == pytest.approx(0.5, abs=0.03)
     assert found["auc"] == pytest.approx(0.5, abs=0.03)
     assert found["eer"] == pytest.approx(0.5, abs=0.03)
@@ -97,14 +98,14 @@ def test_random_embeddings_score_a_half() -> None:
 @pytest.mark.parametrize("pca_components", [None, 5])
 def test_identical_embeddings_of_a_person_score_all(pca_components: int | None) -> None:
     pairs, people = make_pairs()
-    found = figures(pairs, noisy(people, noise=0), pca_components=pca_components)
+    found = metric_values(pairs, noisy(people, noise=0), pca_components=pca_components)
     expected = {"acc": 1, "acc_stderr": 0, "auc": 1, "eer": 0, "tar_at_far_1e-2": 1, "tar_at_far_1e-3": 1}
     assert found == pytest.approx(expected)
 
 
 def test_the_same_embedding_for_everybody_is_worth_nothing() -> None:
     pairs, people = make_pairs()
-    found = figures(pairs, torch.ones(len(people), 4))
+    found = metric_values(pairs, torch.ones(len(people), 4))
     assert (found["acc"], found["auc"]) == (0.5, 0.5)
 
 
@@ -118,18 +119,18 @@ def test_the_scored_fold_has_no_say_in_threshold_and_pca(monkeypatch: pytest.Mon
         fitted.append((cosine, same))
         return threshold(cosine, same)
 
-    def spy_project(table: Tensor, seen: Tensor, components: int) -> Tensor:
-        projected.append((seen, project(table, seen, components)))
+    def spy_project(embeddings: Tensor, fitted_ids: Tensor, components: int) -> Tensor:
+        projected.append((fitted_ids, project(embeddings, fitted_ids, components)))
         return projected[-1][1]
 
     monkeypatch.setattr(metrics, "_best_threshold", spy_threshold)
     monkeypatch.setattr(metrics, "_project", spy_project)
-    figures(pairs, noisy(people, noise=0.6), pca_components=4)
+    metric_values(pairs, noisy(people, noise=0.6), pca_components=4)
     assert len(fitted) == len(projected) == 3
     for fold, (cosine, same), (seen, table) in zip((1, 2, 3), fitted, projected, strict=True):
         others = pairs[pairs[:, 3] != fold]
         torch.testing.assert_close(cosine, torch.cosine_similarity(table[others[:, 0]], table[others[:, 1]]))
-        assert torch.equal(same, others[:, 2])
+        assert torch.equal(same, others[:, 2].bool())
         scored = set(pairs[pairs[:, 3] == fold, :2].flatten().tolist())
         assert set(seen.tolist()) == set(others[:, :2].flatten().tolist()) - scored
 
@@ -137,13 +138,13 @@ def test_the_scored_fold_has_no_say_in_threshold_and_pca(monkeypatch: pytest.Mon
 def test_where_most_pairs_are_the_same_all_may_be_accepted() -> None:
     rows = [[4 * i + j, 4 * i + j + 1, int(j < 3), i % 5 + 1] for i in range(20) for j in range(4)]
     pairs = torch.tensor(rows)
-    assert figures(pairs, torch.ones(81, 3))["acc"] == 0.75
+    assert metric_values(pairs, torch.ones(81, 3))["acc"] == 0.75
 
 
 def test_one_scored_fold_has_the_error_of_a_share() -> None:
     pairs, people = make_pairs(folds=3)
     pairs[pairs[:, 3] < 3, 3] = 0
-    found = figures(pairs, noisy(people, noise=0.6))
+    found = metric_values(pairs, noisy(people, noise=0.6))
     assert found["acc_stderr"] == pytest.approx(math.sqrt(found["acc"] * (1 - found["acc"]) / 120))
     assert 0 < found["acc_stderr"] < 0.05
 
@@ -151,40 +152,41 @@ def test_one_scored_fold_has_the_error_of_a_share() -> None:
 def test_an_image_given_twice_counts_once() -> None:
     pairs, people = make_pairs()
     embeddings = noisy(people, noise=0.6)
-    once, twice = PairVerification(pairs), PairVerification(pairs)
-    numbers = torch.arange(len(embeddings))
-    once.update(embeddings, numbers)
+    once, twice = PairVerification(Pairs.from_table(pairs)), PairVerification(Pairs.from_table(pairs))
+    image_ids = torch.arange(len(embeddings))
+    once.update(embeddings, image_ids)
     for _ in range(2):
-        twice.update(embeddings, numbers)
+        twice.update(embeddings, image_ids)
     assert once.compute() == twice.compute()
 
 
 def test_half_precision_is_taken() -> None:
     pairs, people = make_pairs()
     embeddings = noisy(people, noise=0.6)
-    exact, half = figures(pairs, embeddings), figures(pairs, embeddings.bfloat16())
+    exact, half = metric_values(pairs, embeddings), metric_values(pairs, embeddings.bfloat16())
     assert half["auc"] == pytest.approx(exact["auc"], abs=0.01)
 
 
 def test_images_of_no_pair_do_not_matter() -> None:
     pairs, people = make_pairs()
     embeddings = noisy(people, noise=0.6)
-    assert figures(pairs, torch.cat([embeddings, embeddings[:3]])) == figures(pairs, embeddings)
+    assert metric_values(pairs, torch.cat([embeddings, embeddings[:3]])) == metric_values(pairs, embeddings)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("pca_components", [None, 3])
-def test_what_is_not_finite_gives_no_figures(value: float, pca_components: int | None) -> None:
+def test_embeddings_that_are_not_finite_give_nan(value: float, pca_components: int | None) -> None:
     pairs, people = make_pairs()
     embeddings = noisy(people, noise=0.6)
     embeddings[5, 3] = value
     with pytest.warns(UserWarning, match="1 of .* were not embedded, or not to finite numbers"):
-        assert all(math.isnan(found) for found in figures(pairs, embeddings, pca_components=pca_components).values())
+        found = metric_values(pairs, embeddings, pca_components=pca_components)
+    assert all(math.isnan(value) for value in found.values())
 
 
-def test_missing_images_give_no_figures_and_a_warning() -> None:
+def test_missing_images_give_nan_and_a_warning() -> None:
     pairs, people = make_pairs()
-    metric = PairVerification(pairs)
+    metric = PairVerification(Pairs.from_table(pairs))
     metric.update(noisy(people, 0.5)[:100], torch.arange(100))
     with pytest.warns(UserWarning, match="500 of 600 images were not embedded"):
         assert all(math.isnan(value) for value in metric.compute().values())
@@ -193,27 +195,27 @@ def test_missing_images_give_no_figures_and_a_warning() -> None:
 @pytest.mark.parametrize(
     ("pairs", "said"),
     [
-        (torch.zeros(4, 3, dtype=torch.int64), r"int64 \[P, 4\]"),
+        (torch.zeros(4, 3, dtype=torch.int64), r"int64 \(P, 4\)"),
         (torch.zeros(4, 4), "float32"),
         (torch.tensor([[0, 1, 1, 1], [-1, 1, 0, 2]]), "none below 0"),
         (torch.tensor([[0, 1, 1, 1], [2, 3, 1, 2]]), "same .* and different"),
         (torch.tensor([[0, 1, 1, 1], [2, 3, 2, 2]]), "same .* and different"),
-        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 1]]), "leave none to fit"),
+        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 1]]), "another fold to fit"),
         (torch.tensor([[0, 1, 1, 0], [2, 3, 0, 0]]), "same .* and different"),
     ],
 )
 def test_bad_pairs_are_refused(pairs: Tensor, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        PairVerification(pairs)
+        PairVerification(Pairs.from_table(pairs))
 
 
 def test_bad_components_are_refused() -> None:
     pairs, people = make_pairs(folds=2, count=10)
     for components in (0, 21):
         with pytest.raises(InputError, match=f"must be 1 to 20, the images to fit on, got {components}"):
-            PairVerification(pairs, pca_components=components)
+            PairVerification(Pairs.from_table(pairs), pca_components=components)
     with pytest.raises(InputError, match="embeddings of 12 features have no 13 components"):
-        figures(pairs, noisy(people, 0.5), pca_components=13)
+        metric_values(pairs, noisy(people, 0.5), pca_components=13)
 
 
 @pytest.mark.parametrize("margin", [1, 4])
@@ -252,16 +254,16 @@ def test_angles_of_classes_do_not_depend_on_the_batches(margin: int) -> None:
 def test_what_is_opposite_to_its_class_is_in_the_last_segment() -> None:
     metric = ClassAngles(2, 2, 3)
     metric.update(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.eye(2), torch.tensor([0, 0]))
-    figures = metric.compute()
-    assert [figures[f"segment_{k}"].item() for k in range(3)] == [0.5, 0, 0.5]
-    assert math.isnan(figures["centre_angle_mean"])  # of a single class
+    values = metric.compute()
+    assert [values[f"segment_{k}"].item() for k in range(3)] == [0.5, 0, 0.5]
+    assert math.isnan(values["centre_angle_mean"])  # of a single class
 
 
 def test_verification_leaves_the_cosines_of_the_scored_pairs() -> None:
     pairs, people = make_pairs(folds=3)
     pairs[pairs[:, 3] == 3, 3] = 0
     embeddings = noisy(people, 0.5)
-    metric = PairVerification(pairs)
+    metric = PairVerification(Pairs.from_table(pairs))
     metric.update(embeddings, torch.arange(len(embeddings)))
     metric.compute()
     first, second = embeddings[pairs[pairs[:, 3] > 0, :2]].unbind(1)

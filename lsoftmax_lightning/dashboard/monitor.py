@@ -16,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from ..geometry import effective_margin, evenly_spaced, segment_counts, separation, target_angles
 from ..metrics import ClassAngles, MeanLoss
+from ..pairs import pairs_of
 from ..schedules import LambdaSchedule
 from .observer import HeadObserver, classes_of, tensorboard_loggers
 
@@ -92,7 +93,7 @@ class MarginMonitor(HeadObserver):
         """Lays out TensorBoard."""
         if not self.is_observing:
             return
-        pairs = _has_pairs(trainer, "val")
+        pairs = pairs_of(trainer.datamodule, "val") is not None  # type: ignore[attr-defined]
         metrics = dict.fromkeys(["val/acc", "test/acc", "train/angle" if pairs else "val/angle"])
         for logger in tensorboard_loggers(trainer):
             if trainer.is_global_zero:
@@ -176,7 +177,8 @@ class MarginMonitor(HeadObserver):
         self._images, self._since, self._step = 0, time.perf_counter(), {}
 
     def _begin(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self._measuring = self.is_observing and not trainer.sanity_checking and not _has_pairs(trainer, stage)
+        has_classes = pairs_of(trainer.datamodule, stage) is None  # type: ignore[attr-defined]
+        self._measuring = self.is_observing and not trainer.sanity_checking and has_classes
         if self._measuring:
             head = pl_module.head
             self._angles = ClassAngles(head.num_classes, head.in_features, head.margin).to(pl_module.device)
@@ -195,11 +197,6 @@ def _log(trainer: Trainer, figures: dict[str, Any]) -> None:
     """Gives figures to the loggers as they are; the bookkeeping of ``pl_module.log`` takes longer than they do."""
     for logger in trainer.loggers:
         logger.log_metrics(figures, step=trainer.global_step - 1)  # where Lightning puts train/loss and val/loss
-
-
-def _has_pairs(trainer: Trainer, stage: str) -> bool:
-    """Whether the images of a stage are of pairs, not of the classes of the head."""
-    return hasattr(trainer.datamodule, f"{stage}_pairs")  # type: ignore[attr-defined]
 
 
 @runtime_checkable

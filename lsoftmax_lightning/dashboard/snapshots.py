@@ -18,6 +18,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ..class_names import names_by_index
 from ..geometry import degrees, effective_margin, evenly_spaced, separation, target_angles
+from ..pairs import Pairs
 from . import plots
 
 _SHOWN = 100  # classes that can be told apart in a picture
@@ -195,14 +196,14 @@ def _shown_classes(num_classes: int) -> Tensor:
     return torch.linspace(0, num_classes - 1, min(num_classes, _SHOWN)).round().long()
 
 
-def _pair_frame(pairs: Tensor, cosines: Tensor, store: Any, **settings: Any) -> PairFrame:
+def _pair_frame(pairs: Pairs, cosines: Tensor, store: Any, **settings: Any) -> PairFrame:
     """Finds the pairs that are hardest to tell and their images, if ``store`` gives images by number."""
-    scored = pairs[pairs[:, 3] > 0]
-    same = scored[:, 2].bool()
+    scored = pairs[pairs.is_scored]
+    same = scored.same
     hardness = torch.where(same, -cosines, cosines)  # hard are same ones far apart and different ones near
     kinds = (same.nonzero().squeeze(1), (~same).nonzero().squeeze(1))
     hardest = torch.cat([kind[hardness[kind].topk(min(_HARD // 2, len(kind))).indices] for kind in kinds])
-    images = None if store is None else torch.cat([store[scored[hardest, side]] for side in (0, 1)], dim=3)
+    images = None if store is None else torch.cat([store[scored.first[hardest]], store[scored.second[hardest]]], dim=3)
     return PairFrame(cosines=cosines, same=same, hardest=hardest, images=images, **settings)
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
-from torch import Tensor
 
 from ..errors import DataError, InputError
+from ..pairs import Pairs
 from .base import Images
 from .files import FileDataModule, Files, class_folders, list_files
 from .images import special_kind
@@ -91,7 +91,7 @@ def _pair(line: str, fold: int, same: bool) -> Pair | None:
 class PairsDataModule(FileDataModule):
     """What verification on LFW has in common, whoever is trained on; a subclass sets the attributes.
 
-    Validation and test images come once each, as (image, its number), and the pairs tell of these numbers.
+    Validation and test batches are (images, image indices), each image once; the pairs refer to these indices.
 
     Args:
         root: Folder of LFW: ``pairs.txt`` and ``images/<Person>/<Person>_<nnnn>.jpg``, or of another image format,
@@ -102,9 +102,8 @@ class PairsDataModule(FileDataModule):
 
     Attributes:
         train_files: The images to train on; ``val_files`` and ``test_files`` those of the pairs.
-        val_pairs: int64 [P, 4]: number of the one image and of the other, 1 for the same person or 0, and the fold
-            (0 to fit the threshold on alone).
-        test_pairs: Likewise.
+        val_pairs: Pairs of the validation images.
+        test_pairs: Pairs of the test images. Pairs of fold 0 only fit the threshold and the PCA.
 
     Raises:
         DataError: If files are missing, or ``pairs.txt`` is damaged.
@@ -114,27 +113,26 @@ class PairsDataModule(FileDataModule):
     train_files: Files
     val_files: Files
     test_files: Files
-    val_pairs: Tensor
-    test_pairs: Tensor
+    val_pairs: Pairs
+    test_pairs: Pairs
 
     def __init__(self, root: str, image_size: int | tuple[int, int] = (112, 96), **kwargs: Any) -> None:
         super().__init__(image_size, **kwargs)
         self.root = Path(root)
         self.pairs = read_pairs(self.root / "pairs.txt")
 
-    def number_images(self, pairs: Sequence[Pair]) -> tuple[Files, Tensor]:
-        """The images of pairs, once each, and the pairs as numbers of these.
+    def index_images(self, pairs: Sequence[Pair]) -> tuple[Files, Pairs]:
+        """Return the images of pairs, each once, and the pairs as indices of these images.
 
         Raises:
             DataError: If an image is missing, or a FIFO, a socket or a device.
         """
-        numbers: dict[tuple[str, int], int] = {}
-        rows = [
-            [*(numbers.setdefault(image, len(numbers)) for image in pair[:2]), len(pair.people) == 1, pair.fold]
-            for pair in pairs
-        ]
-        files = _image_files(self.root / "images", {person for person, _ in numbers})
-        names = [f"{person}/{person}_{number:04d}" for person, number in numbers]
+        image_ids: dict[tuple[str, int], int] = {}
+        for pair in pairs:
+            image_ids.setdefault(pair.first, len(image_ids))
+            image_ids.setdefault(pair.second, len(image_ids))
+        files = _image_files(self.root / "images", {person for person, _ in image_ids})
+        names = [f"{person}/{person}_{number:04d}" for person, number in image_ids]
         paths = [files.get(name, self.root / "images" / f"{name}.jpg") for name in names]
         missing = [path for path in paths if not path.is_file()]
         for path in missing:
@@ -144,7 +142,13 @@ class PairsDataModule(FileDataModule):
             raise DataError(
                 f"{len(missing)} of {len(paths)} images that pairs.txt names are not there, such as {missing[0]}."
             )
-        return Files(paths, list(range(len(paths))), needed=True), torch.tensor(rows)
+        indexed = Pairs(
+            first=torch.tensor([image_ids[pair.first] for pair in pairs]),
+            second=torch.tensor([image_ids[pair.second] for pair in pairs]),
+            same=torch.tensor([len(pair.people) == 1 for pair in pairs]),
+            fold=torch.tensor([pair.fold for pair in pairs]),
+        )
+        return Files(paths, list(range(len(paths))), needed=True), indexed
 
     def load_train_val(self) -> tuple[Images, Images]:
         """Reads all parts, the test images too, so that one error before any work names all bad files."""
@@ -176,7 +180,7 @@ class LFWDataModule(PairsDataModule):
         folders = class_folders(Path(train_root))
         self.class_names = tuple(folder.name for folder in folders)
         self.train_files = list_files(folders)
-        self.val_files, self.val_pairs = self.test_files, self.test_pairs = self.number_images(self.pairs)
+        self.val_files, self.val_pairs = self.test_files, self.test_pairs = self.index_images(self.pairs)
         people = {_plain(person) for pair in self.pairs for person in pair.people}
         known = [name for name in self.class_names if _plain(name) in people]
         if known:
@@ -216,10 +220,10 @@ class LFWFoldDataModule(PairsDataModule):
             raise InputError(f"fold and val_fold must differ and leave some of the {folds}, got {fold} and {val_fold}.")
         test = [pair for pair in self.pairs if pair.fold == fold]
         val = [pair for pair in self.pairs if pair.fold != fold and val_fold in (None, pair.fold)]
-        self.test_files, self.test_pairs = self.number_images([*(pair._replace(fold=0) for pair in val), *test])
+        self.test_files, self.test_pairs = self.index_images([*(pair._replace(fold=0) for pair in val), *test])
         if val_fold is not None:
             val = [pair._replace(fold=number % 10 + 1) for number, pair in enumerate(val)]
-        self.val_files, self.val_pairs = self.number_images(val)
+        self.val_files, self.val_pairs = self.index_images(val)
         held_out = {person for pair in self.pairs if pair.fold in (fold, val_fold) for person in pair.people}
         self.class_names = tuple(sorted({person for pair in self.pairs for person in pair.people} - held_out))
         self.train_files = list_files([self.root / "images" / person for person in self.class_names])

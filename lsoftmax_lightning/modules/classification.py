@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..functional import target_logits
 from ..geometry import target_angles
 from ..metrics import MeanLoss
+from ..pairs import pairs_of
 from .base import LSoftmaxModule
 
 
@@ -42,8 +43,8 @@ class ClassificationModule(LSoftmaxModule):
     """
 
     def setup(self, stage: str) -> None:
-        """Refuses data that have pairs in the place of classes, whose numbers would be taken for these."""
-        if hasattr(self.trainer.datamodule, "val_pairs"):  # type: ignore[attr-defined]
+        """Reject datamodules of image pairs, whose image indices would be taken for classes."""
+        if pairs_of(self.trainer.datamodule, "val") is not None:  # type: ignore[attr-defined]
             raise InputError("these data validate on pairs of images: train a VerificationModule on them.")
 
     def configure_metrics(self) -> None:

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from ..data_spec import DataSpec
 from ..errors import InputError
 from ..metrics import PairVerification
+from ..pairs import Pairs, pairs_of
 from .base import LSoftmaxModule
 
 
 class VerificationModule(LSoftmaxModule):
     """Trains as a classifier of identities; validates and tests on pairs of images of people it may never have seen.
 
-    Validation and test batches are (images, their numbers), each image once; the pairs of these numbers are what the
-    Trainer's datamodule offers as ``val_pairs`` and ``test_pairs``, see
-    :class:`~lsoftmax_lightning.metrics.PairVerification`. Logs its figures as ``val/acc``, ``val/auc`` and so on, and
-    so for test. There is no ``val/loss``: the people are of no class.
+    Validation and test batches are (images, image indices), each image once. The Trainer's datamodule offers the
+    :class:`~lsoftmax_lightning.pairs.Pairs` of these indices as ``val_pairs`` and ``test_pairs``. The metrics of
+    :class:`~lsoftmax_lightning.metrics.PairVerification` are logged as ``val/acc``, ``val/auc`` and so on, and
+    likewise for test. There is no ``val/loss``, because the people belong to no class.
 
     Args:
         num_classes: Number of identities. The command line takes it from the data.
@@ -49,8 +50,8 @@ class VerificationModule(LSoftmaxModule):
         spec = super().compared_data(training)
         return spec if training else spec._replace(class_names=())
 
-    def configure_verification(self, pairs: Tensor) -> PairVerification:
-        """The metric of an evaluation on ``pairs``, int64 [P, 4]."""
+    def configure_verification(self, pairs: Pairs) -> PairVerification:
+        """Return the metric of an evaluation on ``pairs``."""
         return PairVerification(pairs, self.pca_components)
 
     def represent(self, images: Tensor) -> Tensor:
@@ -68,8 +69,8 @@ class VerificationModule(LSoftmaxModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Embeds images."""
-        images, numbers = batch
-        self.verification.update(self.represent(images), numbers)
+        images, image_ids = batch
+        self.verification.update(self.represent(images), image_ids)
 
     test_step = validation_step
 
@@ -82,13 +83,13 @@ class VerificationModule(LSoftmaxModule):
         self._end("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Embeddings, [N, D], for images or (images, numbers)."""
+        """Embeddings, [N, D], for images or (images, image indices)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         return {"embedding": self.represent(images)}
 
     def _begin(self, stage: str) -> None:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        pairs = getattr(datamodule, f"{stage}_pairs", None)
+        pairs = pairs_of(datamodule, stage)
         if pairs is None:
             raise InputError(
                 f"VerificationModule needs a datamodule that offers {stage}_pairs, as LFWDataModule does; got "
@@ -99,5 +100,5 @@ class VerificationModule(LSoftmaxModule):
     def _end(self, stage: str) -> None:
         if self.trainer.sanity_checking:  # which embeds some images alone
             return
-        for name, figure in self.verification.compute().items():
-            self.log(f"{stage}/{name}", figure.float().to(self.device), prog_bar=name == "acc", sync_dist=True)
+        for name, value in self.verification.compute().items():
+            self.log(f"{stage}/{name}", value.float().to(self.device), prog_bar=name == "acc", sync_dist=True)

@@ -516,13 +516,13 @@ def test_pairs_of_images_have_their_own_pictures(tmp_path: Path) -> None:
     metric.compute()
     assert metric.cosines is not None
     rows = table(folder, "test_roc")
-    same = data.test_pairs[data.test_pairs[:, 3] > 0, 2]
-    assert [row["same"] == "True" for row in rows] == same.bool().tolist()
+    same = data.test_pairs.same[data.test_pairs.is_scored]
+    assert [row["same"] == "True" for row in rows] == same.tolist()
     assert [float(row["cosine"]) for row in rows] == pytest.approx(metric.cosines.tolist(), abs=1e-5)
     hardest = table(folder, "test_hardest_pairs")
     assert [row["same"] for row in hardest] == ["True"] * 4 + ["False"] * 4
-    assert float(hardest[0]["cosine"]) == pytest.approx(metric.cosines[same == 1].min().item(), abs=1e-5)
-    assert float(hardest[4]["cosine"]) == pytest.approx(metric.cosines[same == 0].max().item(), abs=1e-5)
+    assert float(hardest[0]["cosine"]) == pytest.approx(metric.cosines[same].min().item(), abs=1e-5)
+    assert float(hardest[4]["cosine"]) == pytest.approx(metric.cosines[~same].max().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "num_workers": 0}
 def told(data: PairsDataModule, part: str) -> list[tuple[str, str, bool, int]]:
     """Pairs as their images' names."""
     files, pairs = {"val": (data.val_files, data.val_pairs), "test": (data.test_files, data.test_pairs)}[part]
-    return [(files.paths[a].stem, files.paths[b].stem, bool(same), fold) for a, b, same, fold in pairs.tolist()]
+    rows = zip(*(column.tolist() for column in (pairs.first, pairs.second, pairs.same, pairs.fold)), strict=True)
+    return [(files.paths[a].stem, files.paths[b].stem, same, fold) for a, b, same, fold in rows]
 
 
 def test_the_pairs_are_those_of_the_file(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_the_people_of_a_fold_are_held_out(fold: int, val_fold: int | None, tmp_
 def test_the_pairs_of_a_test_keep_their_fold(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4)
     for val_fold, fitted in ((None, 12), (3, 4)):
-        folds = LFWFoldDataModule(str(tmp_path), 2, val_fold, **SMALL).test_pairs[:, 3]
+        folds = LFWFoldDataModule(str(tmp_path), 2, val_fold, **SMALL).test_pairs.fold
         assert ((folds == 0).sum(), (folds == 2).sum(), len(folds)) == (fitted, 4, fitted + 4)
 
 

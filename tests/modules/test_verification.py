@@ -1,4 +1,4 @@
-"""The verification module: each image embedded once, figures of pairs of people never seen."""
+"""The verification module: each image embedded once, metrics of pairs of people never seen."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,7 @@ def make(data: LFWFoldDataModule, **settings: Any) -> VerificationModule:
     return VerificationModule(data.num_classes, image_shape=data.image_shape, **defaults | settings)
 
 
-def test_it_trains_and_logs_figures_of_pairs(data: LFWFoldDataModule) -> None:
+def test_it_trains_and_logs_metrics_of_pairs(data: LFWFoldDataModule) -> None:
     trainer, model = make_trainer(max_epochs=2), make(data)
     trainer.fit(model, data)
     logged = set(trainer.callback_metrics)
@@ -44,7 +44,7 @@ def test_it_trains_and_logs_figures_of_pairs(data: LFWFoldDataModule) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"pca_components": 5, "mirror": True}])
-def test_the_figures_are_those_of_the_embeddings(settings: dict[str, Any], data: LFWFoldDataModule) -> None:
+def test_the_metrics_are_those_of_the_embeddings(settings: dict[str, Any], data: LFWFoldDataModule) -> None:
     model, trainer = make(data, **settings).eval(), make_trainer()
     (results,) = trainer.test(model, data, verbose=False)
     metric = PairVerification(data.test_pairs, settings.get("pca_components"))
@@ -73,7 +73,7 @@ def test_each_image_is_embedded_once(data: LFWFoldDataModule) -> None:
     assert counted == len(data.test_files.paths) < 2 * len(data.test_pairs)
 
 
-def test_a_partial_evaluation_gives_no_figures(data: LFWFoldDataModule) -> None:
+def test_a_partial_evaluation_gives_nan(data: LFWFoldDataModule) -> None:
     trainer = make_trainer(limit_test_batches=1)
     with pytest.warns(UserWarning, match="were not embedded"):
         (results,) = trainer.test(make(data), data, verbose=False)
