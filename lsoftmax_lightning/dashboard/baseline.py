@@ -1,4 +1,4 @@
-"""The softmax run beside a run with a margin, for comparison."""
+"""The angles of a softmax run, for comparison with a run that has a margin."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 ANGLE_BINS = range(181)
-"""Edges of the bins of the angles' histograms, in degrees."""
+"""Edges of the bins of histograms of angles, in degrees."""
 
 
 def softmax_angles(run: Path, stage: str) -> dict[str, Tensor]:
-    """The angles of samples to their class in the latest run at m = 1 that lies in the same folder as ``run``.
+    """Return the angles of samples to their class in the latest run with m = 1 in the same folder as ``run``.
 
     Runs that cannot be read are skipped with a warning.
 
     Args:
-        run: Folder of a run, with the ``hparams.yaml`` that Lightning leaves in it.
+        run: Folder of a run. Other runs in the same folder are recognised by their ``hparams.yaml``.
         stage: ``train``, ``val`` or ``test``.
 
     Returns:
-        Under the name of that run, the angles as they were when it ended, [N], to the width of a bin; nothing where
-        there is no such run.
+        By the name of that run, the angles at its end, ``(N,)``, rounded to the middle of their bin; empty if there
+        is no such run.
     """
     for hparams in sorted(run.parent.glob("*/hparams.yaml"), key=_modified, reverse=True):
         if hparams.parent == run:
@@ -35,9 +35,9 @@ def softmax_angles(run: Path, stage: str) -> dict[str, Tensor]:
         try:
             if "margin: 1" not in _read_text(hparams).splitlines():
                 continue
-            path = hparams.parent  # of the event files, which their reader does not name
+            path = hparams.parent  # for the warning: the reader of event files does not name them
             angles = _final_angles(path, stage)
-        except Exception as error:  # of the disk, or whatever the reader meets in a damaged event file
+        except Exception as error:  # of the disk, or any error from the reader of a damaged event file
             cause = str(error) or type(error).__name__
             rank_zero_warn(f"{path} cannot be read, so the angles of this run are not shown for comparison: {cause}")
             continue
@@ -49,7 +49,7 @@ def softmax_angles(run: Path, stage: str) -> dict[str, Tensor]:
 def _modified(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except OSError:  # a broken link, or one of a run that is being removed
+    except OSError:  # a broken link, or a run that is being removed
         return 0.0
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -17,7 +17,13 @@ from typing_extensions import override
 
 from ..errors import first_line
 from ..functional import plain_logits
-from ..heads import HeadCall
+from ..heads import HeadCall, LSoftmaxLinear
+
+
+def head_of(pl_module: LightningModule) -> LSoftmaxLinear | None:
+    """Return the ``head`` of a module; None unless it is an :class:`LSoftmaxLinear`, perhaps compiled."""
+    head: LSoftmaxLinear | None = getattr(pl_module, "head", None)
+    return head if hasattr(head, "calls") else None
 
 
 class HeadObserver(Callback):
@@ -38,54 +44,63 @@ class HeadObserver(Callback):
     _batch: Any = None
     _skipped: frozenset[str] = frozenset()
 
-    def observe_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
+    def observe_training(self, trainer: Trainer, head: LSoftmaxLinear, features: Tensor, target: Tensor) -> None:
         """Receive a training batch whose step will be logged, before the step.
 
         Args:
             trainer: The Trainer.
-            pl_module: Its module.
-            features: x, (N, D).
-            target: Class of each sample, int64 (N,).
+            head: The head of its module.
+            features: x, ``(N, D)``.
+            target: Class of each sample, int64, ``(N,)``.
         """
 
-    def observe_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
-        """Receive a batch of a validation or a test; ``logits`` are the plain ones, (N, C)."""
+    def observe_evaluation(
+        self, head: LSoftmaxLinear, images: Any, features: Tensor, logits: Tensor, target: Tensor
+    ) -> None:
+        """Receive a batch of a validation or a test; ``logits`` are the plain ones, ``(N, C)``."""
+
+    def observed_head(self, pl_module: LightningModule) -> LSoftmaxLinear | None:
+        """Return the head of the module; None if it is not observed."""
+        return head_of(pl_module) if self.is_observing else None
 
     @override
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()  # a run that failed was not torn down
-        head: Any = getattr(pl_module, "head", None)
-        self.is_observing = hasattr(head, "calls")
-        if self.is_observing:
-            self._hook = head.calls.register_forward_hook(self._forward_hook)
-        else:
+        head = head_of(pl_module)
+        self.is_observing = head is not None
+        if head is None:
             rank_zero_warn(
                 f"{type(self).__name__} shows nothing: {type(pl_module).__name__} has no LSoftmaxLinear as its `head`."
             )
+        else:
+            self._hook = head.calls.register_forward_hook(self._forward_hook)
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch, self._call = batch, None
 
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        """Observe a training batch before its step changes the weights."""
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (trainer.global_step + 1) % every == 0 and (observed := self._take(self._batch)):
+        if not every or (trainer.global_step + 1) % every != 0:
+            return
+        head, observed = self.observed_head(pl_module), self._take_call(self._batch)
+        if head is not None and observed is not None:
             call, target = observed
             with torch.no_grad():
-                self.observe_training(trainer, pl_module, call.features, target)
+                self.observe_training(trainer, head, call.features, target)
 
     @override
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._call = None
 
@@ -93,14 +108,21 @@ class HeadObserver(Callback):
 
     @override
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        if observed := self._take(batch):
+        head, observed = self.observed_head(pl_module), self._take_call(batch)
+        if head is not None and observed is not None:
             call, target = observed
             logits = call.plain_logits
             if logits is None:
-                logits = plain_logits(call.features, pl_module.head.full_weight)
-            self.observe_evaluation(pl_module, batch[0], call.features, logits, target)
+                logits = plain_logits(call.features, head.full_weight)
+            self.observe_evaluation(head, batch[0], call.features, logits, target)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -135,7 +157,7 @@ class HeadObserver(Callback):
             self._hook.remove()
         self._call = self._batch = self._hook = None
 
-    def _take(self, batch: Any) -> tuple[HeadCall, Tensor] | None:
+    def _take_call(self, batch: Any) -> tuple[HeadCall, Tensor] | None:
         """Return the call of the head for a batch, and its classes, once."""
         call, self._call = self._call, None
         target = classes_of(batch)

@@ -24,7 +24,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from lsoftmax_lightning import VerificationModule
 from lsoftmax_lightning.callbacks import Dashboard, MarginMonitor
 from lsoftmax_lightning.dashboard.baseline import softmax_angles
-from lsoftmax_lightning.dashboard.snapshots import ClassSample
+from lsoftmax_lightning.dashboard.collector import EvalCollector
+from lsoftmax_lightning.dashboard.panels import draw
+from lsoftmax_lightning.dashboard.snapshots import Snapshot
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.errors import DivergenceError, InputError
 from lsoftmax_lightning.metrics import PairVerification
@@ -32,8 +34,8 @@ from lsoftmax_lightning.metrics import PairVerification
 from ..conftest import BlobsDataModule, make_model, make_trainer
 from ..datamodules.formats import write_lfw
 
-CLASS_PICTURES = {"features", "angles", "class_angles", "confusion", "confusion_percent", "most_confused"}
-PAIR_PICTURES = {"angles", "roc", "pair_angles", "hardest_pairs"}
+CLASS_PLOTS = {"features", "angles", "class_angles", "confusion", "confusion_percent", "most_confused"}
+PAIR_PLOTS = {"angles", "roc", "pair_angles", "hardest_pairs"}
 
 
 class HardBlobs(BlobsDataModule):
@@ -64,12 +66,12 @@ def table(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_training_leaves_its_pictures() -> None:
+def test_a_training_leaves_its_plots() -> None:
     trainer, folder = with_logger(max_epochs=2)  # epochs of 8 steps
     trainer.fit(make_model(), HardBlobs())
     events = read(folder)
-    assert set(events.Tags()["images"]) == {f"val/{name}" for name in CLASS_PICTURES}
-    for name in CLASS_PICTURES:
+    assert set(events.Tags()["images"]) == {f"val/{name}" for name in CLASS_PLOTS}
+    for name in CLASS_PLOTS:
         assert steps(events, f"val/{name}") == [8, 16]
         event = events.Images(f"val/{name}")[0]
         size = Image.open(io.BytesIO(event.encoded_image_string)).size
@@ -105,14 +107,14 @@ def test_the_projector_has_features_names_and_images() -> None:
     assert torch.equal(first, images[0])  # pixels as they were before normalisation
 
 
-def test_a_test_has_pictures_of_its_own() -> None:
+def test_a_test_has_plots_of_its_own() -> None:
     trainer, folder = with_logger()
     trainer.test(make_model(), HardBlobs(), verbose=False)
     events = read(folder)
-    assert set(events.Tags()["images"]) == {f"test/{name}" for name in CLASS_PICTURES}
+    assert set(events.Tags()["images"]) == {f"test/{name}" for name in CLASS_PLOTS}
     trainer, folder = with_logger()
     trainer.validate(make_model(), HardBlobs(), verbose=False)
-    assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in CLASS_PICTURES}
+    assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in CLASS_PLOTS}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_a_test_has_pictures_of_its_own() -> None:
         (Dashboard(every_n_epochs=99, max_share=1), [8, 96]),
     ],
 )
-def test_pictures_come_every_few_epochs_and_of_the_last(
+def test_plots_come_every_few_epochs_and_of_the_last(
     dashboard: Dashboard, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
@@ -135,7 +137,7 @@ def test_pictures_come_every_few_epochs_and_of_the_last(
 
 
 @pytest.mark.parametrize(("max_share", "while_training"), [(0.0, []), (1.0, [8, 16, 24])])
-def test_training_waits_for_no_picture(max_share: float, while_training: list[int]) -> None:
+def test_training_waits_for_no_plot(max_share: float, while_training: list[int]) -> None:
     seen: list[int] = []
 
     class Watch(Callback):
@@ -150,7 +152,7 @@ def test_training_waits_for_no_picture(max_share: float, while_training: list[in
 
     def setup(*args: Any, **kwargs: Any) -> None:
         dashboard_setup(*args, **kwargs)
-        dashboard._began -= 3600 * max_share  # as if training took long
+        dashboard._start_time -= 3600 * max_share  # as if training took long
 
     dashboard.setup = setup  # type: ignore[method-assign]
     trainer.fit(make_model(), BlobsDataModule())
@@ -163,7 +165,7 @@ def test_everything_drawn_can_be_saved() -> None:
     model, data = make_model(), HardBlobs()
     trainer.fit(model, data)
     names = {path.name for path in (folder / "dashboard").iterdir()}
-    assert names == {f"val_{name}_000008.{kind}" for name in CLASS_PICTURES for kind in ("png", "csv")}
+    assert names == {f"val_{name}_000008.{kind}" for name in CLASS_PLOTS for kind in ("png", "csv")}
 
     images, target = data.val_data
     with torch.inference_mode():
@@ -224,7 +226,7 @@ def test_a_quick_run_draws_nothing() -> None:
     assert not list(Path().rglob("*"))
 
 
-def test_a_training_that_diverges_leaves_its_pictures_and_its_error() -> None:
+def test_a_training_that_diverges_leaves_its_plots_and_its_error() -> None:
     from torch.optim import SGD
 
     class LateDisaster(Callback):
@@ -271,19 +273,17 @@ def fail(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "what", "left"),
     [
-        ("dashboard.snapshots.ClassSample.update", "images, features and predictions", {"angles"}),
-        ("dashboard.dashboard.target_angles", "the angles of training", CLASS_PICTURES),
-        ("dashboard.dashboard.take_frame", "val pictures", set()),
-        ("dashboard.dashboard.softmax_angles", "val pictures", set()),
-        ("dashboard.plots.angle_map", "val pictures", {"angles", "features"}),
+        ("dashboard.collector.EvalCollector.update", "images, features and predictions", {"angles"}),
+        ("dashboard.dashboard.target_angles", "the angles of training", CLASS_PLOTS),
+        ("dashboard.collector.collect_snapshot", "the val snapshot", set()),
+        ("dashboard.dashboard.softmax_angles", "val plots", set()),
+        ("dashboard.plots.angle_map", "val plots", {"angles", "features"}),
         ("dashboard.dashboard.write_csv", "val/features", set()),
-        ("dashboard.snapshots.ClassFrame.embedding", "the projector", CLASS_PICTURES),
-        ("dashboard.monitor.hparams", "HParams", CLASS_PICTURES),
+        ("dashboard.snapshots.ClassSnapshot.embedding", "the projector", CLASS_PLOTS),
+        ("dashboard.monitor.hparams", "HParams", CLASS_PLOTS),
     ],
 )
-def test_no_error_in_a_picture_ends_a_run(
-    place: str, what: str, left: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_error_in_a_plot_ends_a_run(place: str, what: str, left: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"lsoftmax_lightning.{place}", fail)
     dashboard = Dashboard(every_n_epochs=1, save=place.endswith("write_csv"))
     trainer, folder = with_logger(dashboard, max_epochs=2, callbacks=[MarginMonitor()])
@@ -298,15 +298,15 @@ def test_no_error_in_a_picture_ends_a_run(
     assert sum(cause in str(warning.message) for warning in warned) == 1
 
 
-def test_an_evaluation_with_an_error_has_no_pictures_of_a_part_of_it() -> None:
-    sample, features, target = ClassSample(4, None), torch.randn(4, 2), torch.arange(4) % 2
+def test_an_evaluation_with_an_error_has_no_plots_of_a_part_of_it() -> None:
+    collector, features, target = EvalCollector(4, None), torch.randn(4, 2), torch.arange(4) % 2
     batch = (features, features @ torch.eye(2), target, torch.eye(2))
-    sample.update(torch.rand(4, 1, 2, 2), *batch)
-    assert sample
+    collector.update(torch.rand(4, 1, 2, 2), *batch)
+    assert collector.is_complete
     with pytest.raises(RuntimeError):
-        sample.update(torch.rand(4, 1, 2, 2), features[:2], *batch[1:])
-    sample.update(torch.rand(4, 1, 2, 2), *batch)
-    assert not sample
+        collector.update(torch.rand(4, 1, 2, 2), features[:2], *batch[1:])
+    collector.update(torch.rand(4, 1, 2, 2), *batch)
+    assert not collector.is_complete
 
 
 class Wrapped(LightningDataModule):
@@ -379,12 +379,12 @@ def test_data_without_a_length_are_drawn() -> None:
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 50])
 def test_a_sample_without_a_known_length_is_spread_over_all_batches(batches: int) -> None:
-    sample = ClassSample(12, None, limit=12)
+    collector = EvalCollector(12, None, limit=12)
     for batch in range(batches):
         features = torch.full((20, 1), float(batch))
         logits = torch.zeros(20, 2)
-        sample.update(torch.rand(20, 1, 2, 2), features, logits, torch.zeros(20, dtype=torch.long), torch.ones(2, 1))
-    kept = torch.cat([part[0] for part in sample._some]).flatten()
+        collector.update(torch.rand(20, 1, 2, 2), features, logits, torch.zeros(20, dtype=torch.long), torch.ones(2, 1))
+    kept = torch.cat([batch.features for batch in collector._samples]).flatten()
     assert 6 <= len(kept) <= 12
     assert kept.max() >= 0.7 * (batches - 1)
     assert kept.min() <= 0.1 * batches
@@ -413,7 +413,7 @@ def test_class_names_of_any_kind_are_shown(names: Any, expected: list[str]) -> N
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "Glyph|The '.*' does not have many workers")
         trainer.fit(make_model(), Named())
-    assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in CLASS_PICTURES}
+    assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in CLASS_PLOTS}
     assert [row["true class"] for row in table(folder, "val_confusion_000008")] == expected
     (metadata,) = folder.rglob("metadata.tsv")
     rows = [line.split("\t") for line in metadata.read_text(encoding="utf-8").split("\n")[1:-1]]
@@ -437,25 +437,31 @@ def test_classes_without_a_name_have_their_index(names: Any, expected: list[str]
 
 
 def test_of_many_classes_a_hundred_are_shown() -> None:
-    sample = ClassSample(400, None)
-    names = [f"class {number}" for number in range(150)]
+    collector = EvalCollector(400, None)
+    names = [f"class {index}" for index in range(150)]
     generator = torch.Generator().manual_seed(0)
     target, features = torch.arange(300) % 150, torch.randn(300, 8, generator=generator)
     weight = torch.randn(150, 8, generator=generator)
-    sample.update(torch.rand(300, 3, 4, 4), features, features @ weight.T, target, weight)
+    collector.update(torch.rand(300, 3, 4, 4), features, features @ weight.T, target, weight)
     shown = torch.linspace(0, 149, 100).round().long()
-    frame = sample.frame(
-        **{"stage": "val", "step": 5, "margin": 2, "lambda_": 1.0, "nearest": 50.0, "train_angles": torch.empty(0)},
-        **{"weight": weight[shown], "shown": shown, "class_names": names},
+    snapshot = collector.snapshot(
+        stage="val",
+        step=5,
+        margin=2,
+        lambda_=1.0,
+        nearest_angle=50.0,
+        weight=weight[shown],
+        shown=shown,
+        class_names=names,
     )
-    drawn = {picture.name: picture for picture in frame.draw()}
+    drawn = {plot.name: plot for plot in draw(snapshot)}
     header = drawn["confusion"].header
     assert (header[1], header[-1], len(header)) == ("class 0", "class 149", 101)
     inside = torch.isin(target, shown) & torch.isin((features @ weight.T).argmax(1), shown)
     assert sum(sum(row[1:]) for row in drawn["confusion"].rows) == inside.sum()
-    own = (features @ weight.T).argmax(1) == target
+    is_correct = (features @ weight.T).argmax(1) == target
     for row in drawn["confusion_percent"].rows:
-        of_class = own[target == names.index(row[0])].float()
+        of_class = is_correct[target == names.index(row[0])].float()
         assert dict(zip(header, row, strict=True))[row[0]] == pytest.approx(100 * of_class.mean().item())
     title = "angles between the weights of 100 of 150 classes, m = 2 at lambda 1 (effective 1.58), step 5"
     assert drawn["class_angles"].figure.axes[0].get_title() == title
@@ -480,35 +486,41 @@ class Norm:
     ],
 )
 def test_images_of_any_kind_are_shown(shape: tuple[int, ...], norm: Any) -> None:
-    sample, weight = ClassSample(2, norm), torch.eye(3)
+    collector, weight = EvalCollector(2, norm), torch.eye(3)
     for _ in range(2):
         images = torch.randn(5, *shape) if shape else {"not": "images"}
-        sample.update(
+        collector.update(
             images, torch.eye(3)[[0, 1, 2, 0, 1]], torch.eye(3)[[1, 1, 2, 0, 1]], torch.tensor([0, 1, 2, 0, 1]), weight
         )
-    frame = sample.frame(
-        **{"stage": "val", "step": 5, "margin": 1, "lambda_": 0.0, "nearest": 90.0, "train_angles": torch.empty(0)},
-        **{"weight": weight, "shown": torch.arange(3), "class_names": ("a", "b", "c")},
+    snapshot = collector.snapshot(
+        stage="val",
+        step=5,
+        margin=1,
+        lambda_=0.0,
+        nearest_angle=90.0,
+        weight=weight,
+        shown=torch.arange(3),
+        class_names=("a", "b", "c"),
     )
     height, width = {(): (1, 1), (3, 60, 90): (32, 48)}.get(shape, (8, 8))
-    assert frame.thumbnails.shape == (4, 1 if shape in ((), (4, 8, 8)) else shape[0], height, width)
-    assert int((frame.worst[0] > 0).sum()) == 2  # the two mistakes of two batches
-    assert len(list(frame.draw())) == 6
-    assert frame.embedding()["label_img"].shape[1] == 3
+    assert snapshot.thumbnails.shape == (4, 1 if shape in ((), (4, 8, 8)) else shape[0], height, width)
+    assert int((snapshot.confused.confidence_gap > 0).sum()) == 2  # the two mistakes of two batches
+    assert len(list(draw(snapshot))) == 6
+    assert snapshot.embedding()["label_img"].shape[1] == 3
 
 
-def test_pairs_of_images_have_their_own_pictures(tmp_path: Path) -> None:
+def test_pairs_of_images_have_their_own_plots(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4, count=4)
     data = LFWFoldDataModule(str(tmp_path), 4, 3, image_size=8, batch_size=4, num_workers=0)
     model = VerificationModule(data.num_classes, "digits", image_shape=data.image_shape, margin=2)
     trainer, folder = with_logger(Dashboard(save=True), max_epochs=2)
     trainer.log_every_n_steps = 50  # the last training batch is as large as one of validation, and not read
     trainer.fit(model, data)
-    assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in PAIR_PICTURES}
+    assert set(read(folder).Tags()["images"]) == {f"val/{name}" for name in PAIR_PLOTS}
 
     trainer, folder = with_logger(Dashboard(save=True))
     trainer.test(model, data, verbose=False)
-    assert set(read(folder).Tags()["images"]) == {f"test/{name}" for name in PAIR_PICTURES}
+    assert set(read(folder).Tags()["images"]) == {f"test/{name}" for name in PAIR_PLOTS}
     metric = PairVerification(data.test_pairs)
     with torch.inference_mode():
         images = data.normalize(data.test_data.images[torch.arange(len(data.test_files.paths))])
@@ -622,7 +634,8 @@ def test_angles_of_training_are_bounded_without_validation(monkeypatch: pytest.M
     trainer.fit(make_model(), BlobsDataModule())
     assert len(held) == 32
     assert max(held) <= 50 + 3 * 20
-    snapshot = dashboard._frame(trainer, trainer.lightning_module, "val")
+    snapshot = Snapshot(stage="val", step=32, margin=2, lambda_=0.0, nearest_angle=90.0)
+    dashboard.observe_snapshot(trainer, snapshot)
     assert snapshot.train_angles.tolist() == recent[-50:]
 
 

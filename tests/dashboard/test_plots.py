@@ -1,4 +1,4 @@
-"""The pictures, from plain tensors, by what matplotlib was given to draw."""
+"""The plots, from plain tensors, by what matplotlib was given to draw."""
 
 import pytest
 import torch

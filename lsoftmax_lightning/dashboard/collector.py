@@ -1,0 +1,286 @@
+"""Collects the batches of a validation or test into a snapshot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+from typing_extensions import override
+
+from ..class_names import names_by_index
+from ..geometry import target_angles
+from ..heads import LSoftmaxLinear
+from ..metrics import PairVerification
+from .observer import HeadObserver
+from .scalars import weight_separation
+from .snapshots import ClassSnapshot, ConfusedImages, PairSnapshot, Snapshot
+
+_MAX_CLASSES = 100  # that can be told apart in a plot
+_STRIP_IMAGES = 12
+_THUMBNAIL_SIDE = 48  # pixels of an image in the projector, at most
+
+
+class _Predictions(NamedTuple):
+    """All samples of a batch."""
+
+    target: Tensor
+    prediction: Tensor
+    angles: Tensor
+
+
+class _Samples(NamedTuple):
+    """Some samples of a batch."""
+
+    features: Tensor
+    target: Tensor
+    thumbnails: Tensor
+
+
+class EvalCollector:
+    """Collects from batches, on their device: all classes and predictions, some features, the most confused images.
+
+    Args:
+        per_batch: Features and thumbnails to keep of each batch.
+        datamodule: Its ``mean`` and ``std`` say how images were normalised; without them, each image is scaled by its
+            own range.
+        limit: Largest number of features and thumbnails to keep. Beyond it, every other one is dropped, and
+            ``per_batch`` is halved.
+    """
+
+    def __init__(self, per_batch: int, datamodule: object, limit: float = math.inf) -> None:
+        self._per_batch, self._limit = per_batch, limit
+        self._mean, self._std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
+        self._failed = False
+        self._predictions: list[_Predictions] = []
+        self._samples: list[_Samples] = []
+        self._confused: ConfusedImages | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there were batches, and each was added without an error."""
+        return bool(self._predictions) and not self._failed
+
+    def update(self, images: Any, features: Tensor, logits: Tensor, target: Tensor, weight: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            images: Images, ``(N, channels, height, width)``; anything else is shown as black.
+            features: x, ``(N, D)``.
+            logits: Plain logits, ``(N, C)``.
+            target: Class of each sample, int64, ``(N,)``.
+            weight: W, ``(C, D)``.
+        """
+        failed, self._failed = self._failed, True  # until this batch is added
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            images = features.new_zeros(len(target), 1, 1, 1)
+        probabilities = logits.float().softmax(dim=1)
+        probability, prediction = probabilities.max(dim=1)
+        angles = target_angles(features, weight[target])
+        self._predictions.append(_Predictions(target, prediction, angles))
+        kept = slice(self._per_batch)
+        thumbnails = _thumbnails(self._to_bytes(images[kept]))
+        self._samples.append(_Samples(features[kept].float().clone(), target[kept], thumbnails))
+        if sum(len(batch.target) for batch in self._samples) > self._limit:
+            self._samples = [_Samples(*(column[::2].clone() for column in _concatenate(self._samples)))]
+            self._per_batch = max(1, self._per_batch // 2)
+        gap = probability - probabilities.gather(1, target.unsqueeze(1)).squeeze(1)
+        gap, rows = gap.topk(min(_STRIP_IMAGES, len(gap)))
+        confused = ConfusedImages(gap, target[rows], prediction[rows], angles[rows], self._to_bytes(images[rows]))
+        self._confused = confused if self._confused is None else _most_confused([self._confused, confused])
+        self._failed = failed
+
+    def snapshot(self, **fields: Any) -> ClassSnapshot:
+        """Return the snapshot of all ranks, on the CPU; call it on all ranks.
+
+        Args:
+            **fields: The fields of :class:`ClassSnapshot` that are not collected from batches.
+        """
+        assert self._confused is not None
+        predictions = _Predictions(*_gather_rows(_concatenate(self._predictions)))
+        samples = _Samples(*_gather_rows(_concatenate(self._samples)))
+        return ClassSnapshot(
+            target=predictions.target,
+            prediction=predictions.prediction,
+            angles=predictions.angles,
+            features=samples.features,
+            features_target=samples.target,
+            thumbnails=samples.thumbnails,
+            confused=_most_confused([ConfusedImages(*_gather_rows(self._confused))]),
+            **fields,
+        )
+
+    def _to_bytes(self, images: Tensor) -> Tensor:
+        """Return images as uint8 in grey or colour."""
+        images = images.float()
+        if self._mean is not None and self._std is not None:
+            images = images * images.new_tensor(self._std).view(-1, 1, 1) + images.new_tensor(self._mean).view(-1, 1, 1)
+        else:
+            low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+            images = (images - low) / (high - low).clamp_min(1e-12)
+        if images.shape[1] not in (1, 3):
+            images = images[:, :1]
+        return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+class SnapshotObserver(HeadObserver):
+    """Collects each validation and test into a snapshot, for a subclass that draws or writes it.
+
+    Observers of a Trainer that keep equally many samples share the collection: the first of them collects for all.
+
+    Attributes:
+        max_samples: Features and thumbnails to keep, on all ranks together.
+    """
+
+    max_samples = 2000
+    _collector: EvalCollector | None = None
+
+    def observe_snapshot(self, trainer: Trainer, snapshot: Snapshot | None) -> None:
+        """Receive the snapshot of a validation or test, on all ranks; None after an error."""
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_collection(trainer, trainer.num_val_batches)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_collection(trainer, trainer.num_test_batches)
+
+    @override
+    def observe_evaluation(
+        self, head: LSoftmaxLinear, images: Any, features: Tensor, logits: Tensor, target: Tensor
+    ) -> None:
+        if self._collector is not None:
+            with self.optional("images, features and predictions", collective=True):
+                self._collector.update(images, features, logits, target, head.full_weight)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._end_collection(trainer, pl_module, "val")
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_collection(trainer, pl_module, "test")
+
+    def _sharing_observers(self, trainer: Trainer) -> list[SnapshotObserver]:
+        return [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, SnapshotObserver)
+            and callback.is_observing
+            and callback.max_samples == self.max_samples
+        ]
+
+    def _start_collection(self, trainer: Trainer, num_batches: Sequence[float]) -> None:
+        self._collector = None
+        if self._sharing_observers(trainer)[:1] == [self]:
+            self._collector = eval_collector(self.max_samples, trainer, num_batches)
+
+    def _end_collection(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        head = self.observed_head(pl_module)
+        collector, self._collector = self._collector, None  # it keeps memory of the device
+        if head is None or collector is None:
+            return
+        snapshot = None
+        with self.optional(f"the {stage} snapshot", collective=True):
+            snapshot = collect_snapshot(trainer, pl_module, head, stage, collector)
+        for observer in self._sharing_observers(trainer):
+            observer.observe_snapshot(trainer, snapshot)
+
+
+def eval_collector(count: int, trainer: Trainer, num_batches: Sequence[float]) -> EvalCollector:
+    """Return a collector for the batches of an evaluation that keeps about ``count`` samples on all ranks together."""
+    per_rank, batches = math.ceil(count / trainer.world_size), sum(num_batches)
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if batches == math.inf:  # data without a length
+        return EvalCollector(per_rank, datamodule, limit=per_rank)
+    return EvalCollector(max(1, math.ceil(count / (batches * trainer.world_size))), datamodule)
+
+
+def collect_snapshot(
+    trainer: Trainer, pl_module: LightningModule, head: LSoftmaxLinear, stage: str, collector: EvalCollector
+) -> Snapshot:
+    """Return the snapshot of a validation or test; call it on all ranks.
+
+    Args:
+        trainer: The Trainer, at the end of the stage.
+        pl_module: Its module.
+        head: The head of the module.
+        stage: ``val`` or ``test``.
+        collector: What was collected of the batches.
+    """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    fields: dict[str, Any] = {
+        "stage": stage,
+        "step": trainer.global_step,
+        "margin": head.margin,
+        "lambda_": head.lambda_ if trainer.state.fn == TrainerFn.FITTING else None,
+        "nearest_angle": float(weight_separation(head).nearest),
+    }
+    if trainer.strategy.reduce_boolean_decision(collector.is_complete):  # on all ranks
+        names = names_by_index(datamodule)
+        shown = _shown_classes(head.num_classes)
+        return collector.snapshot(
+            weight=head.class_weights(shown.to(head.weight.device)).float().cpu(),
+            shown=shown,
+            class_names=tuple(names.get(index, str(index)) for index in range(head.num_classes)),
+            **fields,
+        )
+    verification = getattr(pl_module, "verification", None)
+    if isinstance(verification, PairVerification) and verification.cosines is not None:
+        images = getattr(getattr(datamodule, f"{stage}_data", None), "images", None)
+        return _pair_snapshot(verification, verification.cosines, images, **fields)
+    return Snapshot(**fields)
+
+
+def _pair_snapshot(verification: PairVerification, cosines: Tensor, images: Any, **fields: Any) -> PairSnapshot:
+    """Select the hardest pairs, and their images if ``images`` returns images by index."""
+    scored = verification.pairs[verification.pairs.is_scored]
+    hardness = torch.where(scored.same, -cosines, cosines)  # same ones far apart, different ones near
+    hardest = torch.cat([_hardest(hardness, scored.same), _hardest(hardness, ~scored.same)])
+    if images is not None:
+        images = torch.cat([images[scored.first[hardest]], images[scored.second[hardest]]], dim=3)
+    return PairSnapshot(cosines=cosines, same=scored.same, hardest=hardest, images=images, **fields)
+
+
+def _hardest(hardness: Tensor, mask: Tensor) -> Tensor:
+    indices = mask.nonzero().squeeze(1)
+    hardest: Tensor = indices[hardness[indices].topk(min(_STRIP_IMAGES // 2, len(indices))).indices]
+    return hardest
+
+
+def _shown_classes(num_classes: int) -> Tensor:
+    """Return the indices of all classes, or of a hundred evenly spaced ones."""
+    return torch.linspace(0, num_classes - 1, min(num_classes, _MAX_CLASSES)).round().long()
+
+
+def _most_confused(batches: Sequence[ConfusedImages]) -> ConfusedImages:
+    confused = ConfusedImages(*_concatenate(batches))
+    rows = confused.confidence_gap.topk(min(_STRIP_IMAGES, len(confused.confidence_gap))).indices
+    return ConfusedImages(*(column[rows] for column in confused))
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    scale = _THUMBNAIL_SIDE / max(images.shape[2:])
+    if scale >= 1:
+        return images
+    size = [max(1, int(side * scale)) for side in images.shape[2:]]
+    return F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
+
+
+def _concatenate(batches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [torch.cat(column) for column in zip(*batches, strict=True)]
+
+
+def _gather_rows(columns: Sequence[Tensor]) -> list[Tensor]:
+    """Return the rows of all ranks, on the CPU."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return [torch.cat(gather_all_tensors(column)).cpu() for column in columns]
+    return [column.cpu() for column in columns]

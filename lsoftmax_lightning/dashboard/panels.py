@@ -1,0 +1,152 @@
+"""The plots of a snapshot. To add one, write a function here and append it to a list at the end of this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..geometry import degrees
+from . import plots
+from .snapshots import ClassSnapshot, PairSnapshot, Snapshot
+
+_Kind = TypeVar("_Kind", bound=Snapshot)
+
+
+class Plot(NamedTuple):
+    """A figure and the numbers in it."""
+
+    name: str
+    """Tag on TensorBoard, and part of the file names."""
+    figure: Figure
+    header: Sequence[str]
+    """Name of each column of ``rows``."""
+    rows: Iterable[Sequence[Any]]
+
+
+def draw(snapshot: Snapshot) -> Iterator[Plot]:
+    """Draw the plots of a snapshot, one by one."""
+    yield from _draw(_PANELS, snapshot)
+    if isinstance(snapshot, ClassSnapshot):
+        yield from _draw(_CLASS_PANELS, snapshot)
+    if isinstance(snapshot, PairSnapshot):
+        yield from _draw(_PAIR_PANELS, snapshot)
+
+
+def _draw(panels: Sequence[Callable[[_Kind], Plot | None]], snapshot: _Kind) -> Iterator[Plot]:
+    for panel in panels:
+        plot = panel(snapshot)
+        if plot is not None:
+            yield plot
+
+
+def _angles(snapshot: Snapshot) -> Plot:
+    angles = snapshot.angles_by_stage() | dict(snapshot.baseline)
+    boundaries = {"boundary of softmax": snapshot.nearest_angle / 2}
+    if snapshot.margin > 1:
+        boundaries[f"boundary of m = {snapshot.margin}"] = snapshot.nearest_angle / (snapshot.margin + 1)
+    figure = plots.angle_histogram(angles, boundaries, snapshot.title("angle to the true class"))
+    rows = ((name, angle) for name, values in angles.items() for angle in values.tolist())
+    return Plot("angles", figure, ("stage", "degrees"), rows)
+
+
+def _features(snapshot: ClassSnapshot) -> Plot:
+    names, points, rays, target = snapshot.scatter()
+    figure = plots.feature_scatter(points, rays, target, names, _class_title(snapshot, "features"))
+    rows = [(*point, names[c]) for point, c in zip(points.tolist(), target.tolist(), strict=True) if c >= 0]
+    return Plot("features", figure, ("x", "y", "class"), rows)
+
+
+def _class_angles(snapshot: ClassSnapshot) -> Plot:
+    names = _shown_names(snapshot)
+    unit = normalize(snapshot.weight)
+    angles = degrees(unit @ unit.T).fill_diagonal_(0)
+    figure = plots.angle_map(angles, names, _class_title(snapshot, "angles between the weights"))
+    return Plot("class_angles", figure, ("class", *names), _matrix_rows(names, angles))
+
+
+def _confusion(snapshot: ClassSnapshot) -> Plot:
+    names = _shown_names(snapshot)
+    counts, _ = snapshot.confusion_counts()
+    figure = plots.confusion(counts, names, "images", _class_title(snapshot, "confusion"))
+    return Plot("confusion", figure, ("true class", *names), _matrix_rows(names, counts))
+
+
+def _confusion_percent(snapshot: ClassSnapshot) -> Plot:
+    names = _shown_names(snapshot)
+    percent = plots.percent_of_rows(*snapshot.confusion_counts())
+    figure = plots.confusion(percent, names, "% of the true class", _class_title(snapshot, "confusion"))
+    return Plot("confusion_percent", figure, ("true class", *names), _matrix_rows(names, percent))
+
+
+def _most_confused(snapshot: ClassSnapshot) -> Plot | None:
+    confused, names = snapshot.confused, snapshot.class_names
+    is_mistake = confused.confidence_gap > 0
+    if not is_mistake.any():
+        return None
+    rows = [
+        (names[target], names[prediction], angle)
+        for target, prediction, angle in zip(
+            confused.target[is_mistake].tolist(),
+            confused.prediction[is_mistake].tolist(),
+            confused.angles[is_mistake].tolist(),
+            strict=True,
+        )
+    ]
+    captions = [f"{target}\ntaken for {prediction}\n{angle:.0f}°" for target, prediction, angle in rows]
+    figure = plots.image_strip(confused.images[is_mistake], captions, snapshot.title("most confused"))
+    return Plot("most_confused", figure, ("true class", "predicted class", "degrees"), rows)
+
+
+def _roc(snapshot: PairSnapshot) -> Plot:
+    title = snapshot.title(f"ROC curve of {len(snapshot.same)} pairs")
+    figure = plots.roc({"pairs": (snapshot.cosines, snapshot.same)}, title)
+    return Plot("roc", figure, _PAIR_HEADER, _pair_rows(snapshot))
+
+
+def _pair_angles(snapshot: PairSnapshot) -> Plot:
+    angles = degrees(snapshot.cosines)
+    by_kind = {"same": angles[snapshot.same], "different": angles[~snapshot.same]}
+    figure = plots.angle_histogram(by_kind, {}, snapshot.title("angle between two images"))
+    return Plot("pair_angles", figure, _PAIR_HEADER, _pair_rows(snapshot))
+
+
+def _hardest_pairs(snapshot: PairSnapshot) -> Plot | None:
+    if snapshot.images is None:
+        return None
+    all_rows = _pair_rows(snapshot)
+    rows = [all_rows[index] for index in snapshot.hardest.tolist()]
+    captions = [f"{'same' if same else 'different'}: {angle:.0f}°" for _, angle, same in rows]
+    figure = plots.image_strip(snapshot.images, captions, snapshot.title("hardest pairs"))
+    return Plot("hardest_pairs", figure, _PAIR_HEADER, rows)
+
+
+_PAIR_HEADER = ("cosine", "degrees", "same")
+
+
+def _pair_rows(snapshot: PairSnapshot) -> list[tuple[float, float, bool]]:
+    columns = (snapshot.cosines, degrees(snapshot.cosines), snapshot.same)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _matrix_rows(names: Sequence[str], matrix: Tensor) -> Iterable[Sequence[Any]]:
+    return ((name, *values) for name, values in zip(names, matrix.tolist(), strict=True))
+
+
+def _shown_names(snapshot: ClassSnapshot) -> list[str]:
+    return [snapshot.class_names[index] for index in snapshot.shown]
+
+
+def _class_title(snapshot: ClassSnapshot, subject: str) -> str:
+    """Return the title of a plot that may show only some of the classes."""
+    if len(snapshot.shown) < len(snapshot.class_names):
+        subject += f" of {len(snapshot.shown)} of {len(snapshot.class_names)} classes"
+    return snapshot.title(subject)
+
+
+_PANELS = (_angles,)
+_CLASS_PANELS = (_features, _class_angles, _confusion, _confusion_percent, _most_confused)
+_PAIR_PANELS = (_roc, _pair_angles, _hardest_pairs)

@@ -1,0 +1,84 @@
+"""Scalars that the monitor logs, and the charts that show them on TensorBoard."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..geometry import Separation, effective_margin, evenly_spaced, segment_counts, separation, target_angles
+from ..heads import LSoftmaxLinear
+
+
+def training_scalars(head: LSoftmaxLinear, features: Tensor, target: Tensor) -> dict[str, Tensor | float]:
+    """Return the scalars of a training batch, by tag.
+
+    Args:
+        head: The head.
+        features: x, ``(N, D)``.
+        target: Class of each sample, int64, ``(N,)``.
+    """
+    angles = target_angles(features, head.class_weights(target))
+    segments = segment_counts(angles, head.margin) / len(angles)
+    return {
+        "train/cross_entropy": head.plain_cross_entropy(features, target),
+        "train/angle": angles.mean(),
+        "train/feature_norm": torch.linalg.vector_norm(features.float(), dim=1).mean(),
+        **{f"train/segment_{k}": fraction for k, fraction in enumerate(segments)},
+        "effective_margin": effective_margin(head.margin, head.lambda_),
+    }
+
+
+def weight_scalars(head: LSoftmaxLinear) -> dict[str, Tensor]:
+    """Return the scalars of the class weights, by tag without its stage; call it on all ranks."""
+    return {f"weight_angle_{name}": angle for name, angle in weight_separation(head)._asdict().items()}
+
+
+def weight_separation(head: LSoftmaxLinear) -> Separation:
+    """Return the angles between the class weights, of at most 10,000 classes; call it on all ranks."""
+    return separation(head.class_weights(evenly_spaced(head.num_classes).to(head.weight.device)))
+
+
+def layout(has_pairs: bool, follows_accuracy: bool) -> dict[str, dict[str, tuple[str, list[str]]]]:
+    """Return the layout of the Custom Scalars tab: by category and title, the regular expressions of the tags.
+
+    Args:
+        has_pairs: Whether the validation is on pairs of images.
+        follows_accuracy: Whether lambda follows the training accuracy.
+    """
+    annealing = {"lambda": ["lambda$"]}
+    if follows_accuracy:
+        annealing["accuracy with the margin, which sets lambda"] = ["train/margin_acc$"]
+    annealing["effective margin"] = ["effective_margin$"]
+    annealing["learning rate"] = ["lr$"]
+
+    separability = {"angle between class weights": ["val/weight_angle_"]}
+    if not has_pairs:
+        separability["angle between class centres"] = ["val/centre_angle_"]
+
+    categories = {
+        "Learning": {
+            "loss with the margin": ["train/loss$", "val/margin_loss$"],
+            "plain cross-entropy": ["train/cross_entropy$", "val/loss$"],
+            "accuracy": ["train/acc$", "val/acc$"],
+        }
+    }
+    if has_pairs:
+        categories["Verification"] = {
+            "area under the ROC curve": ["val/auc$"],
+            "equal error rate": ["val/eer$"],
+            "true accept rate at a low false accept rate": ["val/tar_at_far_"],
+        }
+    categories |= {
+        "Annealing": annealing,
+        "Compactness": {
+            "angle of a sample to its class weight, degrees": ["train/angle$", "val/angle$"],
+            "fraction of samples in segment k": ["train/segment_", "val/segment_"],
+            "norm of a feature": ["train/feature_norm$", "val/feature_norm$"],
+        },
+        "Separability": separability,
+        "Speed": {"images per second": ["images_per_second$"]},
+    }
+    return {
+        category: {title: ("Multiline", tags) for title, tags in charts.items()}
+        for category, charts in categories.items()
+    }
