@@ -109,7 +109,7 @@ def test_two_processes_are_as_one() -> None:
     assert results[0]["test/angle"] == pytest.approx(results[1]["test/angle"], rel=1e-3)
     assert results[0]["test/centre_angle_min"] == pytest.approx(results[1]["test/centre_angle_min"], rel=1e-3)
 
-    # every image is in the pictures, once, and only one process draws
+    # every image is in the plots, once, and only one process draws
     runs = [Path("runs/digits", name) for name in ("on1", "on2")]
     names = [{path.name for path in (run / "dashboard").iterdir()} for run in runs]
     assert names[0] == names[1]

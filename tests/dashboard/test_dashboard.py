@@ -358,10 +358,10 @@ def test_sprites_hold_images_of_any_shape(size: tuple[int, int]) -> None:
     left = (width - shown) // 2
     assert height == min(48, size[0])
     assert width == max(height, shown)
-    picture = pil_to_tensor(Image.open(sprite).convert("L"))
+    pixels = pil_to_tensor(Image.open(sprite).convert("L"))
     images = next(iter(data.val_dataloader()))[0]
     for row, column, index in ((0, 0, 0), (0, 3, 3), (1, 0, 4)):  # in a square of four by four
-        tile = picture[0, row * height : (row + 1) * height, column * width : (column + 1) * width]
+        tile = pixels[0, row * height : (row + 1) * height, column * width : (column + 1) * width]
         image = images[index, 0]
         expected = 255 * (image - image.min()) / (image.max() - image.min())
         assert tile[:, left : left + shown].float().mean() == pytest.approx(expected.mean().item(), rel=0.03)
