@@ -13,9 +13,11 @@ import yaml
 
 from .checkpoints import read
 from .compare import compare, report
+from .config_files import CONFIGS, expand_path, find_config
 from .errors import InputError
 from .export import Format, Pixels, export
-from .lightning_cli import CONFIGS, LSoftmaxCLI, expand_path, find_config, is_ours, reads_files
+from .lightning_cli import LSoftmaxCLI
+from .settings import is_ours, reads_files
 from .signals import Stopped
 from .user_errors import errors_without_traceback
 

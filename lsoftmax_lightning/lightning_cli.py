@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import signal
 import time
 import warnings
@@ -13,12 +11,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader  # type: ignore[attr-defined]
+from jsonargparse import Namespace, set_loader
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
@@ -41,99 +38,16 @@ from .callbacks import (
     Predictions,
 )
 from .checkpoints import indexed, local_file, read, saved_data_spec
+from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml, read_yaml
 from .datamodules import PredictFolderDataModule
-from .datamodules.files import FileDataModule
 from .errors import InputError
+from .settings import apply_root, as_list, check_writer, checkpoint_mode, is_kind, reads_files
 from .signals import mark_launcher
 from .strategies import ClassShardedStrategy
 from .user_errors import errors_of_settings
 
-_PACKAGE = Path(__file__).parent
-# In the wheel the configs lie inside the package; in a checkout, beside it.
-CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
-
 _RANK_SECONDS = 5  # for the other ranks to print their own error
 _LOCK_SECONDS = 10  # workers of a killed run hold its lock for some seconds
-
-
-def expand_path(path: str) -> str:
-    """Return a path with ``~`` and environment variables replaced; a variable that is not set stays as it is."""
-    return os.path.expanduser(os.path.expandvars(path))
-
-
-def find_config(name: str) -> Path:
-    """A config by path, or a shipped one by its bare name.
-
-    Args:
-        name: A path, seen from the working directory; or the name of a shipped config, ``.yaml`` or not.
-
-    Raises:
-        InputError: If there is neither.
-    """
-    for path in (Path(expand_path(name)), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    shipped = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
-    raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones: {shipped}.")
-
-
-class _ConfigFile(ActionConfigFile):
-    """``--config`` that knows the shipped configs."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, str(find_config(values)), option_string)  # type: ignore[no-untyped-call]
-
-
-_MAX_NODES = 100_000  # of a YAML text, with each alias replaced by what it stands for
-_load_yaml = get_loader("yaml")
-
-
-def _load_bounded_yaml(text: str) -> Any:
-    """Load YAML; refuse duplicate keys, and aliases that stand for more than can be parsed, or for themselves."""
-    content = _load_yaml(text)
-    if isinstance(content, dict | list):
-        _check_keys(yaml.compose(text, yaml.SafeLoader), set())
-    counts: dict[int, float] = {}
-
-    def count(node: Any) -> float:
-        if not isinstance(node, dict | list):
-            return 1
-        if id(node) not in counts:
-            counts[id(node)] = math.inf  # until it is counted: a node that contains itself has no end
-            counts[id(node)] = 1 + sum(map(count, node.values() if isinstance(node, dict) else node))
-        return counts[id(node)]
-
-    if count(content) > _MAX_NODES:
-        raise InputError(f"the YAML has more than {_MAX_NODES:,} values once its aliases are replaced; write it out.")
-    return content
-
-
-def _check_keys(node: Any, seen: set[int]) -> None:
-    """Refuse a mapping with a key twice, of which PyYAML drops the first in silence."""
-    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
-        return
-    seen.add(id(node))
-    if not isinstance(node, yaml.MappingNode):
-        for item in node.value:
-            _check_keys(item, seen)
-        return
-    lines: dict[tuple[str, str], int] = {}
-    for key, value in node.value:
-        name, line = (key.tag, str(key.value)), key.start_mark.line + 1
-        if name in lines and key.tag != "tag:yaml.org,2002:merge":
-            raise InputError(f"{key.value}: must be in a mapping once, got lines {lines[name]} and {line}; remove one.")
-        lines[name] = line
-        _check_keys(value, seen)
-
-
-set_loader("yaml", _load_bounded_yaml, (yaml.YAMLError,))
-
-
-class _Parser(LightningArgumentParser):
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("action") is ActionConfigFile:
-            kwargs["action"] = _ConfigFile
-        return super().add_argument(*args, **kwargs)
 
 
 class _Instantiator(_InstantiatorFn):
@@ -176,59 +90,6 @@ class _SaveConfig(SaveConfigCallback):
             write_text(Path(folder, self.config_filename), self._text)
 
 
-def read_yaml(path: Path) -> dict[str, Any] | None:
-    """Return the mapping in a YAML file; None if the file is missing, empty or damaged."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return content if content and isinstance(content, dict) else None
-
-
-def flat(settings: Any, path: str = "") -> dict[str, Any]:
-    """Settings by the names that the command line has for them.
-
-    Args:
-        settings: As YAML has them.
-        path: The name of these among others.
-    """
-    if not isinstance(settings, dict) or not settings:
-        return {path.replace(".init_args", "").removeprefix("."): settings}
-    parts = (flat(value, f"{path}.{key}") for key, value in settings.items())
-    return {name: value for part in parts for name, value in part.items()}
-
-
-_PATHS = {"ckpt_path", "default_root_dir", "dirpath", "output", "predict_folder", "root", "save_dir"}
-_PATHS |= {"train_root", "warm_start"}
-
-
-def _expand_paths(settings: Any) -> None:
-    """Expand the paths in settings: Lightning expands some of them, and writes to two folders."""
-    for item in settings if isinstance(settings, list) else []:
-        _expand_paths(item)
-    for name, value in vars(settings).items() if isinstance(settings, Namespace) else []:
-        if name in _PATHS and isinstance(value, str):
-            setattr(settings, name, expand_path(value))
-        else:
-            _expand_paths(value)
-
-
-def _as_list(loggers: Any) -> list[Any]:
-    return loggers if isinstance(loggers, list) else [loggers]
-
-
-def _apply_root(trainer: Any) -> None:
-    """Put the folders of loggers below ``default_root_dir``, as Lightning does for its default logger."""
-    root = trainer.default_root_dir
-    if root is None or "://" in root:
-        return
-    trainer.default_root_dir = os.path.abspath(root)  # so that the saved config means the same folder
-    for logger in _as_list(trainer.logger):
-        settings: Any = getattr(logger, "init_args", None) or {}
-        if settings.get("save_dir") and "://" not in settings.save_dir:
-            settings.save_dir = os.path.join(trainer.default_root_dir, settings.save_dir)
-
-
 def _config_of(folder: Path, place: Any) -> Path:
     """Return the path of the config in the folder of a run, by the settings of its TensorBoardLogger."""
     return Path(folder, place.sub_dir or "", "config.yaml")
@@ -246,56 +107,6 @@ def _remove_parts(folder: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-_WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
-    "purge_step": (int | None, "a step below 2^63, or null"),
-    "max_queue": (int, "an integer"),
-    "flush_secs": (int | float, "a number of seconds"),
-    "filename_suffix": (str, "a text"),
-}
-
-
-def _check_writer(loggers: Any) -> None:
-    """Check the settings that TensorBoardLogger passes on unchecked, and that fail in training, in a thread of it."""
-    for logger in _as_list(loggers):
-        settings = getattr(logger, "init_args", None) or {}
-        for name, (kind, expected) in _WRITER_SETTINGS.items():
-            value = settings.get(name, "" if kind is str else 0)
-            huge = isinstance(value, int) and not -(2**63) <= value < 2**63
-            if isinstance(value, bool) or not isinstance(value, kind) or huge:
-                raise InputError(f"trainer.logger.{name} must be {expected}, got {value!r}.")
-
-
-_MODES = {"loss": "min", "eer": "min", "angle": "min", "acc": "max", "auc": "max"}  # by the ends of metric names
-
-
-def _checkpoint_mode(monitor: str | None, mode: str) -> str:
-    """Return ``min`` or ``max`` for a metric; refuse the mode that would keep the worst checkpoint."""
-    known = next((better for end, better in _MODES.items() if (monitor or "").endswith(end)), None)
-    if monitor is None or mode not in ("auto", "min", "max"):
-        return "min" if mode == "auto" else mode
-    if mode == "auto" and known is None:
-        raise InputError(f"checkpoint.mode: is not known for {monitor}; set min if lower values are better, or max.")
-    if known not in (None, mode) and mode != "auto":
-        raise InputError(f"checkpoint.mode: the best {monitor} is its {known}imum, got {mode}; leave the mode out.")
-    return known or mode
-
-
-def _is_kind(settings: Any, kind: type) -> bool:
-    """Return whether settings are those of a class of a kind; a ``class_path`` may also be that of a function."""
-    given = resolve_name(settings.class_path) if isinstance(settings, Namespace) and "class_path" in settings else None
-    return isinstance(given, type) and issubclass(given, kind)
-
-
-def is_ours(kind: type) -> bool:
-    """Return whether a class is one of this package, not one derived from it."""
-    return kind.__module__.startswith(f"{__package__}.")
-
-
-def reads_files(data: Any) -> bool:
-    """Return whether the settings of a datamodule are those of one of ours that looks for images when it is made."""
-    return _is_kind(data, FileDataModule) and is_ours(resolve_name(data.class_path))
-
-
 class LSoftmaxCLI(LightningCLI):
     """Lightning's CLI with our parser: bare config names, data linked to model, a test after fit.
 
@@ -307,6 +118,7 @@ class LSoftmaxCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
+        set_loader("yaml", load_bounded_yaml, (yaml.YAMLError,))
         StrategyRegistry.register("class_sharded", ClassShardedStrategy, override=True)
         mark_launcher()
         self._resources = ExitStack()  # the lock of the run's folder, and a downloaded checkpoint
@@ -338,7 +150,7 @@ class LSoftmaxCLI(LightningCLI):
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_class=_Parser,
+            parser_class=ConfigParser,
             parser_kwargs={
                 "prog": "lsoftmax_lightning",
                 "usage": "lsoftmax_lightning",
@@ -383,9 +195,9 @@ class LSoftmaxCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Replace the ``auto`` of ``checkpoint.mode``, and data that a prediction does not need; expand paths."""
         settings = self.config[self.subcommand]
-        _expand_paths(settings)
-        _apply_root(settings.trainer)
-        settings.checkpoint.mode = _checkpoint_mode(settings.checkpoint.monitor, settings.checkpoint.mode)
+        expand_paths(settings)
+        apply_root(settings.trainer)
+        settings.checkpoint.mode = checkpoint_mode(settings.checkpoint.monitor, settings.checkpoint.mode)
         if self.subcommand == "predict" and settings.ckpt_path and self.skips_data_set(settings.data):
             self._replace_data(settings)
 
@@ -420,10 +232,10 @@ class LSoftmaxCLI(LightningCLI):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
             del self.trainer_defaults["callbacks"][0]
         run = self.config_init[self.subcommand]
-        _check_writer(self.config[self.subcommand].trainer.logger)
+        check_writer(self.config[self.subcommand].trainer.logger)
         if run.get("weights_only") is False:
             raise InputError("weights_only: checkpoints are always read without running code in them; leave it out.")
-        loggers = _as_list(run.trainer.logger)
+        loggers = as_list(run.trainer.logger)
         if run.ckpt_path in ("last", "best"):
             loggers = self._resume_last_run(run.ckpt_path, loggers)
         elif run.ckpt_path and "://" in run.ckpt_path:
@@ -475,8 +287,8 @@ class LSoftmaxCLI(LightningCLI):
 
     def _place_of_runs(self, word: str) -> tuple[int, Any]:
         """Return the index of the TensorBoardLogger, in whose folders checkpoints are found, and its settings."""
-        loggers = _as_list(self.config[self.subcommand].trainer.logger)
-        index = next((n for n, logger in enumerate(loggers) if _is_kind(logger, TensorBoardLogger)), None)
+        loggers = as_list(self.config[self.subcommand].trainer.logger)
+        index = next((n for n, logger in enumerate(loggers) if is_kind(logger, TensorBoardLogger)), None)
         if index is None:
             raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
         place = loggers[index].init_args

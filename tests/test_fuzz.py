@@ -23,8 +23,9 @@ from sklearn.datasets import load_digits
 
 from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.compare.plan import argument
+from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.datamodules import digits
-from lsoftmax_lightning.lightning_cli import LSoftmaxCLI, flat
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 
 from .test_cli import small_data
 

@@ -16,9 +16,10 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..atomic import write_text
+from ..config_files import flat, read_yaml
 from ..errors import InputError
 from ..functional import check_margin
-from ..lightning_cli import LSoftmaxCLI, flat, read_yaml
+from ..lightning_cli import LSoftmaxCLI
 from .results import damaged_config, damaged_outcome, file_name, read_outcome
 
 # what a comparison says itself

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..atomic import from_csv_safe
+from ..config_files import read_yaml
 from ..errors import InputError
-from ..lightning_cli import read_yaml
 from .paper import paper_experiment
 
 TRAINING_FACTS = {"data": "-", "train_size": "all", "label_noise": 0, "checkpoint": "last"}

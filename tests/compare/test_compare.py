@@ -22,8 +22,8 @@ from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import compare
 from lsoftmax_lightning.compare.plan import Run, plan
 from lsoftmax_lightning.compare.train import _Work
+from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.errors import InputError, RunError
-from lsoftmax_lightning.lightning_cli import flat
 
 from ..test_cli import FIRST_IS_BEST, QUIET, fails
 
