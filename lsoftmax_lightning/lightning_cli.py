@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from jsonargparse import Namespace, set_loader
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -37,17 +35,17 @@ from .callbacks import (
     MarginMonitor,
     Predictions,
 )
-from .checkpoints import indexed, local_file, read, saved_data_spec
-from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml, read_yaml
+from .checkpoints import local_file, read, saved_data_spec
+from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
 from .datamodules import PredictFolderDataModule
 from .errors import InputError
-from .settings import apply_root, as_list, check_writer, checkpoint_mode, is_kind, reads_files
+from .run_folder import RunFolders, locked_run, remove_leftovers, report_changed_settings, write_results
+from .settings import apply_root, as_list, check_writer, checkpoint_mode, reads_files
 from .signals import mark_launcher
 from .strategies import ClassShardedStrategy
 from .user_errors import errors_of_settings
 
 _RANK_SECONDS = 5  # for the other ranks to print their own error
-_LOCK_SECONDS = 10  # workers of a killed run hold its lock for some seconds
 
 
 class _Instantiator(_InstantiatorFn):
@@ -88,23 +86,6 @@ class _SaveConfig(SaveConfigCallback):
             files.write_text(f"{folder}/{self.config_filename}", self._text)
         else:
             write_text(Path(folder, self.config_filename), self._text)
-
-
-def _config_of(folder: Path, place: Any) -> Path:
-    """Return the path of the config in the folder of a run, by the settings of its TensorBoardLogger."""
-    return Path(folder, place.sub_dir or "", "config.yaml")
-
-
-def _version(folder: Path) -> int | str:
-    """Return the version of a run as loggers take it."""
-    number = folder.name.removeprefix("version_")
-    return int(number) if number != folder.name and number.isdecimal() else folder.name
-
-
-def _remove_parts(folder: Path) -> None:
-    """Remove what a killed run left in its folder, which is locked."""
-    for part in folder.rglob(".*.part"):
-        part.unlink(missing_ok=True)
 
 
 class LSoftmaxCLI(LightningCLI):
@@ -208,9 +189,8 @@ class LSoftmaxCLI(LightningCLI):
     def _replace_data(self, settings: Namespace) -> None:
         """Replace the datamodule, whose images may be absent, by one with the class names of the checkpoint."""
         if settings.ckpt_path in ("last", "best"):
-            _, place = self._place_of_runs(settings.ckpt_path)
-            folder = self._find_run(place, settings.ckpt_path, resumes=False)
-            settings.ckpt_path = str(self._checkpoint_of(folder, place, settings.ckpt_path))
+            folders = self._run_folders(settings.ckpt_path)
+            settings.ckpt_path = str(folders.checkpoint(folders.find()))
         elif "://" in settings.ckpt_path:
             settings.ckpt_path = str(self._resources.enter_context(local_file(settings.ckpt_path)))
         spec = saved_data_spec(read(settings.ckpt_path))
@@ -250,9 +230,9 @@ class LSoftmaxCLI(LightningCLI):
         return trainer
 
     def _resume_last_run(self, word: str, loggers: list[Any]) -> list[Any]:
-        """Find what ``--ckpt_path last`` and ``best`` mean: checkpoints of the last run of ``fit``.
+        """Replace ``--ckpt_path last`` or ``best`` by a checkpoint of the last run of ``fit``.
 
-        A ``fit`` of the last one continues in that run's folder.
+        ``fit --ckpt_path last`` continues in that run's folder.
 
         Args:
             word: ``last`` or ``best``.
@@ -261,101 +241,34 @@ class LSoftmaxCLI(LightningCLI):
         Returns:
             The loggers for the Trainer, of which one writes there.
         """
-        settings, run = self.config[self.subcommand], self.config_init[self.subcommand]
-        index, place = self._place_of_runs(word)
-        resumes = self.subcommand == "fit" and word == "last"
-        folder = self._find_run(place, word, resumes)
-        path = self._checkpoint_of(folder, place, word)
-        if not path.is_file() and not resumes:
+        folders = self._run_folders(word)
+        settings = flat(self.settings()) if self.subcommand == "fit" and word == "last" else None
+        folder = folders.find(settings)
+        path = folders.checkpoint(folder)
+        if not path.is_file() and settings is None:
             raise InputError(f"--ckpt_path {word} means the last run of fit, and there is no {path}.")
-        run.ckpt_path = str(path) if path.is_file() else None
-        settings.ckpt_path = None  # in the config that is saved, which says how to repeat the run
+        self.config_init[self.subcommand].ckpt_path = str(path) if path.is_file() else None
+        self.config[self.subcommand].ckpt_path = None  # the saved config tells how to repeat the run
         if not path.is_file():
             rank_zero_warn(f"There is no {path} to continue from: this is a new run.")
-            if folder.is_dir():
-                with suppress(Timeout), FileLock(folder / ".lock", timeout=0):
-                    _remove_parts(folder)
-        elif resumes:
-            self._report_changed_settings(_config_of(folder, place))
-            # said by Lightning, rightly, of a folder named twice
+            remove_leftovers(folder)
+        elif settings is not None:
+            report_changed_settings(folders.config(folder), settings)
+            # Lightning warns of a folder that is used again, as it is here
             warnings.filterwarnings("ignore", "Checkpoint directory")
-            version = _version(folder) if place.version is None else place.version
-            # what was logged beyond the checkpoint is logged again
-            again = {"version": version, "purge_step": read(path)["global_step"] + 1}
-            loggers[index] = type(loggers[index])(**place.as_dict() | again)
+            resumed = folders.resumed_logger(folder, read(path)["global_step"])
+            loggers[folders.index] = type(loggers[folders.index])(**resumed)
         return loggers
 
-    def _place_of_runs(self, word: str) -> tuple[int, Any]:
-        """Return the index of the TensorBoardLogger, in whose folders checkpoints are found, and its settings."""
-        loggers = as_list(self.config[self.subcommand].trainer.logger)
-        index = next((n for n, logger in enumerate(loggers) if is_kind(logger, TensorBoardLogger)), None)
-        if index is None:
-            raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
-        place = loggers[index].init_args
-        if "://" in place.save_dir:
-            raise InputError(f"--ckpt_path {word} looks in local folders, got {place.save_dir}; give a URL of a file.")
-        return index, place
+    def _run_folders(self, word: str) -> RunFolders:
+        settings = self.config[self.subcommand]
+        return RunFolders(as_list(settings.trainer.logger), word, settings.checkpoint.dirpath)
 
-    def _find_run(self, place: Any, word: str, resumes: bool) -> Path:
-        """Find the folder of the last run of ``fit`` that has a checkpoint; it may be missing.
-
-        A run that ended before its first checkpoint is repeated if it has the settings of this command.
-
-        Args:
-            place: Settings of the TensorBoardLogger. Without a version, the runs of its name are compared.
-            word: ``last`` or ``best``.
-            resumes: Whether the run is to continue.
-        """
-        runs = Path(place.save_dir, place.name or "")
-        if place.version is not None:
-            return runs / (place.version if isinstance(place.version, str) else f"version_{place.version}")
-        started = {}
-        for folder in runs.glob("*/"):
-            config = _config_of(folder, place)  # tests and predictions leave none
-            if config.is_file():
-                started[folder] = (config.stat().st_mtime, str(_version(folder)).rjust(9))
-        latest = sorted(started, key=lambda folder: started[folder], reverse=True)
-        for folder in latest:
-            if self._checkpoint_of(folder, place, word).is_file():
-                return folder
-            if resumes and not self._changed_settings(_config_of(folder, place)):
-                return folder
-        return latest[0] if latest else runs / "version_0"
-
-    def _checkpoint_of(self, folder: Path, place: Any, word: str) -> Path:
-        """Return the path of the ``best`` or ``last`` checkpoint of a run; the file may be missing."""
-        config = read_yaml(_config_of(folder, place)) or {}
-        best_folder = self.config[self.subcommand].checkpoint.dirpath or flat(config).get("checkpoint.dirpath")
-        return indexed(best_folder if word == "best" and best_folder else folder / "checkpoints", word)
-
-    def _changed_settings(self, config: Path) -> dict[str, tuple[Any, Any]] | None:
-        """Return the settings that differ from those of a run's config, before and now; None if it is damaged."""
-        content = read_yaml(config)
-        if content is None or "ckpt_path" not in content:  # earlier releases left a part when killed
-            return None
-        before = flat(content)
-        now = flat(yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)))
-        pairs = {name: (before.get(name), now.get(name)) for name in sorted({**before, **now})}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name != "ckpt_path"}
-
-    def _report_changed_settings(self, config: Path) -> None:
-        """Log the settings that differ from those of the run's config; refuse those it cannot continue with."""
-        changed = self._changed_settings(config)
-        if changed is None:
-            rank_zero_warn(f"{config} is not complete: changed settings are not reported.")
-            return
-        for part in ("model.optimizer", "model.lr_scheduler"):
-            kind, other = changed.get(f"{part}.class_path", (None, None))
-            if kind != other:
-                raise InputError(
-                    f"the run in {config.parent} has {kind} for its {part} and cannot go on with {other}. Set it back, "
-                    "or begin anew without --ckpt_path."
-                )
-        said = "".join(f"\n  {name} {before} -> {now}" for name, (before, now) in changed.items())
-        rank_zero_info(f"Continuing {config.parent}" + (f", with other settings:{said}" if changed else ""))
-        kept = ("model.optimizer.", "model.lr_scheduler.")
-        if any(name.startswith(kept) for name in changed.keys() - {"model.lr_scheduler.monitor"}):
-            rank_zero_warn("Settings of optimizer and lr_scheduler are those of the checkpoint: others have no effect.")
+    def settings(self) -> dict[str, Any]:
+        """Return all settings of the command, as the config of its run has them."""
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        settings: dict[str, Any] = yaml.safe_load(text)
+        return settings
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there, or of other data or another network, before any work."""
@@ -390,26 +303,9 @@ class LSoftmaxCLI(LightningCLI):
             rank_zero_info(f"Best checkpoint: {'highest' if highest else 'lowest'} {run.checkpoint.monitor}")
         if not trainer.is_global_zero or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        place = getattr(trainer.loggers[0], "log_dir", None)
-        if not place or "://" in place:
-            return
-        folder = Path(place.removesuffix(getattr(trainer.loggers[0], "sub_dir", None) or ""))
-        resumes = run.ckpt_path and Path(run.ckpt_path).resolve().is_relative_to(folder.resolve())
-        used = [*folder.glob("checkpoints/*.ckpt"), *Path(place).glob("results.json")]
-        if not run.ckpt_path and run.checkpoint.dirpath:
-            used += Path(run.checkpoint.dirpath).glob("*.ckpt")
-        if used and not resumes:
-            raise InputError(
-                f"{used[0].parent} holds another run; continue that with --ckpt_path last, or choose another "
-                "trainer.logger.version and checkpoint.dirpath."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._resources.enter_context(FileLock(folder / ".lock", timeout=_LOCK_SECONDS))
-        except Timeout as error:
-            raise InputError(f"another run is at work in {folder}; wait for it, or choose another version.") from error
-        _remove_parts(folder)
-        Path(place, "hparams.yaml").unlink(missing_ok=True)  # of which a killed run may have left a part; written again
+        log_dir, sub_dir = (getattr(trainer.loggers[0], name, None) for name in ("log_dir", "sub_dir"))
+        if log_dir and "://" not in log_dir:
+            self._resources.enter_context(locked_run(log_dir, sub_dir, run.ckpt_path, run.checkpoint.dirpath))
 
     @contextmanager
     def _end_launched_ranks(self) -> Iterator[None]:
@@ -447,30 +343,15 @@ class LSoftmaxCLI(LightningCLI):
         elif checkpoint.monitor:
             chosen_by = {checkpoint.monitor: checkpoint.best_model_score}
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best)
-        self._write_results(chosen_by)
+        write_results(self.trainer, chosen_by)
 
     def after_test(self) -> None:
-        """Leaves the figures in the run's folder as ``results.json``."""
-        self._write_results({})
-
-    def _write_results(self, chosen_by: dict[str, Any]) -> None:
-        """Writes the figures of a test, and the one of validation by which its checkpoint was chosen."""
-        if self.trainer.fast_dev_run or not self.trainer.loggers:  # type: ignore[attr-defined]
-            return
-        path = self._run_folder() / "results.json"
-        if self.trainer.is_global_zero:
-            figures = {name: float(value) for name, value in (self.trainer.callback_metrics | chosen_by).items()}
-            write_text(path, json.dumps(figures, indent=2) + "\n")
-            rank_zero_info(f"Everything of this run is in {path.parent}")
+        """Write the metrics to ``results.json`` in the folder of the run."""
+        write_results(self.trainer, {})
 
     def predict(self, **kwargs: Any) -> None:
         """Holds nothing of what is predicted: :class:`~lsoftmax_lightning.callbacks.Predictions` writes it."""
         self.trainer.predict(**kwargs | {"return_predictions": False})
-
-    def _run_folder(self) -> Path:
-        folder = Path(str(self.trainer.log_dir))  # to be asked on every process
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def before_validate(self) -> None:
         """Warns where random weights would be scored."""

@@ -53,6 +53,7 @@ BELOW: dict[str, set[str]] = {
     "__init__": {"heads", "modules"},
     "config_files": {"errors"},
     "settings": {"datamodules", "errors"},
+    "run_folder": {"atomic", "checkpoints", "config_files", "errors", "settings"},
     "lightning_cli": {
         "atomic",
         "config_files",
@@ -62,6 +63,7 @@ BELOW: dict[str, set[str]] = {
         "datamodules",
         "lr_schedulers",
         "modules",
+        "run_folder",
         "schedules",
         "settings",
         "signals",
