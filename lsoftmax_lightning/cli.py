@@ -11,13 +11,12 @@ from typing import Any, get_args
 
 import yaml
 
-from .checkpoints import read
 from .compare import compare, report
 from .config_files import CONFIGS, expand_path, find_config
 from .errors import InputError
 from .export import Format, Pixels, export
-from .lightning_cli import LSoftmaxCLI
-from .settings import is_ours, reads_files
+from .lightning_cli import InstantiatedCLI, LSoftmaxCLI
+from .settings import is_ours
 from .signals import Stopped
 from .user_errors import errors_without_traceback
 
@@ -136,16 +135,6 @@ def _path(text: str) -> Path:
     return Path(expand_path(text))
 
 
-class _Restored(LSoftmaxCLI):
-    """Model, with the weights of a checkpoint, and datamodule of a config; nothing is run."""
-
-    def skips_data_set(self, data: Any) -> bool:
-        return reads_files(data)
-
-    def predict(self, **kwargs: Any) -> None:
-        self.model.load_state_dict(read(kwargs["ckpt_path"])["state_dict"])
-
-
 def export_checkpoint(args: list[str]) -> None:
     """Writes the network of a checkpoint to a file for use without this package.
 
@@ -176,7 +165,7 @@ def export_checkpoint(args: list[str]) -> None:
     if not given.config and not config.is_file():
         raise InputError(f"there is no {config}, the config of the run that {given.ckpt_path} is of: give --config.")
     alone = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
-    restored = _Restored(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
+    restored = InstantiatedCLI(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
     output = given.output or suffixes[given.format]
     # a datamodule of the user's may normalise in another way, which its test images show
     spec = restored.model.data_spec

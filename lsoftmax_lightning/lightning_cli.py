@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parameter import is_lazy
+from typing_extensions import override
 
 # the names that a YAML may use without their path
 from . import datamodules, lr_schedulers, modules, schedules  # noqa: F401
@@ -207,11 +208,12 @@ class LSoftmaxCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As Lightning's, without checkpoints where there are to be none; continues a run that was stopped."""
-        if self._get(self.config_init, "trainer").enable_checkpointing is False:
-            self._parser(self.subcommand).callback_keys.remove("checkpoint")
-            del self.trainer_defaults["callbacks"][0]
+        """Instantiate the Trainer; leave out the checkpoint callbacks where checkpoints are disabled; resume a run."""
         run = self.config_init[self.subcommand]
+        if run.trainer.enable_checkpointing is False:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
+            callbacks = self.trainer_defaults["callbacks"]
+            callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LastCheckpoint)]
         check_writer(self.config[self.subcommand].trainer.logger)
         if run.get("weights_only") is False:
             raise InputError("weights_only: checkpoints are always read without running code in them; leave it out.")
@@ -359,3 +361,17 @@ class LSoftmaxCLI(LightningCLI):
             rank_zero_warn("No --ckpt_path was given: this is the output of RANDOM weights.")
 
     before_test = before_predict = before_validate
+
+
+class InstantiatedCLI(LSoftmaxCLI):
+    """Model, data and Trainer of a command that is not run; the model has the weights of ``--ckpt_path``, if given."""
+
+    @override
+    def skips_data_set(self, data: Any) -> bool:
+        return reads_files(data)
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        path = self.config_init[subcommand].ckpt_path
+        if path:
+            self.model.load_state_dict(read(path)["state_dict"])

@@ -84,7 +84,6 @@ BELOW: dict[str, set[str]] = {
     },
     "export": {"atomic", "data_spec", "errors", "checkpoints"},
     "cli": {
-        "checkpoints",
         "compare",
         "config_files",
         "errors",

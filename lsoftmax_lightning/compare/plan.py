@@ -19,7 +19,7 @@ from ..atomic import write_text
 from ..config_files import flat, read_yaml
 from ..errors import InputError
 from ..functional import check_margin
-from ..lightning_cli import LSoftmaxCLI
+from ..lightning_cli import InstantiatedCLI
 from .results import damaged_config, damaged_outcome, file_name, read_outcome
 
 # what a comparison says itself
@@ -110,25 +110,6 @@ def _of(key: str, settings: Collection[str]) -> bool:
     return any(key == setting or key.startswith(f"{setting}.") for setting in settings)
 
 
-class _Check(LSoftmaxCLI):
-    """Makes everything that ``fit`` would use, and does not train."""
-
-    def before_fit(self) -> None:
-        """Do not lock the folder of a run."""
-
-    def fit(self, **kwargs: Any) -> None:
-        """Nothing."""
-
-    def after_fit(self) -> None:
-        """Nothing."""
-
-    def settings(self) -> dict[str, Any]:
-        """All settings, as the config of a run has them."""
-        text = self._parser("fit").dump(self.config["fit"], skip_none=False)
-        settings: dict[str, Any] = yaml.safe_load(text)
-        return settings
-
-
 def plan(
     configs: Sequence[str],
     margins: Sequence[int],
@@ -185,7 +166,7 @@ def plan(
         args += [f"--{key}={argument(point[key])}" for key in sweep]
         with _quiet_lightning():
             args += [f"--model.margin={point['margin']}", f"--trainer.logger={json.dumps(logger)}"]
-            cli = _Check(["fit", *args, "--trainer.default_root_dir=null"])
+            cli = InstantiatedCLI(["fit", *args, "--trainer.default_root_dir=null"])
             if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise InputError("a fast_dev_run leaves nothing to compare; take --trainer.max_steps instead.")
             made = cli.settings()
