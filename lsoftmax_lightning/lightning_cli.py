@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,9 @@ import yaml
 from jsonargparse import Namespace, set_loader
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
@@ -37,6 +33,7 @@ from .callbacks import (
     Predictions,
 )
 from .checkpoints import local_file, read, saved_data_spec
+from .compat import USED_FOLDER_WARNING, CommandLine, kill_launched_ranks, trains_in_other_processes
 from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
 from .datamodules import PredictFolderDataModule
 from .errors import InputError
@@ -47,21 +44,6 @@ from .strategies import ClassShardedStrategy
 from .user_errors import errors_of_settings
 
 _RANK_SECONDS = 5  # for the other ranks to print their own error
-
-
-class _Instantiator(_InstantiatorFn):
-    """Lightning's, with optimizers and schedulers that copy and pickle: jsonargparse's hold the whole parser."""
-
-    def __call__(self, class_type: Any, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
-        kwargs = {name: _plain_partial(value) for name, value in kwargs.items()}
-        return super().__call__(class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
-
-
-def _plain_partial(value: Any) -> Any:
-    """Return the partial of a class in place of that of jsonargparse, whose last argument is the class."""
-    if not isinstance(value, partial) or not str(value.func.__module__).startswith("jsonargparse"):
-        return value
-    return partial(value.args[-1], **{name: _plain_partial(setting) for name, setting in value.keywords.items()})
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -89,7 +71,7 @@ class _SaveConfig(SaveConfigCallback):
             write_text(Path(folder, self.config_filename), self._text)
 
 
-class LSoftmaxCLI(LightningCLI):
+class LSoftmaxCLI(CommandLine):
     """Lightning's CLI with our parser: bare config names, data linked to model, a test after fit.
 
     Any LightningModule and LightningDataModule that can be imported takes part, by its ``class_path``.
@@ -120,7 +102,7 @@ class LSoftmaxCLI(LightningCLI):
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
                 },
-                # on its own: `save_last` of the one that monitors would leave out what is not among the best
+                # LastCheckpoint is separate: with `save_last` BestCheckpoint writes only what is among the best
                 "callbacks": [
                     LastCheckpoint(),
                     ExitOnSignals(),
@@ -148,9 +130,9 @@ class LSoftmaxCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links what the data knows to the model; keeps the best and the last checkpoint; draws the dashboard."""
-        for fact in ("num_classes", "image_shape"):
-            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
+        """Add the best checkpoint and the dashboard; link the number of classes and the image shape to the model."""
+        for name in ("num_classes", "image_shape"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.set_defaults(
@@ -161,18 +143,10 @@ class LSoftmaxCLI(LightningCLI):
             }
         )
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "predict":
+    @override
+    def add_command_arguments(self, parser: LightningArgumentParser, command: str) -> None:
+        if command == "predict":
             parser.add_lightning_class_args(Predictions, "predictions")
-        return parser
-
-    def _add_instantiators(self) -> None:
-        for key, kind in (("model", LightningModule), ("data", LightningDataModule)):
-            self.parser.add_instantiator(_Instantiator(cli=self, key=key), kind, subclasses=True)
-
-    def _parse_ckpt_path(self) -> None:
-        """Leaves the config as it is: Lightning would put a checkpoint's settings over those the user gave."""
 
     def before_instantiate_classes(self) -> None:
         """Replace the ``auto`` of ``checkpoint.mode``, and data that a prediction does not need; expand paths."""
@@ -203,7 +177,7 @@ class LSoftmaxCLI(LightningCLI):
         settings.data.init_args = Namespace(checkpoint=settings.ckpt_path, **arguments)  # type: ignore[no-untyped-call]
 
     def instantiate_classes(self) -> None:
-        """As Lightning's; whatever a constructor does not take is a user's mistake."""
+        """Instantiate the classes; report the error of a constructor as an error of its settings."""
         with errors_of_settings():
             super().instantiate_classes()
 
@@ -211,7 +185,7 @@ class LSoftmaxCLI(LightningCLI):
         """Instantiate the Trainer; leave out the checkpoint callbacks where checkpoints are disabled; resume a run."""
         run = self.config_init[self.subcommand]
         if run.trainer.enable_checkpointing is False:
-            self._parser(self.subcommand).callback_keys.remove("checkpoint")
+            self.command_parser.callback_keys.remove("checkpoint")
             callbacks = self.trainer_defaults["callbacks"]
             callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LastCheckpoint)]
         check_writer(self.config[self.subcommand].trainer.logger)
@@ -257,7 +231,7 @@ class LSoftmaxCLI(LightningCLI):
         elif settings is not None:
             report_changed_settings(folders.config(folder), settings)
             # Lightning warns of a folder that is used again, as it is here
-            warnings.filterwarnings("ignore", "Checkpoint directory")
+            warnings.filterwarnings("ignore", USED_FOLDER_WARNING)
             resumed = folders.resumed_logger(folder, read(path)["global_step"])
             loggers[folders.index] = type(loggers[folders.index])(**resumed)
         return loggers
@@ -268,12 +242,12 @@ class LSoftmaxCLI(LightningCLI):
 
     def settings(self) -> dict[str, Any]:
         """Return all settings of the command, as the config of its run has them."""
-        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        text = self.command_parser.dump(self.config[self.subcommand], skip_none=False)
         settings: dict[str, Any] = yaml.safe_load(text)
         return settings
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there, or of other data or another network, before any work."""
+        """Refuse a checkpoint that is missing, or of other data or another network, before any work."""
         path = self.config_init[self.subcommand].ckpt_path
         if not path or path.startswith("registry"):
             return
@@ -284,21 +258,20 @@ class LSoftmaxCLI(LightningCLI):
         if spec is not None and isinstance(self.model, modules.LSoftmaxModule):
             self.model.data_spec = spec
             self.model.check_data(self.datamodule, training=self.subcommand == "fit")
-        saved = checkpoint["state_dict"]
-        shapes = {name: tuple(weight.shape) for name, weight in saved.items()}
-        own = {
-            name: shapes.get(name) if is_lazy(weight) else tuple(weight.shape)
+        saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        expected = {
+            name: saved.get(name) if is_lazy(weight) else tuple(weight.shape)
             for name, weight in self.model.state_dict(keep_vars=True).items()
         }
-        for name in [*shapes, *own]:
-            if shapes.get(name) != own.get(name):
+        for name in [*saved, *expected]:
+            if saved.get(name) != expected.get(name):
                 raise InputError(
-                    f"{path} is of another network than the config: {name} is {shapes.get(name, 'missing')} there and "
-                    f"{own.get(name, 'missing')} here. The config of its run is beside its checkpoints folder."
+                    f"{path} is of another network than the config: {name} is {saved.get(name, 'missing')} there and "
+                    f"{expected.get(name, 'missing')} here. The config of its run is beside its checkpoints folder."
                 )
 
     def before_fit(self) -> None:
-        """Say what the best checkpoint is; lock the folder of the run, and refuse one that holds another run."""
+        """Log what the best checkpoint is; lock the folder of the run, and refuse one that holds another run."""
         trainer, run = self.trainer, self.config_init[self.subcommand]
         if run.checkpoint.monitor and trainer.checkpoint_callbacks:
             highest = run.checkpoint.mode == "max"
@@ -315,16 +288,12 @@ class LSoftmaxCLI(LightningCLI):
         try:
             yield
         except Exception:
-            launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
-            if isinstance(launcher, _SubprocessScriptLauncher):
-                deadline = time.monotonic() + _RANK_SECONDS
-                while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
-                    time.sleep(0.1)
-                launcher.kill(signal.SIGKILL)
+            if hasattr(self, "trainer"):
+                kill_launched_ranks(self.trainer, _RANK_SECONDS)
             raise
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses; unlike Lightning's, without a warning where Python code calls :func:`main` with arguments."""
+        """Parse without the warning of Lightning that :func:`main` was called with arguments by Python code."""
         with errors_of_settings():
             self.config = parser.parse_args(args)
         seed = self.config[self.config.subcommand].seed_everything
@@ -332,9 +301,9 @@ class LSoftmaxCLI(LightningCLI):
             raise InputError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
 
     def after_fit(self) -> None:
-        """Tests the best checkpoint."""
+        """Test the best checkpoint."""
         checkpoint: Any = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
-        if checkpoint and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+        if checkpoint and trains_in_other_processes(self.trainer):
             checkpoint.restore_best(self.trainer)
             self.trainer.callback_metrics.clear()  # of the training
         best = checkpoint.best_model_path if checkpoint else ""
@@ -352,11 +321,11 @@ class LSoftmaxCLI(LightningCLI):
         write_results(self.trainer, {})
 
     def predict(self, **kwargs: Any) -> None:
-        """Holds nothing of what is predicted: :class:`~lsoftmax_lightning.callbacks.Predictions` writes it."""
+        """Predict without keeping the results: :class:`~lsoftmax_lightning.callbacks.Predictions` writes them."""
         self.trainer.predict(**kwargs | {"return_predictions": False})
 
     def before_validate(self) -> None:
-        """Warns where random weights would be scored."""
+        """Warn if there is no checkpoint, so that the weights are random."""
         if not self.config_init[self.subcommand].ckpt_path:
             rank_zero_warn("No --ckpt_path was given: this is the output of RANDOM weights.")
 
@@ -371,7 +340,7 @@ class InstantiatedCLI(LSoftmaxCLI):
         return reads_files(data)
 
     @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        path = self.config_init[subcommand].ckpt_path
+    def run_command(self) -> None:
+        path = self.config_init[self.subcommand].ckpt_path
         if path:
             self.model.load_state_dict(read(path)["state_dict"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..compat import worker_message
 from ..errors import DataError, InputError
 from ..signals import ignore_signals
 from .images import ImageStore, ImageSubset
@@ -204,4 +205,4 @@ class BatchLoader:
                 batch_draws = draws[index]
                 yield images, targets, batch_draws.pin_memory() if pin else batch_draws
         except DataError as error:  # a worker's comes with its traceback in the message
-            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
+            raise DataError(worker_message(error)) from error
