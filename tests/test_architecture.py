@@ -119,3 +119,11 @@ def test_there_is_no_cycle() -> None:
         return 1 + max((height(below) for below in BELOW[room] - {room}), default=0)
 
     assert all(height(room) for room in BELOW)
+
+
+def test_compare_has_no_function_with_the_name_of_a_module() -> None:
+    paths = list((PACKAGE / "compare").glob("*.py"))
+    functions = {
+        node.name for path in paths for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+    }
+    assert not functions & {path.stem for path in paths}

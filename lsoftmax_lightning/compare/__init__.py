@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
-from .plan import argument, plan
-from .report import report
-from .train import train
+from .planning import plan
+from .reporting import report
+from .text import format_argument
+from .training import train
 
 __all__ = ["compare", "report"]
 
@@ -62,7 +63,7 @@ def compare(
     words += ["--margins", *map(str, margins), "--seeds", *map(str, seeds)]
     for option, crossed in (("--sweep", sweep), ("--average", average)):
         for key, values in crossed.items():
-            words += [option, f"{key}={','.join(map(argument, values))}"]
+            words += [option, f"{key}={','.join(map(format_argument, values))}"]
     words += ["--jobs", str(jobs)] if jobs > 1 else []
     words += ["--folder", str(folder)] if folder else []
     if both := sweep.keys() & average.keys():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,8 +239,3 @@ def train_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     data = config["data"].get("init_args", {})
     return {name: data[name] for name in ("train_size", "label_noise") if data.get(name)}
-
-
-def file_name(text: str) -> str:
-    """Return a text with everything replaced that a file name should not contain."""
-    return re.sub(r"[^\w.,+=-]", "_", text)

@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import compare
-from lsoftmax_lightning.compare.plan import Run, plan
-from lsoftmax_lightning.compare.train import _Work
+from lsoftmax_lightning.compare.planning import Run, plan
+from lsoftmax_lightning.compare.training import _Work
 from lsoftmax_lightning.errors import InputError, RunError
 from lsoftmax_lightning.lightning_cli import flat
 
@@ -210,7 +210,7 @@ def test_two_comparisons_do_not_share_a_folder() -> None:
 
 
 def test_runs_at_once_have_devices_and_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lsoftmax_lightning.compare.train import _share
+    from lsoftmax_lightning.compare.training import _share
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")

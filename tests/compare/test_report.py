@@ -15,9 +15,9 @@ from torch.utils.tensorboard import SummaryWriter
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import report
 from lsoftmax_lightning.compare.figures import draw
-from lsoftmax_lightning.compare.plan import Run
+from lsoftmax_lightning.compare.planning import Run
 from lsoftmax_lightning.compare.results import read
-from lsoftmax_lightning.compare.train import _Work
+from lsoftmax_lightning.compare.training import _Work
 from lsoftmax_lightning.errors import InputError
 
 from ..conftest import file_size_limit

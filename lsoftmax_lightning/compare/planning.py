@@ -19,7 +19,8 @@ from ..atomic import write_text
 from ..errors import InputError
 from ..functional import check_margin
 from ..lightning_cli import LSoftmaxCLI, flat, read_yaml
-from .results import damaged_config, damaged_outcome, file_name, read_outcome
+from .results import damaged_config, damaged_outcome, read_outcome
+from .text import file_name, format_argument
 
 # what a comparison says itself
 _PLACES = ("trainer.logger", "trainer.default_root_dir", "checkpoint.dirpath")
@@ -181,7 +182,7 @@ def plan(
             "init_args": place | {"default_hp_metric": False},
         }
         args = [f"--config={config}" for config in configs] + list(settings)
-        args += [f"--{key}={argument(point[key])}" for key in sweep]
+        args += [f"--{key}={format_argument(point[key])}" for key in sweep]
         with _quiet_lightning():
             args += [f"--model.margin={point['margin']}", f"--trainer.logger={json.dumps(logger)}"]
             cli = _Check(["fit", *args, "--trainer.default_root_dir=null"])
@@ -203,11 +204,6 @@ def plan(
     for run in planned:
         run.check(present)
     return sorted(planned, key=lambda run: seeds.index(run.point["seed"]))
-
-
-def argument(value: Any) -> str:
-    """A value as the command line takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 @contextmanager

@@ -30,8 +30,8 @@ from rich.progress import (
 
 from ..atomic import write_text
 from ..errors import InputError
-from .plan import Run
-from .provenance import provenance
+from .planning import Run
+from .provenance import machine_and_versions
 from .results import read_json, train_settings
 
 _PATIENCE = 60  # seconds for a run to end when it is asked to
@@ -73,7 +73,7 @@ class _Work:
             "threads": self.threads,
             **facts,
             **train_settings(self.run.config),
-            **provenance(),
+            **machine_and_versions(),
         }
         (self.run.folder / "progress").unlink(missing_ok=True)
         write_text(self.run.folder / "run.json", json.dumps(content, indent=2) + "\n")
