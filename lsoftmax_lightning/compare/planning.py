@@ -1,4 +1,4 @@
-"""Which runs make a comparison, checked before the first of them is trained."""
+"""The runs of a comparison, all checked before the first one is trained."""
 
 from __future__ import annotations
 
@@ -22,23 +22,22 @@ from ..lightning_cli import LSoftmaxCLI, flat, read_yaml
 from .results import damaged_config, damaged_outcome, read_outcome
 from .text import file_name, format_argument
 
-# what a comparison says itself
-_PLACES = ("trainer.logger", "trainer.default_root_dir", "checkpoint.dirpath")
-_OURS = ("model.margin", "seed_everything", "ckpt_path", *_PLACES)
+_OUTPUT_KEYS = ("trainer.logger", "trainer.default_root_dir", "checkpoint.dirpath")
+_RESERVED_KEYS = ("model.margin", "seed_everything", "ckpt_path", *_OUTPUT_KEYS)  # set by the comparison
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A training to be done, or done already.
+    """A training of a comparison, finished or not.
 
     Attributes:
-        folder: Where all of it is left.
-        point: What tells it from the others: ``margin``, ``seed`` and, by their names, the swept settings.
-        config: All settings, as ``fit --config`` takes them.
+        folder: Folder of its checkpoints, logs and results.
+        params: ``margin``, ``seed`` and the swept settings by name: what distinguishes it from the other runs.
+        config: All settings, in the format of ``fit --config``.
     """
 
     folder: Path
-    point: Mapping[str, Any]
+    params: Mapping[str, Any]
     config: Mapping[str, Any]
 
     @property
@@ -47,66 +46,67 @@ class Run:
         return read_outcome(self.folder) is not None
 
     def write_config(self) -> None:
-        """Writes the settings, for ``fit --config``."""
+        """Write the settings to ``config.yaml`` in the folder."""
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
-    def check(self, present: Mapping[Path, tuple[Mapping[str, Any], Collection[str]]]) -> None:
-        """Sees to it that what the folder of the comparison holds is of this comparison.
+    def check(self, existing: Mapping[Path, tuple[Mapping[str, Any], Collection[str]]]) -> None:
+        """Check that the runs in the folder of the comparison belong to it.
 
         Args:
-            present: What :func:`_present` has found there.
+            existing: Those runs, see :func:`_existing_runs`.
 
         Raises:
-            InputError: If the run was made with other settings, or runs beside it differ in what is not compared.
+            InputError: If this run was trained with other settings, or another run differs from it in a setting that
+                is not compared.
         """
         if damaged := damaged_outcome(self.folder):
             rank_zero_warn(f"{damaged} is missing or damaged; its run is not taken for finished.")
-        now = flat(self.config)
-        for folder, (before, point) in present.items():
-            compared = set(_OURS)
+        expected = flat(self.config)
+        for folder, (found, params) in existing.items():
+            ignored = set(_RESERVED_KEYS)
             if folder != self.folder:
-                if not point:
+                if not params:
                     continue
-                compared |= {*self.point, *point}
-            elif not self.finished:  # it goes on with the checkpoints that are where they were
-                compared -= set(_PLACES)
-                if _is_cut(before, now):  # by a release that did not write the file at once
+                ignored |= {*self.params, *params}
+            elif not self.finished:  # it continues from checkpoints, which are in the folder that these keys set
+                ignored -= set(_OUTPUT_KEYS)
+                if _is_truncated(found, expected):  # by a release that did not write the file atomically
                     rank_zero_warn(
                         f"{folder / 'config.yaml'} is incomplete and is written anew; checkpoints in {folder} are kept."
                     )
-                    before = dict(list(before.items())[:-1])
-                    compared |= now.keys() - before.keys()
-            for key in {**now, **before}:
-                there, here = before.get(key, "nothing"), now.get(key, "nothing")
-                if there != here and not _of(key, compared):
+                    found = dict(list(found.items())[:-1])
+                    ignored |= expected.keys() - found.keys()
+            for key in {**expected, **found}:
+                there, here = found.get(key, "nothing"), expected.get(key, "nothing")
+                if there != here and not _is_under(key, ignored):
                     raise InputError(
                         f"{folder} is of a run with other settings: {key} is {there} there and {here} here. Give "
                         "this comparison a --folder of its own, or remove that run."
                     )
 
 
-def _present(folder: Path) -> dict[Path, tuple[Mapping[str, Any], Collection[str]]]:
-    """Of each run that lies in a folder, its settings and, if it is finished, the names of its point."""
-    found: dict[Path, tuple[Mapping[str, Any], Collection[str]]] = {}
+def _existing_runs(folder: Path) -> dict[Path, tuple[Mapping[str, Any], Collection[str]]]:
+    """Return the settings of each run in a folder, and the names of its params if it is finished."""
+    runs: dict[Path, tuple[Mapping[str, Any], Collection[str]]] = {}
     for run in sorted({path.parent for name in ("config.yaml", "run.json") for path in folder.glob(f"*/{name}")}):
         settings = read_yaml(run / "config.yaml")
         outcome = read_outcome(run)
         if outcome is not None and settings is None:
             raise damaged_config(run / "config.yaml")
-        found[run] = flat(settings) if settings else {}, outcome[0]["point"] if outcome else ()
-    return found
+        runs[run] = flat(settings) if settings else {}, outcome[0]["point"] if outcome else ()
+    return runs
 
 
-def _is_cut(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether ``before`` may be the beginning of settings like ``now``; the last value may be cut, too."""
-    names = list(before)
-    return names[:-1] == list(now)[: len(names[:-1])] and (
-        len(before) < len(now) or before[names[-1]] != now.get(names[-1])
+def _is_truncated(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Return whether settings are the beginning of the expected ones; the last value may be truncated, too."""
+    names = list(found)
+    return names[:-1] == list(expected)[: len(names[:-1])] and (
+        len(found) < len(expected) or found[names[-1]] != expected.get(names[-1])
     )
 
 
-def _of(key: str, settings: Collection[str]) -> bool:
-    """Whether a setting is one of these, or a part of one."""
+def _is_under(key: str, settings: Collection[str]) -> bool:
+    """Return whether a key is one of these settings, or a part of one."""
     return any(key == setting or key.startswith(f"{setting}.") for setting in settings)
 
 
@@ -137,22 +137,23 @@ def plan(
     sweep: Mapping[str, Sequence[Any]],
     folder: Path,
 ) -> list[Run]:
-    """The runs of a comparison, all of one seed before those of the next.
+    """Return the runs of a comparison, ordered by seed.
 
-    Model, data and Trainer are made once for each margin and swept value, and what the data need is downloaded.
+    To check the settings, this creates model, data and Trainer once for each margin and combination of swept values,
+    and downloads the data.
 
     Args:
-        configs: Paths, or names of shipped configs; later ones go over earlier ones.
-        margins: m of each run.
-        seeds: Of each run.
+        configs: Paths or names of shipped configs; later ones override earlier ones.
+        margins: Margins m.
+        seeds: Seeds of the training, from 0.
         settings: Further arguments of ``fit``.
-        sweep: Further settings by name, and their values.
-        folder: Where the runs are left.
+        sweep: Values of further settings by name.
+        folder: Folder of the comparison.
 
     Raises:
-        InputError: If there is nothing to compare, a setting is not to be had, or the folder holds other runs.
+        InputError: If there is nothing to compare, a setting is not available, or the folder contains other runs.
         DataError: If data cannot be downloaded.
-        SystemExit: If the command line does not know a setting; what is wrong is printed.
+        SystemExit: If the command line does not know a setting; the error is printed.
     """
     for name, values in {"margins": margins, "seeds": seeds, **sweep}.items():
         if not values or len({str(value) for value in values}) < len(values):
@@ -163,52 +164,56 @@ def plan(
         raise InputError(f"seeds count from 0, got {min(seeds)}.")
     if max(seeds) >= 2**32:
         raise InputError(f"seeds: must be from 0 to {2**32 - 1}, got {max(seeds)}.")
-    words = [word.removeprefix("--").partition("=")[0] for word in settings if word.startswith("--")]
-    for name in [*words, *sweep]:
-        if _of(name.replace(".init_args", ""), _OURS):
+    options = [word.removeprefix("--").partition("=")[0] for word in settings if word.startswith("--")]
+    for name in [*options, *sweep]:
+        if _is_under(name.replace(".init_args", ""), _RESERVED_KEYS):
             raise InputError(f"{name} cannot be set: a comparison says it by --margins, --seeds and --folder.")
-    points: list[dict[str, Any]] = [
+    combinations: list[dict[str, Any]] = [
         {"margin": margin} | dict(zip(sweep, values, strict=True))
         for margin, *values in itertools.product(margins, *sweep.values())
     ]
-    planned: list[Run] = []
-    prepared: list[Any] = []
-    for point in points:
-        name = file_name("-".join([f"m{point['margin']}", *(f"{key.split('.')[-1]}={point[key]}" for key in sweep)]))
-        # all that says where a run is left, over what a config says of it
+    runs: list[Run] = []
+    prepared: list[Any] = []  # settings of the data that are downloaded
+    for params in combinations:
+        name = file_name("-".join([f"m{params['margin']}", *(f"{key.split('.')[-1]}={params[key]}" for key in sweep)]))
+        # every argument that determines the folder, so that a config cannot change it
         place = {"save_dir": str(folder), "name": name, "version": "", "sub_dir": None, "prefix": ""}
         logger = {
             "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
             "init_args": place | {"default_hp_metric": False},
         }
         args = [f"--config={config}" for config in configs] + list(settings)
-        args += [f"--{key}={format_argument(point[key])}" for key in sweep]
+        args += [f"--{key}={format_argument(params[key])}" for key in sweep]
         with _quiet_lightning():
-            args += [f"--model.margin={point['margin']}", f"--trainer.logger={json.dumps(logger)}"]
+            args += [f"--model.margin={params['margin']}", f"--trainer.logger={json.dumps(logger)}"]
             cli = _Check(["fit", *args, "--trainer.default_root_dir=null"])
             if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise InputError("a fast_dev_run leaves nothing to compare; take --trainer.max_steps instead.")
-            made = cli.settings()
-            if made["data"] not in prepared:  # here, so that no two runs do it at once
+            resolved = cli.settings()
+            if resolved["data"] not in prepared:  # here, since runs at once would download the same files
                 cli.datamodule.prepare_data()
-                prepared.append(made["data"])
+                prepared.append(resolved["data"])
         for seed in seeds:
-            config = copy.deepcopy(made) | {"seed_everything": seed}
+            config = copy.deepcopy(resolved) | {"seed_everything": seed}
             run_name = f"{name}-s{seed}"
             config["trainer"]["logger"]["init_args"]["name"] = run_name
-            planned.append(Run(folder / run_name, {**point, "seed": seed}, config))
-    alike = [{key: value for key, value in flat(run.config).items() if not _of(key, _PLACES)} for run in planned]
-    if min(len({run.folder for run in planned}), len(set(map(repr, alike)))) < len(planned):
-        raise InputError(f"two runs would have the same name: {', '.join(sorted(run.folder.name for run in planned))}.")
-    present = _present(folder)
-    for run in planned:
-        run.check(present)
-    return sorted(planned, key=lambda run: seeds.index(run.point["seed"]))
+            runs.append(Run(folder / run_name, {**params, "seed": seed}, config))
+    folders = {run.folder for run in runs}
+    configurations = {
+        repr({key: value for key, value in flat(run.config).items() if not _is_under(key, _OUTPUT_KEYS)})
+        for run in runs
+    }
+    if min(len(folders), len(configurations)) < len(runs):
+        raise InputError(f"two runs would have the same name: {', '.join(sorted(run.folder.name for run in runs))}.")
+    existing = _existing_runs(folder)
+    for run in runs:
+        run.check(existing)
+    return sorted(runs, key=lambda run: seeds.index(run.params["seed"]))
 
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Without what Lightning says of devices and seeds, once for each setting."""
+    """Suppress Lightning's messages on devices and seeds, which would be repeated for every combination."""
     logging.disable(logging.INFO)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Table and figures of finished runs."""
+"""Report of finished runs: table and figures."""
 
 from __future__ import annotations
 

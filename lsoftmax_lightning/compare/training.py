@@ -1,4 +1,4 @@
-"""Trains the runs of a comparison, some at once, each in a process of its own."""
+"""Training of the runs of a comparison, each in its own process, several at once."""
 
 from __future__ import annotations
 
@@ -34,42 +34,54 @@ from .planning import Run
 from .provenance import machine_and_versions
 from .results import read_json, train_settings
 
-_PATIENCE = 60  # seconds for a run to end when it is asked to
+_TERMINATION_TIMEOUT = 60  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass
-class _Work:
-    """A run that is being trained, in one of the places for runs at once."""
+class _Job:
+    """A run in training.
+
+    Attributes:
+        run: The run.
+        slot: Index among the runs that are trained at once.
+        threads: Number of threads of its process.
+        process: Its process.
+        task: Its progress bar.
+        resumed: Whether it continues from a checkpoint; its duration is then unknown.
+        started: Time of the start, in seconds.
+        steps: Number of optimiser steps done.
+        total_steps: Number of optimiser steps of the whole run.
+    """
 
     run: Run
-    place: int
+    slot: int
     threads: int
     process: subprocess.Popen[bytes]
     task: TaskID
     resumed: bool
-    began: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
     steps: float = 0
-    total: float = math.inf
+    total_steps: float = math.inf
 
-    def look(self) -> None:
-        """Reads how far it is."""
+    def poll(self) -> None:
+        """Read the progress from the file that the process writes."""
         try:
-            done, total = (self.run.folder / "progress").read_text().split()
-            self.steps, self.total = float(done), float(total)
-        except (OSError, ValueError):  # not begun, or damaged
+            steps, total_steps = (self.run.folder / "progress").read_text().split()
+            self.steps, self.total_steps = float(steps), float(total_steps)
+        except (OSError, ValueError):  # not written yet, or damaged
             return
 
     @property
-    def share(self) -> float:
-        """How much of the run is over, 0 to 1."""
-        return self.steps / self.total if self.total else 0
+    def fraction(self) -> float:
+        """Fraction of the steps that are done."""
+        return self.steps / self.total_steps if self.total_steps else 0
 
     def finish(self, facts: Mapping[str, str]) -> None:
-        """Keeps what is known of it, which also says that it is finished."""
+        """Write ``run.json``, which also marks the run as finished."""
         content = {
-            "point": self.run.point,
+            "point": self.run.params,
             "steps": int(self.steps),
-            "seconds": None if self.resumed else round(time.monotonic() - self.began, 1),
+            "seconds": None if self.resumed else round(time.monotonic() - self.started, 1),
             "threads": self.threads,
             **facts,
             **train_settings(self.run.config),
@@ -80,20 +92,20 @@ class _Work:
 
 
 def train(runs: Sequence[Run], jobs: int, folder: Path, facts: Mapping[str, str]) -> dict[Run, str]:
-    """Trains the runs that are not finished; an interrupted one goes on from its last checkpoint.
+    """Train the runs that are not finished; an interrupted one continues from its last checkpoint.
 
     Args:
         runs: All runs of the comparison.
-        jobs: How many are trained at once. Where there are several, each has its share of the GPUs and, unless
-            ``OMP_NUM_THREADS`` is set, of the CPU's cores.
-        folder: Of the comparison, which is locked.
-        facts: Facts of the comparison, such as its command, that are kept with each run.
+        jobs: Number of runs trained at once. Several runs divide the GPUs and, unless ``OMP_NUM_THREADS`` is set, the
+            CPU cores among them.
+        folder: Folder of the comparison. It is locked during the training.
+        facts: Facts of the comparison, such as its command, to write to the ``run.json`` of each run.
 
     Returns:
-        The runs that failed, each with the last line that it printed.
+        The failed runs, each with the last line of its output.
 
     Raises:
-        InputError: If another process is at work in the folder.
+        InputError: If another process trains in the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,10 +118,11 @@ def train(runs: Sequence[Run], jobs: int, folder: Path, facts: Mapping[str, str]
 
 
 def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run]:
+    """Train the runs that are not finished and return the failed ones."""
     waiting = deque(run for run in runs if not run.finished)
-    done = len(runs) - len(waiting)
-    places = list(range(min(jobs, len(runs))))
-    working: list[_Work] = []
+    num_done = len(runs) - len(waiting)
+    free_slots = list(range(min(jobs, len(runs))))
+    running: list[_Job] = []
     failed: list[Run] = []
     columns = (
         TextColumn("{task.description}"),
@@ -121,54 +134,54 @@ def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run
         TextColumn("left"),
     )
     with Progress(*columns, speed_estimate_period=3600) as progress:
-        if done:
-            progress.print(f"{done} of {len(runs)} runs are finished already.")
-        whole = progress.add_task("all", total=len(runs), completed=done, unit="runs")
+        if num_done:
+            progress.print(f"{num_done} of {len(runs)} runs are finished already.")
+        all_runs = progress.add_task("all", total=len(runs), completed=num_done, unit="runs")
         try:
-            while waiting or working:
-                while waiting and places:
-                    working.append(_start(waiting.popleft(), places.pop(0), jobs, progress))
+            while waiting or running:
+                while waiting and free_slots:
+                    running.append(_start(waiting.popleft(), free_slots.pop(0), jobs, progress))
                 time.sleep(0.2)
-                for work in list(working):
-                    work.look()
-                    progress.update(
-                        work.task, completed=work.steps, total=work.total if math.isfinite(work.total) else None
-                    )
-                    if work.process.poll() is None:
+                for job in list(running):
+                    job.poll()
+                    total_steps = job.total_steps if math.isfinite(job.total_steps) else None
+                    progress.update(job.task, completed=job.steps, total=total_steps)
+                    if job.process.poll() is None:
                         continue
-                    working.remove(work)
-                    places.append(work.place)
-                    progress.remove_task(work.task)
-                    done += 1
-                    # a run that was told to end has no results, and no code to say so
-                    if work.process.returncode == 0 and read_json(work.run.folder / "results.json") is not None:
-                        work.finish(facts)
-                        said = _accuracy(work.run)
+                    running.remove(job)
+                    free_slots.append(job.slot)
+                    progress.remove_task(job.task)
+                    num_done += 1
+                    # a run that ended on SIGTERM may have exit code 0, but it has no results
+                    if job.process.returncode == 0 and read_json(job.run.folder / "results.json") is not None:
+                        job.finish(facts)
+                        outcome = _accuracy(job.run)
                     else:
-                        failed.append(work.run)
-                        said = "failed"
-                    left = progress.tasks[0].time_remaining
-                    about = f", {timedelta(seconds=round(left))} left" if left else ""
-                    progress.print(f"{work.run.folder.name}: {said} ({done} of {len(runs)} runs{about})")
-                progress.update(whole, completed=done + sum(work.share for work in working))
+                        failed.append(job.run)
+                        outcome = "failed"
+                    seconds = progress.tasks[0].time_remaining
+                    remaining = f", {timedelta(seconds=round(seconds))} left" if seconds else ""
+                    progress.print(f"{job.run.folder.name}: {outcome} ({num_done} of {len(runs)} runs{remaining})")
+                progress.update(all_runs, completed=num_done + sum(job.fraction for job in running))
         finally:
-            for work in working:
-                work.process.terminate()
-            for work in working:
+            for job in running:
+                job.process.terminate()
+            for job in running:
                 try:
-                    work.process.wait(_PATIENCE)
+                    job.process.wait(_TERMINATION_TIMEOUT)
                 except subprocess.TimeoutExpired:
-                    os.killpg(work.process.pid, signal.SIGKILL)  # with those that it started on other devices
+                    os.killpg(job.process.pid, signal.SIGKILL)  # with its processes for other devices
     return failed
 
 
-def _start(run: Run, place: int, jobs: int, progress: Progress) -> _Work:
+def _start(run: Run, slot: int, jobs: int, progress: Progress) -> _Job:
+    """Start the process of a run."""
     resumed = (run.folder / "checkpoints" / "last.ckpt").is_file()
     if not resumed:
-        shutil.rmtree(run.folder, ignore_errors=True)  # nothing in it to go on from
+        shutil.rmtree(run.folder, ignore_errors=True)  # without a checkpoint it starts from the beginning
     run.write_config()  # also over one that an interrupted call left incomplete
     (run.folder / "results.json").unlink(missing_ok=True)
-    environment = _share(place, jobs)
+    environment = _environment(slot, jobs)
     with (run.folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "lsoftmax_lightning.compare.worker", str(run.folder), str(os.getpid())],
@@ -180,19 +193,19 @@ def _start(run: Run, place: int, jobs: int, progress: Progress) -> _Work:
         )
     task = progress.add_task(run.folder.name, total=None, unit="steps")
     threads = int(environment.get("OMP_NUM_THREADS", torch.get_num_threads()))
-    return _Work(run, place, threads, process, task, resumed)
+    return _Job(run, slot, threads, process, task, resumed)
 
 
-def _share(place: int, jobs: int) -> dict[str, str]:
-    """The environment of a run: with the GPUs and cores that are its own where there are several."""
+def _environment(slot: int, jobs: int) -> dict[str, str]:
+    """Return the environment variables of a run: with several jobs, each has its own GPUs and cores."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for what the settings import
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
         visible = environment.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+        devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
         if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[place::jobs]) or devices[place % len(devices)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[slot::jobs]) or devices[slot % len(devices)]
     return environment
 
 

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import compare
 from lsoftmax_lightning.compare.planning import Run, plan
-from lsoftmax_lightning.compare.training import _Work
+from lsoftmax_lightning.compare.training import _Job
 from lsoftmax_lightning.errors import InputError, RunError
 from lsoftmax_lightning.lightning_cli import flat
 
@@ -210,17 +210,17 @@ def test_two_comparisons_do_not_share_a_folder() -> None:
 
 
 def test_runs_at_once_have_devices_and_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lsoftmax_lightning.compare.training import _share
+    from lsoftmax_lightning.compare.training import _environment
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
-    assert [_share(place, 2)["CUDA_VISIBLE_DEVICES"] for place in range(2)] == ["4,7", "5"]
-    assert [_share(place, 4)["CUDA_VISIBLE_DEVICES"] for place in range(4)] == ["4", "5", "7", "4"]
-    assert _share(0, 4)["OMP_NUM_THREADS"] == "2"
-    assert "OMP_NUM_THREADS" not in _share(0, 1)
+    assert [_environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["4,7", "5"]
+    assert [_environment(slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["4", "5", "7", "4"]
+    assert _environment(0, 4)["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in _environment(0, 1)
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "3")
-    assert _share(0, 4)["OMP_NUM_THREADS"] == "3"
+    assert _environment(0, 4)["OMP_NUM_THREADS"] == "3"
 
 
 def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_continues() -> None:
@@ -279,11 +279,11 @@ def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_
 
 
 def test_an_incomplete_progress_is_no_progress(tmp_path: Path) -> None:
-    work = _Work(Run(tmp_path, {}, {}), 0, 1, process=None, task=TaskID(0), resumed=False)  # type: ignore[arg-type]
+    job = _Job(Run(tmp_path, {}, {}), 0, 1, process=None, task=TaskID(0), resumed=False)  # type: ignore[arg-type]
     for content in (b"", b"3", b"caf\xe9 \xff", b"1 x"):
         (tmp_path / "progress").write_bytes(content)
-        work.look()
-    assert (work.steps, work.total) == (0, math.inf)
+        job.poll()
+    assert (job.steps, job.total_steps) == (0, math.inf)
     (tmp_path / "progress").write_text("3 9")
-    work.look()
-    assert (work.steps, work.total) == (3, 9)
+    job.poll()
+    assert (job.steps, job.total_steps) == (3, 9)
