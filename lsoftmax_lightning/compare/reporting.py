@@ -13,7 +13,7 @@ from ..atomic import atomic_path, write_csv, write_text
 from ..errors import InputError
 from .figures import draw
 from .intervals import mean_and_interval, paired_differences
-from .paper import PAPER_ACCURACIES, paper_source
+from .paper import paper_accuracy, paper_source
 from .provenance import PACKAGES
 from .results import FinishedRun, columns, number, read, setting_names
 from .text import file_name, markdown_table
@@ -148,7 +148,7 @@ def _table(runs: Sequence[FinishedRun], names: Sequence[str]) -> str:
         line.append(_difference(group_runs, [run for run in same_settings if run.margin == 1]))
         line += [_mean(group_runs, name, factor, digits) for name, _, factor, digits in shown]
         if has_paper:
-            line.append(PAPER_ACCURACIES.get(group_runs[0].facts.get("paper", ""), {}).get(margin, "-"))
+            line.append(paper_accuracy(group_runs[0].facts.get("paper"), margin))
         lines.append(line)
     return "\n\n".join([markdown_table(header, lines), *_notes(runs)]) + "\n"
 
