@@ -12,6 +12,7 @@ PACKAGE = Path(lsoftmax_lightning.__file__).parent
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
+    "seeds": set(),
     "signals": set(),
     "class_names": set(),
     "data_spec": {"class_names", "errors", "transforms"},
@@ -36,6 +37,7 @@ BELOW: dict[str, set[str]] = {
         "metrics",
         "pictures",
         "schedules",
+        "seeds",
         "signals",
     },
     "modules": {
@@ -55,7 +57,7 @@ BELOW: dict[str, set[str]] = {
     "metrics": {"errors", "geometry"},
     "pictures": set(),
     "transforms": {"errors"},
-    "datamodules": {"atomic", "checkpoints", "data_spec", "errors", "signals", "transforms"},
+    "datamodules": {"atomic", "checkpoints", "data_spec", "errors", "seeds", "signals", "transforms"},
     "__init__": {"heads", "modules"},
     "lightning_cli": {
         "atomic",

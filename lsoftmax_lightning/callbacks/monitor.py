@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 from ..geometry import effective_margin, evenly_spaced, segment_counts, separation, target_angles
 from ..metrics import ClassAngles, MeanLoss
 from ..schedules import LambdaSchedule
+from ..seeds import global_seed
 from .annealing import LambdaAnnealing
 from .observer import HeadObserver, classes_of, tensorboard_loggers
 
@@ -221,6 +221,6 @@ def _settings(trainer: Trainer, pl_module: Any) -> dict[str, bool | float | str]
         "lambda": repr(schedule),
         "lambda_min": getattr(schedule, "lambda_min", "none"),
         "margin": plain.pop("margin", pl_module.head.margin),
-        "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
+        "seed": "none" if (seed := global_seed()) is None else str(seed),
         **{f"settings/{name}": value for name, value in (plain | optimizer).items() if not name.startswith("_")},
     }
