@@ -111,7 +111,7 @@ def test_each_swept_setting_has_its_rows_its_differences_and_its_figures(tmp_pat
         ({"class_path": "CIFAR10DataModule", "init_args": {"flip": True}}, "cifar10", ["93.50", "94.08"]),
     ],
 )
-def test_the_papers_figures_stand_beside_with_their_source(
+def test_the_table_shows_the_accuracies_of_the_paper_with_their_source(
     data: dict[str, Any], backbone: str, accuracies: list[str], tmp_path: Path
 ) -> None:
     for margin in (1, 4, 5):
