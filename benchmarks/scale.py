@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
-from lsoftmax_lightning.losses import _chunk_length
+from lsoftmax_lightning.chunked_loss import chunk_length
 from lsoftmax_lightning.strategies import ClassShardedStrategy
 
 GIB = 2**30
@@ -111,7 +111,7 @@ def step_of_head(size: int, width: int, classes: int, plain: bool = False) -> fl
 
 def rows_of_chunk(width: int, classes: int) -> int:
     """Return the number of samples in a chunk of the loss."""
-    return _chunk_length(torch.empty(1, width), torch.empty(1, 1).expand(classes, width))
+    return chunk_length(torch.empty(1, width), torch.empty(1, 1).expand(classes, width))
 
 
 def parts_of_head(size: int, width: int, classes: int) -> tuple[float, float]:
