@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.callbacks import Dashboard, MarginMonitor
-from lsoftmax_lightning.callbacks.listener import HeadListener
+from lsoftmax_lightning.callbacks.observer import HeadObserver
 from lsoftmax_lightning.datamodules import CIFAR10DataModule, DigitsDataModule, ImageDataModule
 from lsoftmax_lightning.datamodules.base import Images
 
@@ -85,9 +85,9 @@ def run(data: ImageDataModule, backbone: str, args: dict[str, Any], epochs: int)
 def main(rounds: int = 3) -> None:
     """Prints the table."""
     warnings.simplefilter("ignore")
-    for owner in (HeadListener, MarginMonitor, Dashboard):
+    for owner in (HeadObserver, MarginMonitor, Dashboard):
         for name, function in list(vars(owner).items()):
-            if name == "_hear" or (name.startswith("on_") and name != "on_fit_end"):
+            if name == "_forward_hook" or (name.startswith("on_") and name != "on_fit_end"):
                 setattr(owner, name, timed(function))
     print(f"{machine('matplotlib')}.\n")
     rows = []

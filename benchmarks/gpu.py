@@ -40,7 +40,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 import lsoftmax_lightning.functional as functional
-from lsoftmax_lightning import LSoftmaxLinear, losses
+from lsoftmax_lightning import LSoftmaxLinear, chunked_loss
 from lsoftmax_lightning.backbones import create_backbone
 from lsoftmax_lightning.datamodules import CIFAR10DataModule
 from lsoftmax_lightning.datamodules.base import Images
@@ -174,7 +174,6 @@ def exactness() -> Table:
     """Compare loss, gradients and target logit with float64 on the CPU."""
     paths: dict[str, Callable[[LSoftmaxLinear, Tensor, Tensor], Tensor]] = {
         "dense": lambda head, x, y: F.cross_entropy(head(x, y), y),
-        "autograd": lambda head, x, y: F.cross_entropy(head.apply_margin(F.linear(x, head.weight), x, y), y),
         "chunked": lambda head, x, y: head.cross_entropy(x, y).loss,
     }
     worst: dict[tuple[str, ...], list[float]] = {}
@@ -444,8 +443,8 @@ def head() -> Table:
 def chunks() -> Table:
     """Time the chunked loss by the size of its chunks."""
     sizes = [(64, 8, 5000)] if DRY else [(2048, 512, 10_572), (2048, 512, 85_742), (1024, 512, 1_000_000)]
-    name = "_FEW_LOGITS" if DRY else "_FEW_LOGITS_ACCELERATOR"
-    default, rows = getattr(losses, name), []
+    name = "_CHUNK_LOGITS" if DRY else "_CHUNK_LOGITS_ACCELERATOR"
+    default, rows = getattr(chunked_loss, name), []
     try:
         for samples, width, classes in sizes:
             own = LSoftmaxLinear(width, classes, 4, 5.0, device=DEVICE)
@@ -459,16 +458,16 @@ def chunks() -> Table:
                 loss.backward()
 
             for power in (23, 25, 26, 27, 28, 29):
-                setattr(losses, name, 2**power)
+                setattr(chunked_loss, name, 2**power)
                 device, host = milliseconds(step, 7)
-                length = min(samples, max(64, width // 2, 2**power // classes))
+                length = min(samples, chunked_loss.chunk_length(x, own.weight))
                 size = f"({samples:,}, {width}, {classes:,})"
                 rows.append([size, f"2^{power}", str(length), f"{device:.2f}", f"{host:.2f}", f"{peak_gib(step):.2f}"])
             del own, x
             if not DRY:
                 torch.cuda.empty_cache()
     finally:
-        setattr(losses, name, default)
+        setattr(chunked_loss, name, default)
     return Table(["(N, D, C), bfloat16", "logits", "samples a chunk", "ms", "host, ms", "GiB"], rows)
 
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
+from lsoftmax_lightning.chunked_loss import chunk_length
 from lsoftmax_lightning.strategies import ClassShardedStrategy
 
 GIB = 2**30
@@ -88,18 +89,20 @@ def batch(size: int, width: int, classes: int) -> tuple[Tensor, Tensor]:
     return torch.randn(size, width, requires_grad=True), torch.randint(classes, (size,))
 
 
-def step_of_head(size: int, width: int, classes: int, lean: bool | None = None) -> float:
-    """Seconds of a step of the head, or with ``lean`` False of a linear layer under cross-entropy."""
+def step_of_head(size: int, width: int, classes: int, plain: bool = False) -> float:
+    """Seconds of a step of the head, or with ``plain`` of a linear layer under cross-entropy."""
     head = LSoftmaxLinear(width, classes, margin=4, lambda_=5.0)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
     x, target = batch(size, width, classes)
 
     def step() -> None:
         optimizer.zero_grad()
-        if lean is False:
+        if plain:
             loss = F.cross_entropy(head(x), target)
+        elif head.prefers_chunks:
+            loss = head.cross_entropy(x, target).loss
         else:
-            loss = head.cross_entropy(x, target).loss if head.lean else F.cross_entropy(head(x, target), target)
+            loss = F.cross_entropy(head(x, target), target)
         loss.backward()
         optimizer.step()
 
@@ -107,8 +110,8 @@ def step_of_head(size: int, width: int, classes: int, lean: bool | None = None) 
 
 
 def rows_of_chunk(width: int, classes: int) -> int:
-    """How many samples the loss takes at a time."""
-    return max(64, width // 2, 2**23 // classes)
+    """Return the number of samples in a chunk of the loss."""
+    return chunk_length(torch.empty(1, width), torch.empty(1, 1).expand(classes, width))
 
 
 def parts_of_head(size: int, width: int, classes: int) -> tuple[float, float]:

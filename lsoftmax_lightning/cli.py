@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import shutil
 import sys
 from collections.abc import Sequence
@@ -48,15 +49,17 @@ def configs(args: list[str]) -> None:
 
 
 def compare_margins(args: list[str]) -> None:
-    """Trains a config at several margins and seeds, and compares.
+    """Train a config at several margins and seeds, and compare the runs.
 
     Args:
-        args: As ``lsoftmax_lightning compare --help`` has them.
+        args: Arguments of ``lsoftmax_lightning compare``; ``--help`` lists them.
 
     Raises:
-        InputError: If they do not make a comparison.
-        RunError: If a training failed.
+        InputError: If the arguments do not define a comparison.
+        RunError: If a run failed.
     """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(compare).parameters.items()}
+    margins, seeds = (" ".join(map(str, defaults[name])) for name in ("margins", "seeds"))
     parser = argparse.ArgumentParser(
         prog="lsoftmax_lightning compare",
         usage="%(prog)s --config NAME [--margins M ...] [--seeds S ...] [--jobs N] [--KEY VALUE ...]\n"
@@ -70,8 +73,12 @@ def compare_margins(args: list[str]) -> None:
     parser.add_argument(
         "-c", "--config", action="append", metavar="NAME", help="a path, or the name of a shipped config"
     )
-    parser.add_argument("--margins", nargs="+", type=int, default=[1, 2, 3, 4], metavar="M", help="default: 1 2 3 4")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
+    parser.add_argument(
+        "--margins", nargs="+", type=int, default=list(defaults["margins"]), metavar="M", help=f"default: {margins}"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=list(defaults["seeds"]), metavar="S", help=f"default: {seeds}"
+    )
     parser.add_argument(
         "--sweep",
         action="append",
@@ -87,7 +94,7 @@ def compare_margins(args: list[str]) -> None:
         help="like --sweep, but the table has means over these values and pairs runs by them, as for folds",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs at once, on devices or cores of their own"
+        "--jobs", type=int, default=defaults["jobs"], metavar="N", help="runs at once, on devices or cores of their own"
     )
     parser.add_argument("--folder", type=_path, help="where all is left (default: runs/compare-NAME)")
     parser.add_argument(

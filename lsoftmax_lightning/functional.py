@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import InputError
 
@@ -64,7 +61,7 @@ def cos_multiple(cosine: Tensor, m: int) -> Tensor:
         return cosine
     half = cos_multiple(cosine, m // 2)
     if m % 2 == 0:
-        return 2 * half * half - 1
+        return 2 * half.square() - 1
     return 2 * half * cos_multiple(cosine, m // 2 + 1) - cosine
 
 
@@ -87,13 +84,12 @@ def psi(cosine: Tensor, margin: int) -> Tensor:
     multiple = cos_multiple(cosine, check_margin(margin))
     if margin == 1:
         return multiple
-    # k counts the knots already passed. psi is C1, so a rounding that picks the neighbouring k does no harm.
-    fixed = cosine.detach()
-    k = sum((fixed < math.cos(j * math.pi / margin)).to(cosine.dtype) for j in range(1, margin))
-    return (1 - 2 * (k % 2)) * multiple - 2 * k
+    # psi is C1 in the cosine, so a rounding that picks the neighbouring segment k does no harm.
+    k = (cosine.detach().clamp(-1, 1).arccos() * (margin / math.pi)).floor().clamp_max(margin - 1)
+    return torch.addcmul(-2 * k, 1 - 2 * (k % 2), multiple)
 
 
-def margin_target(
+def margin_target_logit(
     target_logit: Tensor, feature_norm: Tensor, weight_norm: Tensor, margin: int, lambda_: float | Tensor
 ) -> Tensor:
     """The logit of a sample's own class under the margin, annealed by lambda (section 4).
@@ -113,23 +109,24 @@ def margin_target(
     norm = feature_norm * weight_norm
     # Far below any norm met in training, far above the square root of underflow, where the norm itself is wrong.
     cosine = target_logit / norm.clamp_min(torch.finfo(norm.dtype).eps ** 2)
-    share = 1 / (1 + lambda_)
-    return target_logit + share * (norm * psi(cosine, margin) - target_logit)
+    fraction = 1 / (1 + lambda_)
+    return target_logit + fraction * (norm * psi(cosine, margin) - target_logit)
 
 
-def own_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The logit of each sample's own class, and the checked target.
+def target_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The logit of each sample's target class, and the checked target.
 
     Args:
-        logits: [N, C].
-        target: Class of each sample, [N], an integer type.
+        logits: Logits, (N, C).
+        target: Class of each sample, (N,), an integer type.
 
     Returns:
-        Logits, [N], and ``target`` as int64.
+        Target logits, (N,), and ``target`` as int64.
 
     Raises:
-        InputError: If ``target`` is not [N] of an integer type, or holds a class outside 0 .. C-1. The latter is seen
-            on the CPU outside ``torch.compile``; a GPU, which would have to be waited for, fails an assertion instead.
+        InputError: If ``target`` is not (N,) of an integer type, or has a class outside 0 .. C-1. The classes are
+            checked on the CPU outside ``torch.compile``; a GPU, which the check would have to wait for, fails an
+            assertion instead.
     """
     target = check_target(target, len(logits))
     if torch.compiler.is_compiling():
@@ -137,9 +134,9 @@ def own_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     try:
         return logits.gather(1, target.unsqueeze(1)).squeeze(1), target
     except (RuntimeError, IndexError) as error:
-        if "out of bounds" not in str(error):
-            raise
-        raise out_of_range(target, logits.shape[1]) from error
+        if not is_in_range(target, logits.shape[1]).all():
+            raise out_of_range(target, logits.shape[1]) from error
+        raise
 
 
 def check_target(target: Tensor, size: int) -> Tensor:
@@ -159,81 +156,17 @@ def check_target(target: Tensor, size: int) -> Tensor:
     return target.long()
 
 
+def is_in_range(target: Tensor, num_classes: int) -> Tensor:
+    """Return whether each class of ``target`` is one of 0 .. C-1, bool (N,)."""
+    return (target >= 0) & (target < num_classes)
+
+
 def out_of_range(target: Tensor, num_classes: int) -> InputError:
     """The error for a target that holds a class outside 0 .. C-1."""
     return InputError(
         f"target must hold classes 0 to {num_classes - 1}, got {int(target.min())} to {int(target.max())}; "
         "check num_classes and the labels."
     )
-
-
-def effective_margin(margin: int, lambda_: float) -> float:
-    """The constant margin, seldom an integer, that the annealed loss amounts to for samples near their class.
-
-    Around theta = 0 the annealed target (lambda cos(theta) + psi(theta)) / (1 + lambda) falls as cos(m' theta) does, to
-    the second order, for m'^2 = (lambda + m^2) / (1 + lambda): 1 while lambda is high, m at lambda = 0.
-
-    Args:
-        margin: m, an integer >= 1.
-        lambda_: Weight of the plain logit, 0 to infinity.
-    """
-    return math.sqrt(1 + (margin**2 - 1) / (1 + lambda_))
-
-
-def degrees(cosine: Tensor) -> Tensor:
-    """Angles in degrees, 0 to 180, of cosines, which rounding may have put outside [-1, 1]; no use for training."""
-    return cosine.clamp(-1, 1).arccos().rad2deg()
-
-
-def target_angles(features: Tensor, weights: Tensor) -> Tensor:
-    """theta_y: the angle of each sample to the weight of its class, in degrees.
-
-    Args:
-        features: x, [N, D].
-        weights: w_y, the weight of each sample's class, [N, D].
-
-    Returns:
-        Angles, float32 [N].
-    """
-    return degrees(F.cosine_similarity(features.float(), weights.float()))
-
-
-def evenly_spaced(num_classes: int) -> Tensor:
-    """All classes or, of more than 10,000, evenly spaced ones: as many as a figure of their separation needs."""
-    return torch.arange(0, num_classes, max(1, math.ceil(num_classes / 10_000)))
-
-
-class Separation(NamedTuple):
-    """Angles between directions, in degrees, 0-d; NaN where there are no two directions."""
-
-    mean: Tensor
-    """Between any two."""
-    nearest: Tensor
-    """From each to the one nearest to it, on average."""
-    min: Tensor
-    """Between the nearest two."""
-
-
-def separation(directions: Tensor) -> Separation:
-    """How far directions are apart, class weights for one. Of more than 10,000, :func:`evenly_spaced` ones are taken.
-
-    Args:
-        directions: [C, D], of any length but 0.
-    """
-    unit = F.normalize(directions[evenly_spaced(len(directions)).to(directions.device)].float())
-    count = len(unit)
-    if count < 2:
-        return Separation(*unit.new_full((3,), math.nan))
-    total, nearest = unit.new_zeros(()), []
-    for start in range(0, count, 1024):  # so that the C x C angles are never held at once
-        angles = degrees(unit[start : start + 1024] @ unit.T)
-        own = angles.diagonal(start)  # of each direction to itself
-        own.zero_()
-        total += angles.sum()
-        own.fill_(180.0)
-        nearest.append(angles.amin(dim=1))
-    least = torch.cat(nearest)
-    return Separation(total / (count * (count - 1)), least.mean(), least.min())
 
 
 def promote(*tensors: Tensor) -> list[Tensor]:
@@ -293,146 +226,19 @@ def margin_logits(
         Logits, [N, C]; float32 for half-precision input when ``margin`` > 1.
 
     Raises:
-        InputError: If ``margin`` is not an integer >= 1, or as :func:`own_logits`.
+        InputError: If ``margin`` is not an integer >= 1, or as :func:`target_logits`.
     """
     check_margin(margin)
-    plain, target = own_logits(logits, target)
+    plain, target = target_logits(logits, target)
     if margin == 1:
         return logits
-    rounded = logits
     logits, features, weight = promote(logits, features, weight)
-    if rounded.dtype != logits.dtype:
+    if plain.dtype != logits.dtype:  # too inexact for the margin
         plain = (features * weight[target]).sum(dim=1)
-    weight_norm = _own_norm(weight, target)
     feature_norm = torch.linalg.vector_norm(features, dim=1)
-    own = margin_target(plain, feature_norm, weight_norm, margin, lambda_)
-    return logits.scatter(1, target.unsqueeze(1), own.unsqueeze(1))
-
-
-def margin_linear(
-    features: Tensor, weight: Tensor, target: Tensor, margin: int, lambda_: float | Tensor = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Logits with the margin, and without, from features and weight at once.
-
-    As :func:`margin_logits` of :func:`torch.nn.functional.linear`, with the same gradients. Here these are written out,
-    which of few classes, where every operation counts, saves a third of the time.
-
-    Computed in float32, with autocast disabled; in float64 if an input is float64.
-
-    Args:
-        features: x, [N, D].
-        weight: W, [C, D].
-        target: Class of each sample, [N], an integer type.
-        margin: m, an integer >= 1.
-        lambda_: As in :func:`margin_logits`.
-
-    Returns:
-        Logits with the margin, and plain ones to predict and to measure with, [N, C] each.
-
-    Raises:
-        InputError: As :func:`margin_logits`.
-    """
-    check_margin(margin)
-    features, weight = promote(features, weight)
-    if margin > 1 and not torch.compiler.is_compiling():  # a compiler does better by itself
-        target = check_target(target, len(features))
-        try:
-            with autocast_disabled(features.device):
-                return _MarginLinear.apply(features, weight, target, margin, lambda_)  # type: ignore[no-any-return]
-        except (RuntimeError, IndexError) as error:
-            # let the other path name the classes; and transforms of functions are beyond what is written out
-            if not any(said in str(error) for said in ("out of bounds", "out of range", "functorch transforms")):
-                raise
-    logits = plain_logits(features, weight)
-    return margin_logits(logits, features, weight, target, margin, lambda_), logits
-
-
-class _MarginLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, target: Tensor, m: int, lambda_: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logits, at = F.linear(x, weight), target.unsqueeze(1)
-        x_norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        w_norm = _own_norm(weight, target).unsqueeze(1)
-        own, *slopes = margin_target_with_slopes(logits.gather(1, at), x_norm, w_norm, m, lambda_)
-        ctx.save_for_backward(x, weight, target, *slopes)
-        ctx.settings = target, m, lambda_
-        ctx.mark_non_differentiable(logits)
-        ctx.set_materialize_grads(False)
-        return logits.scatter(1, at, own), logits
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if gradient is None:
-            return (None,) * 5
-        x, weight, target, of_z, of_x, of_w = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it is to be differentiated in its turn, which is left to autograd
-            logits = margin_logits(plain_logits(x, weight), x, weight, *ctx.settings)
-            return *torch.autograd.grad(logits, (x, weight), gradient, create_graph=True), None, None, None
-        at = target.unsqueeze(1)
-        own = gradient.gather(1, at)
-        gradient = gradient.scatter(1, at, own * of_z)
-        of_rows = torch.zeros_like(weight[:, :1]).scatter_add(0, at, own * of_w)
-        with autocast_disabled(x.device):  # backward may run where autocast is enabled
-            of_x = torch.addmm(x * (own * of_x), gradient, weight)
-            of_weight = torch.addmm(weight * of_rows, gradient.T, x)
-        return of_x, of_weight, None, None, None
-
-
-def _own_norm(weight: Tensor, target: Tensor) -> Tensor:
-    """|w_y|, by the cheaper order: norms of all classes, or of the gathered rows."""
-    norm: Tensor
-    if len(weight) <= len(target):
-        norm = torch.linalg.vector_norm(weight, dim=1)[target]
+    if len(weight) <= len(target):  # the cheaper order
+        weight_norm = torch.linalg.vector_norm(weight, dim=1)[target]
     else:
-        norm = torch.linalg.vector_norm(weight[target], dim=1)
-    return norm
-
-
-def margin_target_with_slopes(
-    target_logit: Tensor, feature_norm: Tensor, weight_norm: Tensor, margin: int, lambda_: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The logit of :func:`margin_target` and its derivatives, without autograd.
-
-    With n = ``|x| |w_y|``, df/dx = df/dz w_y + df/dn ``|w_y| / |x|`` x, and likewise for w_y.
-
-    Args:
-        target_logit: z_y, any shape.
-        feature_norm: ``|x|``, shaped like ``target_logit``.
-        weight_norm: ``|w_y|``, likewise.
-        margin: m, an integer >= 2.
-        lambda_: As in :func:`margin_target`.
-
-    Returns:
-        f_y, and the factors a, b and c in df/dx = a w_y + b x and df/dw_y = a x + c w_y; shaped like ``target_logit``.
-    """
-    tiny = torch.finfo(target_logit.dtype).eps ** 2
-    x_norm, w_norm = feature_norm.clamp_min(tiny), weight_norm.clamp_min(tiny)
-    norm = x_norm * w_norm
-    cosine = target_logit / norm
-
-    twice = 2 * cosine  # Chebyshev's polynomials of the second kind: T_m = c U_{m-1} - U_{m-2}, T_m' = m U_{m-1}
-    u, u_below = twice, torch.ones_like(cosine)
-    for _ in range(margin - 2):
-        u, u_below = twice * u - u_below, u
-    # a fake tensor, once in the cache, would meet real ones later
-    segments = _segments.__wrapped__ if isinstance(cosine, FakeTensor) else _segments
-    knots, signs = segments(margin, cosine.dtype, cosine.device)
-    sign, slope, offset = signs[:, torch.bucketize(cosine, knots)]
-    psi = torch.addcmul(offset, sign, cosine * u - u_below)
-    slope = slope * u
-
-    weight = 1 / (1 + float(lambda_))
-    norm_slope, ratio = torch.addcmul(psi, cosine, slope, value=-1) * weight, w_norm / x_norm
-    target_logit = target_logit.lerp(norm * psi, weight)
-    return target_logit, slope * weight + (1 - weight), norm_slope * ratio, norm_slope / ratio
-
-
-@lru_cache
-def _segments(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines at the knots of psi, rising; for each segment between them (-1)^k, m (-1)^k and -2k."""
-    k = torch.arange(m - 1, -1, -1, dtype=torch.float64)
-    sign = 1 - 2 * (k % 2)
-    knots = torch.cos(k[:-1] * math.pi / m)
-    return knots.to(device, dtype), torch.stack([sign, m * sign, -2 * k]).to(device, dtype)
+        weight_norm = torch.linalg.vector_norm(weight[target], dim=1)
+    target_logit = margin_target_logit(plain, feature_norm, weight_norm, margin, lambda_)
+    return logits.scatter(1, target.unsqueeze(1), target_logit.unsqueeze(1))

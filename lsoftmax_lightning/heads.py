@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from typing_extensions import override
 
+from .chunked_loss import CHUNKED_FROM, ChunkedLoss, chunked_cross_entropy, lsoftmax_cross_entropy
+from .distributed import ClassShard
 from .errors import InputError
-from .functional import check_margin, margin_linear, margin_logits, plain_logits
-from .losses import LEAN_FROM, ClassShard, LeanLoss, lean_cross_entropy, lsoftmax_cross_entropy
+from .functional import check_margin, margin_logits, plain_logits
+
+
+class HeadCall(NamedTuple):
+    """What a call of the head has read and computed, for forward hooks on its ``calls``."""
+
+    features: Tensor
+    """x, (N, D)."""
+    plain_logits: Tensor | None
+    """(N, C); None from the chunked loss, which does not hold them."""
+    target: Tensor | None = None
+    """Class of each sample, (N,), in training."""
+    correct: Tensor | None = None
+    """Whether the target logit with the margin is the highest, bool (N,); None where ``margin_logits`` are given."""
+    margin_logits: Tensor | None = None
+    """(N, C)."""
 
 
 class LSoftmaxLinear(nn.Module):
     """A linear classifier without bias whose training logits carry the large margin (Liu et al., ICML 2016).
 
     ``head(x)`` is ``F.linear(x, head.weight)``, bit for bit: use it to predict and to measure. ``head(x, target)``
-    has the margin on each sample's own class: feed it to any cross-entropy. Of many classes :meth:`cross_entropy` is
-    faster and takes less memory. The state dict holds ``weight`` [num_classes, in_features] and nothing else, as
+    has the margin on each sample's target class: feed it to any cross-entropy. With many classes :meth:`cross_entropy`
+    is faster and takes less memory. The state dict holds ``weight`` (num_classes, in_features) and nothing else, as
     ``nn.Linear(bias=False)``.
 
     Logits are computed in float32 and returned in float32, with autocast disabled and also for half-precision features
@@ -34,8 +51,12 @@ class LSoftmaxLinear(nn.Module):
         margin: m, an integer >= 1; 1 is plain softmax.
         lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax). Anneal it by setting the
             attribute of the same name. None means 0; the first training step then warns, except while compiling.
-        device: Where the weight is made.
+        device: Device of the weight.
         dtype: Type of the weight.
+
+    Attributes:
+        calls: Identity that every call passes a :class:`HeadCall` through: register a forward hook on it to observe
+            features and logits without computing them twice.
 
     Raises:
         InputError: If a size, the margin or lambda is out of range.
@@ -60,9 +81,9 @@ class LSoftmaxLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (("in_features", in_features, 1), ("num_classes", num_classes, 2)):
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        for name, value, minimum in (("in_features", in_features, 1), ("num_classes", num_classes, 2)):
+            if not isinstance(value, int) or value < minimum:
+                raise InputError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
         self.in_features = in_features
         self.num_classes = num_classes
         self.margin = check_margin(margin)
@@ -73,16 +94,17 @@ class LSoftmaxLinear(nn.Module):
             self.lambda_ = lambda_
         self._warn_if_trained = lambda_ is None
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        self.calls = nn.Identity()
         self._gathered: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the weight anew as the authors do (MSRA: normal with variance 2 / in_features)."""
+        """Draw the weight as the authors do (MSRA: normal with variance 2 / in_features)."""
         nn.init.kaiming_normal_(self.weight)
 
     @property
     def lambda_(self) -> float:
-        """Weight of the plain logit beside the margin logit, 0 to infinity; set it as training goes."""
+        """Weight of the plain logit beside the margin logit, 0 to infinity; set it before each training step."""
         return float(self._lambda)
 
     @lambda_.setter
@@ -94,87 +116,104 @@ class LSoftmaxLinear(nn.Module):
 
     @property
     def sharded(self) -> bool:
-        """Whether the weight is divided over processes by class."""
+        """Whether the weight is sharded over ranks by class."""
         return isinstance(self.weight, DTensor)
 
     @property
-    def lean(self) -> bool:
-        """Whether :meth:`cross_entropy` is to be preferred to margin logits: of many classes, or where it has to be."""
-        return self.sharded or self.num_classes >= LEAN_FROM
+    def prefers_chunks(self) -> bool:
+        """Whether to train by :meth:`cross_entropy`: with many classes it is faster, and if sharded it is required."""
+        return self.sharded or self.num_classes >= CHUNKED_FROM
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Divides the weight over processes by class: each keeps a run of classes, and may be left with none.
+        """Shard the weight over ranks by class; a rank may get no class.
 
-        The weight becomes a DTensor, which optimisers, clipping and checkpoints know. Train by :meth:`cross_entropy`.
+        The weight becomes a DTensor, which optimisers, gradient clipping and checkpoints support. Train by
+        :meth:`cross_entropy`.
 
         Args:
-            mesh: Of one dimension; the weight is the same on all its processes.
+            mesh: Mesh of one dimension; the weight must be the same on all its ranks.
         """
-        each = math.ceil(self.num_classes / mesh.size())  # as DTensor has it
-        own = self.weight.detach()[each * mesh.get_local_rank() :][:each].to(mesh.device_type, copy=True)
+        start = self._rows_per_rank(mesh) * mesh.get_local_rank()
+        local = self.weight.detach()[start:][: self._rows_per_rank(mesh)].to(mesh.device_type, copy=True)
         shape, stride = self.weight.shape, self.weight.stride()
-        whole = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-        self.weight = nn.Parameter(whole, requires_grad=self.weight.requires_grad)
+        sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        self.weight = nn.Parameter(sharded, requires_grad=self.weight.requires_grad)
 
-    def forward(
-        self,
-        x: Tensor,
-        target: Tensor | None = None,
-        with_plain: bool = False,
-        label_smoothing: float | None = None,
-    ) -> Any:
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         """Plain logits, or with a target the margin logits.
 
         Args:
-            x: Features, [N, in_features].
-            target: Class of each sample, [N], an integer type.
-            with_plain: Asks for margin logits and plain ones, in a pair.
-            label_smoothing: Asks for :meth:`cross_entropy`, which comes here so that hooks hear of it.
+            x: Features, (N, in_features).
+            target: Class of each sample, (N,), an integer type.
 
         Returns:
-            Logits, [N, num_classes].
+            Logits, (N, num_classes).
 
         Raises:
-            InputError: If ``target`` does not fit ``x`` and ``num_classes``, or the head is sharded and to be trained.
+            InputError: If ``target`` does not fit ``x`` and ``num_classes``, or the head is sharded and gradients are
+                enabled.
         """
-        if target is not None:  # the level is that of the caller of head(...), or of head.cross_entropy(...)
-            self._check_lambda(stacklevel=5 if label_smoothing is None else 6)
-        if label_smoothing is not None:
-            self._gathered = None  # the weight is about to move
-            own, shard = self._own()
-            return lean_cross_entropy(x, own, target, self.margin, self._lambda, label_smoothing, shard)
-        if target is None:
-            return plain_logits(x, self.full_weight)
-        logits = margin_linear(x, self.full_weight, target, self.margin, self._lambda)
-        return logits if with_plain else logits[0]
+        if target is not None:
+            self._check_lambda(stacklevel=5)  # the caller of head(...)
+            return self._margin_and_plain_logits(x, target)[0]
+        logits = plain_logits(x, self.full_weight)
+        self.calls(HeadCall(x, logits))
+        return logits
 
-    def cross_entropy(self, x: Tensor, target: Tensor, label_smoothing: float = 0.0) -> LeanLoss:
-        """The loss of the margin logits and the predictions of the plain ones, without holding either.
-
-        See :func:`~lsoftmax_lightning.losses.lean_cross_entropy`. Where the head is sharded, each process gives its own
-        samples, as many as the others.
+    def margin_and_plain_logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Margin logits to train with, and plain ones to measure with, from one matrix product.
 
         Args:
-            x: Features, [N, in_features].
-            target: Class of each sample, [N], an integer type.
+            x: Features, (N, in_features).
+            target: Class of each sample, (N,), an integer type.
+
+        Returns:
+            Margin logits and plain logits, (N, num_classes) each.
+
+        Raises:
+            InputError: As :meth:`forward`.
+        """
+        self._check_lambda(stacklevel=3)
+        return self._margin_and_plain_logits(x, target)
+
+    def _margin_and_plain_logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.full_weight
+        plain = plain_logits(x, weight)
+        logits = margin_logits(plain, x, weight, target, self.margin, self._lambda)
+        self.calls(HeadCall(x, plain, target, margin_logits=logits))
+        return logits, plain
+
+    def cross_entropy(self, x: Tensor, target: Tensor, label_smoothing: float = 0.0) -> ChunkedLoss:
+        """The loss of the margin logits and the predictions of the plain ones, without holding either.
+
+        See :func:`~lsoftmax_lightning.chunked_loss.chunked_cross_entropy`. If the head is sharded, each rank passes its
+        own samples, equally many on each rank.
+
+        Args:
+            x: Features, (N, in_features).
+            target: Class of each sample, (N,), an integer type.
             label_smoothing: As in :func:`torch.nn.functional.cross_entropy`.
 
         Raises:
             InputError: If ``target`` does not fit ``x`` and ``num_classes``.
         """
-        loss: LeanLoss = self(x, target, label_smoothing=label_smoothing)
+        self._check_lambda(stacklevel=3)
+        self.release()  # the weight is about to be updated
+        weight, shard = self._local_weight()
+        loss: ChunkedLoss = chunked_cross_entropy(x, weight, target, self.margin, self._lambda, label_smoothing, shard)
+        self.calls(HeadCall(x, None, target, loss.correct))
         return loss
 
     def apply_margin(self, logits: Tensor, x: Tensor, target: Tensor) -> Tensor:
-        """Puts the margin on logits that ``head(x)`` gave, for a caller who wants both from one product.
+        """Put the margin on plain logits that were computed before.
 
         Args:
-            logits: ``head(x)``, [N, num_classes].
-            x: Features, [N, in_features].
-            target: Class of each sample, [N], an integer type.
+            logits: ``head(x)``, (N, num_classes).
+            x: Features, (N, in_features).
+            target: Class of each sample, (N,), an integer type.
 
         Returns:
-            Margin logits, [N, num_classes].
+            Margin logits, (N, num_classes).
 
         Raises:
             InputError: If ``target`` does not fit ``x`` and ``num_classes``.
@@ -183,7 +222,7 @@ class LSoftmaxLinear(nn.Module):
         return margin_logits(logits, x, self.full_weight, target, self.margin, self._lambda)
 
     def _check_lambda(self, stacklevel: int) -> None:
-        """Warns once if the head trains with a margin and lambda was never set."""
+        """Warn once if the head trains with a margin and lambda was never set."""
         if torch.compiler.is_compiling():  # no graph break, and no guard on the flag
             return
         if self._warn_if_trained and self.margin > 1 and self.training and torch.is_grad_enabled():
@@ -197,65 +236,74 @@ class LSoftmaxLinear(nn.Module):
 
     @property
     def full_weight(self) -> Tensor:
-        """W, [num_classes, in_features]; of a sharded head a copy, for no training.
+        """W, (num_classes, in_features); for a sharded head a copy without gradients.
 
-        To be asked for on all processes at once. The copy is kept until the next step of training or :meth:`release`.
+        For a sharded head it is a collective: read it on all ranks. The copy is kept until the next training step or
+        :meth:`release`.
 
         Raises:
-            InputError: If gradients are to flow to a sharded weight.
+            InputError: If the head is sharded and gradients are enabled.
         """
         if not isinstance(self.weight, DTensor):
             return self.weight
         if torch.is_grad_enabled():
             raise InputError("a sharded head has no logits to train on: use head.cross_entropy(x, target).")
         if self._gathered is None:
-            with torch.inference_mode(False), torch.no_grad():  # DTensor knows no inference mode
+            with torch.inference_mode(False), torch.no_grad():  # DTensor does not support inference mode
                 self._gathered = self.weight.full_tensor()
         return self._gathered
 
     def release(self) -> None:
-        """Lets go of the copy that :attr:`full_weight` made."""
+        """Free the copy that :attr:`full_weight` made."""
         self._gathered = None
 
     @torch.no_grad()
     def class_weights(self, target: Tensor) -> Tensor:
-        """Weight of each sample's class, [N, in_features], without a graph; of a sharded head as of any other.
+        """Weight of each sample's class, (N, in_features), without gradients; also for a sharded head.
 
         Args:
-            target: Classes, [N], int64; on each process as many.
+            target: Classes, (N,), int64; equally many on each rank.
         """
-        own, shard = self._own()
+        weight, shard = self._local_weight()
         if shard is None:
-            return own.detach()[target]
-        wanted = shard.gather(target) - shard.start
-        here = (wanted >= 0) & (wanted < len(own))
-        rows = own.new_zeros(len(wanted), self.in_features)
-        rows[here] = own[wanted[here]]
-        return shard.share(shard.reduce(rows))
+            return weight.detach()[target]
+        local_target = shard.all_gather(target) - shard.start
+        is_local = (local_target >= 0) & (local_target < len(weight))
+        rows = weight.new_zeros(len(local_target), self.in_features)
+        rows[is_local] = weight[local_target[is_local]]
+        return shard.local_rows(shard.all_reduce(rows))
 
     @torch.no_grad()
     def plain_cross_entropy(self, x: Tensor, target: Tensor) -> Tensor:
-        """The loss without a margin and without a graph.
+        """The loss without a margin and without gradients.
 
         Computed in the wider of the dtypes of ``x`` and the weight; with few classes in at least float32.
 
         Args:
-            x: Features, [N, in_features].
-            target: Class of each sample, [N], an integer type.
+            x: Features, (N, in_features).
+            target: Class of each sample, (N,), an integer type.
         """
-        own, shard = self._own()
-        return lsoftmax_cross_entropy(x, own, target, margin=1, shard=shard)
+        weight, shard = self._local_weight()
+        return lsoftmax_cross_entropy(x, weight, target, margin=1, shard=shard)
 
-    def _own(self) -> tuple[Tensor, ClassShard | None]:
-        """The weight of this process, and which classes these are."""
+    def _local_weight(self) -> tuple[Tensor, ClassShard | None]:
+        """Return the weight of this rank, and its classes if the weight is sharded."""
         if not isinstance(self.weight, DTensor):
             return self.weight, None
         mesh = self.weight.device_mesh
-        start = math.ceil(self.num_classes / mesh.size()) * mesh.get_local_rank()
+        start = self._rows_per_rank(mesh) * mesh.get_local_rank()
         return self.weight.to_local(), ClassShard(mesh.get_group(), start, self.num_classes)
 
+    def _rows_per_rank(self, mesh: DeviceMesh) -> int:
+        """Return the classes of each rank but the last ones, which may have fewer, as DTensor shards them."""
+        return math.ceil(self.num_classes / mesh.size())
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"  # on one line, without the identity
+
+    @override
     def extra_repr(self) -> str:
-        """Sizes, margin and the current lambda."""
         return (
             f"in_features={self.in_features}, num_classes={self.num_classes}, margin={self.margin}, "
             f"lambda_={self.lambda_:g}"

@@ -14,14 +14,14 @@ from torchmetrics.functional.classification import binary_auroc, binary_eer, bin
 from torchmetrics.utilities import dim_zero_cat
 
 from .errors import InputError
-from .functional import separation, target_angles
+from .geometry import segment_counts, separation, target_angles
 
 
 class ClassAngles(Metric):
     """What the margin is for: how close samples are to their class, and how far classes are from each other.
 
     ``compute`` gives a dict of: ``angle``, the mean angle of a sample to the weight of its class, in degrees;
-    ``centre_angle_mean``, ``_nearest`` and ``_min``, the :func:`~lsoftmax_lightning.functional.separation` of the mean
+    ``centre_angle_mean``, ``_nearest`` and ``_min``, the :func:`~lsoftmax_lightning.geometry.separation` of the mean
     directions of the classes; ``feature_norm``, the mean length of a feature; and ``segment_0`` to
     ``segment_{m-1}``, the share of samples in each segment k of psi (section 3.2), the last of them furthest from their
     class. All are exact for batches and processes of any size; of no sample there are no figures.
@@ -78,12 +78,6 @@ class ClassAngles(Metric):
             **{f"centre_angle_{name}": angle for name, angle in centres._asdict().items()},
             **{f"segment_{k}": share for k, share in enumerate(self.segments / count)},
         }
-
-
-def segment_counts(angles: Tensor, margin: int) -> Tensor:
-    """How many angles, in degrees [N], lie in each segment k of psi, float32 [m]; those that are NaN in none."""
-    segment = (angles * (margin / 180)).floor().clamp(max=margin - 1)
-    return (segment.unsqueeze(1) == torch.arange(margin, device=angles.device)).float().sum(dim=0)
 
 
 class MeanLoss(Metric):

@@ -1,57 +1,67 @@
-"""How the processes of a run divide the work."""
+"""Distributed strategies of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule
+import torch
+import torch.distributed as dist
+from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
+from typing_extensions import override
 
 from .checkpoints import read
+from .chunked_loss import is_cross_entropy
 from .errors import InputError
+from .heads import LSoftmaxLinear
 
 
 class ClassShardedStrategy(ModelParallelStrategy):
-    """Divides the weight of the head by class over all processes, and batches as DDP does.
+    """Shards the weight of the head by class over all ranks, all other parameters by FSDP2, and batches as DDP does.
 
-    For classes by the hundred thousand: of weight, gradient and momentum each process keeps those of its share of the
-    classes. The weights come out as on one process. Batch normalisation is synchronised where the Trainer is told to.
-    A checkpoint is one file, as of any other run, from which any number of processes goes on; the first process puts it
-    together in its memory.
+    For hundreds of thousands of classes: each rank stores only its shard of the weight, gradient and momentum. The
+    result is that of training on one rank. Batch normalisation is synchronised if the Trainer has ``sync_batchnorm``.
+    Validation, test and prediction run on the gathered network. A checkpoint is one file, as with any other strategy,
+    and training can resume from it on any number of ranks; the first rank assembles it in its memory.
+
+    A LightningModule needs an :class:`~lsoftmax_lightning.LSoftmaxLinear` as its ``head``, trained by
+    :meth:`~lsoftmax_lightning.LSoftmaxLinear.cross_entropy`. A module that overrides ``configure_model`` shards itself.
 
     Args:
         **kwargs: ``process_group_backend`` and ``timeout`` of
             :class:`~lightning.pytorch.strategies.ModelParallelStrategy`.
 
     Raises:
-        InputError: When the Trainer starts, if the module cannot be divided.
+        InputError: When the Trainer starts, if the module cannot be sharded.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
 
+    @override
     def setup_environment(self) -> None:
-        """Divides over all processes there are."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        sharded = any(isinstance(parameter, DTensor) for parameter in self._module.parameters())
-        if self._layer_sync is not None and not sharded:  # Lightning leaves it out; FSDP2 would not know new layers
+        # Lightning's strategy leaves this out, and FSDP2 would not know layers that are replaced later.
+        if self._layer_sync is not None and not self._is_sharded:
             self._layer_sync.apply(self._module)
-        if not is_overridden("configure_model", self._module):
-            shard = getattr(self._module, "shard", None)
-            if shard is None:
-                raise InputError(
-                    f"ClassShardedStrategy asks a module to divide itself, by `shard`, as modules of ours do, or by "
-                    f"`configure_model`; {type(self._module).__name__} has neither."
-                )
-            self._module.configure_model = shard  # type: ignore[method-assign]  # which Lightning calls
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        if is_overridden("configure_model", self._module):
+            super().setup(trainer)
+            return
+        if not self._is_sharded:
+            self._shard()
+        super(ModelParallelStrategy, self).setup(trainer)  # ModelParallelStrategy requires configure_model
 
     @property
     def _module(self) -> LightningModule:
@@ -59,53 +69,112 @@ class ClassShardedStrategy(ModelParallelStrategy):
         return self.lightning_module
 
     @property
+    def _is_sharded(self) -> bool:
+        return any(isinstance(parameter, DTensor) for parameter in self._module.parameters())
+
+    def _shard(self) -> None:
+        """Shard the head by class, and all other parts by FSDP2."""
+        module = self._module
+        head = getattr(module, "head", None)
+        if not isinstance(head, LSoftmaxLinear):
+            raise InputError(
+                f"ClassShardedStrategy: needs an LSoftmaxLinear as `head` of {type(module).__name__}, got "
+                f"{type(head).__name__}; or override its configure_model."
+            )
+        parts = [part for part in module.children() if part is not head and any(True for _ in part.parameters())]
+        _check_sharding(module, [head, *parts])
+        mesh = self.device_mesh["data_parallel"]
+        head.shard(mesh)
+        for part in parts:
+            fully_shard(part, mesh=mesh, reshard_after_forward=False)
+
+    @override
+    def on_validation_start(self) -> None:
+        # Every rank evaluates the same network, on batches of which it may have fewer than the others.
+        for part in self._module.children():
+            if isinstance(part, FSDPModule):
+                with torch.inference_mode(False):  # training continues with these parameters
+                    part.unshard()
+                for buffer in part.buffers():  # batch statistics, which differ between ranks
+                    dist.broadcast(buffer, src=0)
+
+    @override
+    def on_validation_end(self) -> None:
+        for part in self._module.children():
+            if isinstance(part, LSoftmaxLinear):
+                part.release()
+            elif isinstance(part, FSDPModule):
+                part.reshard()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    @property
+    @override
     def lightning_restore_optimizer(self) -> bool:
-        """That the state of the optimiser is put back by :meth:`load_optimizer_state_dict`."""
-        return True
+        return True  # by load_optimizer_state_dict
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole state of the module, on the first process."""
-        return self._whole(self._module.state_dict())
+        return self._gathered(self._module.state_dict())
 
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state of an optimiser, on the first process."""
-        return self._whole(optimizer.state_dict())
+        return self._gathered(optimizer.state_dict())
 
-    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
-        whole: dict[str, Any] = tree_map(self._gathered, state)
-        return whole if self.is_global_zero else {}
+    def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state with full tensors on the first rank, and an empty one on the others."""
 
-    def _gathered(self, value: Any) -> Any:
-        if not isinstance(value, DTensor):
-            return value
-        whole = value.full_tensor()
-        return whole.cpu() if self.is_global_zero else None
+        def gather(value: DTensor) -> Tensor | None:
+            full = value.full_tensor()
+            return full.cpu() if self.is_global_zero else None
 
+        gathered: dict[str, Any] = apply_to_collection(state, DTensor, gather)
+        return gathered if self.is_global_zero else {}
+
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of one file; each rank takes into memory only its shard."""
-        return read(checkpoint_path)
+        return read(checkpoint_path)  # each rank copies only its shard into memory
 
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Divides the state of a module."""
-        own = self._module.state_dict()
-        divided = {name: _divided(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
-        self._module.load_state_dict(divided, strict=strict)
+        current = self._module.state_dict()
+        state = {name: _sharded_like(value, current.get(name)) for name, value in checkpoint["state_dict"].items()}
+        self._module.load_state_dict(state, strict=strict)
 
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Divides the state of the optimisers."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            numbers = [number for group in state["param_groups"] for number in group["params"]]
-            of = dict(zip(numbers, parameters, strict=True))
+            indices = [index for group in state["param_groups"] for index in group["params"]]
+            by_index = dict(zip(indices, parameters, strict=True))
             values = {
-                number: {name: _divided(value, of[number]) for name, value in values.items()}
-                for number, values in state["state"].items()
+                index: {name: _sharded_like(value, by_index[index]) for name, value in values.items()}
+                for index, values in state["state"].items()
             }
             optimizer.load_state_dict(state | {"state": values})
 
 
-def _divided(value: Any, own: Any) -> Any:
-    """What is of the shape of a divided tensor, divided in the same way."""
-    if isinstance(own, DTensor) and isinstance(value, Tensor) and value.shape == own.shape:
-        return distribute_tensor(value, own.device_mesh, own.placements)
+def _check_sharding(module: LightningModule, parts: Sequence[nn.Module]) -> None:
+    """Refuse what would train wrongly without an error."""
+    if dist.get_backend() == "gloo" and torch.__version__ < "2.9":
+        raise InputError(
+            f"over gloo torch {torch.__version__} adds gradients up where it should take their mean, in silence "
+            "(pytorch#162338): a sharded head on CPUs needs torch 2.9 or later."
+        )
+    criterion = getattr(module, "criterion", None)
+    if criterion is not None and not is_cross_entropy(criterion):
+        raise InputError(
+            f"a sharded head trains by cross-entropy: nn.CrossEntropyLoss with at most a label_smoothing, not "
+            f"{criterion}."
+        )
+    known = {id(parameter) for part in parts for parameter in part.parameters()}
+    if lost := [name for name, parameter in module.named_parameters() if id(parameter) not in known]:
+        raise InputError(f"{lost[0]} is a parameter of no part; a sharded head takes it in a module of its own.")
+
+
+def _sharded_like(value: Any, current: Any) -> Any:
+    """Return a tensor sharded as the current one is, if that has its shape; other values unchanged."""
+    if isinstance(current, DTensor) and isinstance(value, Tensor) and value.shape == current.shape:
+        return distribute_tensor(value, current.device_mesh, current.placements)
     return value

@@ -85,7 +85,7 @@ def make_trainer(**settings: Any) -> Trainer:
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a loss take the logits by chunks however few they are."""
-    monkeypatch.setattr("lsoftmax_lightning.losses._FEW_LOGITS", 0)
+    monkeypatch.setattr("lsoftmax_lightning.chunked_loss._CHUNK_LOGITS", 0)
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from torch.torch_version import TorchVersion
 
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.callbacks import Dashboard, ExactResume, MarginMonitor
+from lsoftmax_lightning.chunked_loss import ClassShard, chunked_cross_entropy
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.functional import margin_logits
-from lsoftmax_lightning.losses import ClassShard, lean_cross_entropy
 from lsoftmax_lightning.schedules import PowerLaw
 from lsoftmax_lightning.strategies import ClassShardedStrategy
 from lsoftmax_lightning.transforms import RandomCropFlip
@@ -59,7 +59,7 @@ def compare_losses() -> float:
                 share, own = slice(80 * rank, 80 * (rank + 1)), slice(each * rank, each * (rank + 1))
                 part, rows = (of.detach()[at].requires_grad_() for of, at in ((x, share), (weight, own)))
                 shard = ClassShard(dist.group.WORLD, each * rank, classes)
-                divided = lean_cross_entropy(part, rows, target[share], margin, 0.3, smoothing, shard)
+                divided = chunked_cross_entropy(part, rows, target[share], margin, 0.3, smoothing, shard)
                 divided.loss.backward()
                 assert part.grad is not None
                 assert rows.grad is not None

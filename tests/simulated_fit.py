@@ -12,10 +12,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lsoftmax_lightning import ClassificationModule, heads, losses
+from lsoftmax_lightning import ClassificationModule, chunked_loss, heads
 from lsoftmax_lightning.callbacks import BestCheckpoint, Dashboard, ExactResume, LastCheckpoint, MarginMonitor
 from lsoftmax_lightning.checkpoints import WholeCheckpointIO
-from lsoftmax_lightning.losses import lean_cross_entropy
+from lsoftmax_lightning.chunked_loss import chunked_cross_entropy
 from lsoftmax_lightning.transforms import RandomCropFlip
 
 from .conftest import BlobsDataModule
@@ -48,7 +48,7 @@ class Watch(Callback):
 
 def fit(kind: str, precision: Any, *callbacks: Callback) -> dict[str, Any]:
     """Return the steps that were watched, and what waited in them."""
-    heads.LEAN_FROM = 2 if kind == "chunked" else 4000
+    heads.CHUNKED_FROM = 2 if kind == "chunked" else 4000
     data, watch = BlobsDataModule(batch_size=8), Watch()
     data.augment = RandomCropFlip(2, flip=True)
     plugins: list[Any] = [WholeCheckpointIO()]
@@ -80,13 +80,13 @@ def fit(kind: str, precision: Any, *callbacks: Callback) -> dict[str, Any]:
 
 def kernels(samples: int, length: int) -> int:
     """Return how many kernels the chunked loss starts, forward and backward, with chunks of that length."""
-    losses._FEW_LOGITS_ACCELERATOR = 0
+    chunked_loss._CHUNK_LOGITS_ACCELERATOR = 0
     width = 2 * length
     x = torch.randn(samples, width).to(SIM).requires_grad_()
     weight = torch.randn(50, width).to(SIM).requires_grad_()
     target = torch.randint(50, (samples,)).to(SIM)
     KERNELS.clear()
-    lean_cross_entropy(x, weight, target, margin=4, lambda_=1.0).loss.backward()
+    chunked_cross_entropy(x, weight, target, margin=4, lambda_=1.0).loss.backward()
     return sum(KERNELS.values())
 
 

@@ -13,15 +13,18 @@ BELOW: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
     "compat": set(),
+    "seeds": set(),
     "signals": set(),
     "class_names": set(),
     "data_spec": {"class_names", "errors", "transforms"},
     "functional": {"errors"},
     "schedules": {"errors"},
     "lr_schedulers": {"compat", "errors"},
-    "losses": {"functional"},
-    "heads": {"errors", "functional", "losses"},
-    "strategies": {"checkpoints", "errors"},
+    "geometry": set(),
+    "distributed": set(),
+    "chunked_loss": {"distributed", "functional"},
+    "heads": {"chunked_loss", "distributed", "errors", "functional"},
+    "strategies": {"checkpoints", "chunked_loss", "errors", "heads"},
     "backbones": {"errors"},
     "checkpoints": {"atomic", "compat", "data_spec", "errors"},
     "callbacks": {
@@ -31,14 +34,19 @@ BELOW: dict[str, set[str]] = {
         "compat",
         "errors",
         "functional",
+        "geometry",
+        "heads",
         "metrics",
         "pictures",
         "schedules",
+        "seeds",
         "signals",
     },
     "modules": {
+        "chunked_loss",
         "errors",
         "functional",
+        "geometry",
         "backbones",
         "callbacks",
         "checkpoints",
@@ -48,10 +56,10 @@ BELOW: dict[str, set[str]] = {
         "metrics",
         "schedules",
     },
-    "metrics": {"errors", "functional"},
+    "metrics": {"errors", "geometry"},
     "pictures": set(),
     "transforms": {"errors"},
-    "datamodules": {"atomic", "checkpoints", "compat", "data_spec", "errors", "signals", "transforms"},
+    "datamodules": {"atomic", "checkpoints", "compat", "data_spec", "errors", "seeds", "signals", "transforms"},
     "__init__": {"heads", "modules"},
     "config_files": {"errors"},
     "settings": {"datamodules", "errors"},
@@ -80,6 +88,7 @@ BELOW: dict[str, set[str]] = {
         "config_files",
         "errors",
         "functional",
+        "geometry",
         "lightning_cli",
         "pictures",
         "signals",
@@ -131,3 +140,11 @@ def test_there_is_no_cycle() -> None:
         return 1 + max((height(below) for below in BELOW[room] - {room}), default=0)
 
     assert all(height(room) for room in BELOW)
+
+
+def test_compare_has_no_function_with_the_name_of_a_module() -> None:
+    paths = list((PACKAGE / "compare").glob("*.py"))
+    functions = {
+        node.name for path in paths for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+    }
+    assert not functions & {path.stem for path in paths}

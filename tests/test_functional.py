@@ -8,22 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
+from lsoftmax_lightning.chunked_loss import lsoftmax_cross_entropy
 from lsoftmax_lightning.errors import InputError
-from lsoftmax_lightning.functional import (
-    _segments,
-    cos_multiple,
-    degrees,
-    effective_margin,
-    margin_linear,
-    margin_logits,
-    psi,
-    separation,
-    target_angles,
-)
-from lsoftmax_lightning.losses import lsoftmax_cross_entropy
+from lsoftmax_lightning.functional import cos_multiple, margin_logits, psi
 
 MARGINS = range(1, 7)
 
@@ -228,8 +217,8 @@ def test_float32_is_accurate_up_to_the_largest_margin() -> None:
     target = torch.zeros(len(theta), dtype=torch.long)
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-11)):
         x, weight = features.to(dtype), torch.eye(2, dtype=dtype)
-        for logits in (margin_linear(x, weight, target, 100)[0], logits_of(x, weight, target, 100)):
-            assert (logits[:, 0] - expected).abs().max() < tolerance
+        logits = logits_of(x, weight, target, 100)
+        assert (logits[:, 0] - expected).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("n", [2, 8])  # fewer and more rows than classes: the norms are taken in another order
@@ -265,115 +254,18 @@ def test_half_precision_input_is_computed_in_single(dtype: torch.dtype) -> None:
 
 def test_label_smoothing_is_that_of_torch() -> None:
     x, weight, target = batch()
-    expected = F.cross_entropy(margin_linear(x, weight, target, 2)[0], target, label_smoothing=0.1)
+    expected = F.cross_entropy(logits_of(x, weight, target, 2), target, label_smoothing=0.1)
     assert torch.equal(lsoftmax_cross_entropy(x, weight, target, 2, label_smoothing=0.1), expected)
 
 
-@pytest.mark.parametrize("lambda_", [0.0, 0.5, 5.0, 1000.0])
 @pytest.mark.parametrize("m", MARGINS)
-def test_the_effective_margin_is_that_of_the_annealed_loss_near_a_class(m: int, lambda_: float) -> None:
-    theta = torch.tensor(1e-3, dtype=torch.float64)
-    annealed = (lambda_ * torch.cos(theta) + psi(torch.cos(theta), m)) / (1 + lambda_)
-    assert effective_margin(m, lambda_) == pytest.approx(float(torch.arccos(annealed) / theta), rel=1e-5)
-    assert effective_margin(m, 0.0) == m
-    assert effective_margin(m, math.inf) == 1
-
-
-def test_angles_of_samples_to_their_class() -> None:
-    weight = torch.tensor([[2.0, 0.0], [0.0, 0.5]])
-    features = torch.tensor([[3.0, 0.0], [1.0, 1.0], [-1.0, 0.0], [0.0, -7.0]], dtype=torch.bfloat16)
-    angles = target_angles(features, weight[[0, 1, 0, 1]])
-    torch.testing.assert_close(angles, torch.tensor([0.0, 45.0, 180.0, 180.0]))
-    assert degrees(torch.tensor([1 + 1e-6, -1 - 1e-6])).tolist() == [0, 180]
-
-
-@pytest.mark.parametrize("count", [2, 7, 1024, 1500])  # within one block of rows, at its edge and beyond
-def test_separation_is_that_of_all_pairs(count: int) -> None:
-    directions = (
-        torch.randn(count, 6, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 9, count)[:, None]
-    )
-    unit = F.normalize(directions.double())
-    angles = torch.rad2deg(torch.arccos((unit @ unit.T).clamp(-1, 1)))
-    others = angles[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
-    found = separation(directions)
-    expected = (others.mean(), others.min(1).values.mean(), others.min())
-    assert [float(angle) for angle in found] == pytest.approx([float(angle) for angle in expected], rel=1e-3)
-
-
-def test_one_direction_is_apart_from_nothing() -> None:
-    assert all(math.isnan(angle) for angle in separation(torch.ones(1, 3)))
-
-
-def test_of_very_many_directions_some_are_taken() -> None:
-    directions = torch.eye(2).repeat(6000, 1)  # every second one, all the same way
-    assert separation(directions).mean == pytest.approx(0, abs=0.1)
-
-
-@pytest.mark.parametrize("num_classes", [3, 50])  # fewer than samples, and more
-@pytest.mark.parametrize("m", MARGINS)
-def test_written_out_gradients_are_those_of_autograd(m: int, num_classes: int) -> None:
-    torch.manual_seed(m)
-    x, weight = (torch.randn(n, 5, dtype=torch.float64) for n in (20, num_classes))
-    target = torch.randint(num_classes, (20,))
-    x[0], x[1] = weight[target[0]], -3 * weight[target[1]]  # the least angle, and the greatest
-    x.requires_grad_()
-    weight.requires_grad_()
-    plain = F.linear(x, weight)
-    expected = margin_logits(plain, x, weight, target, m, 0.3)
-    for lambda_ in (0.3, torch.tensor(0.3, dtype=torch.float64)):
-        logits, also_plain = margin_linear(x, weight, target, m, lambda_)
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
-        assert torch.equal(also_plain, plain)
-        gradient = torch.randn(logits.shape, dtype=torch.float64)
-        for found, right in zip(
-            torch.autograd.grad(logits, (x, weight), gradient, retain_graph=True),
-            torch.autograd.grad(expected, (x, weight), gradient, retain_graph=True),
-            strict=True,
-        ):
-            torch.testing.assert_close(found, right, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("m", MARGINS)
-def test_written_out_gradients_are_finite_where_there_is_no_angle(m: int) -> None:
+def test_gradients_are_finite_where_there_is_no_angle(m: int) -> None:
     x, weight = (
         torch.eye(4)[:, :3].clone().requires_grad_(),
         torch.eye(3)[[0, 1, 1]].mul(torch.tensor([1, 0, 1])[:, None]),
     )
     weight.requires_grad_()
-    logits, _ = margin_linear(x, weight, torch.tensor([0, 1, 1, 2]), m)
+    logits = logits_of(x, weight, torch.tensor([0, 1, 1, 2]), m)
     assert logits.isfinite().all()
     for gradient in torch.autograd.grad(logits.sum(), (x, weight)):
         assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("m", [2, 3, 4])
-def test_written_out_gradients_have_derivatives_and_transforms(m: int) -> None:
-    torch.manual_seed(0)
-    x, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 3))
-    target = torch.randint(3, (6,))
-
-    def loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(margin_linear(x, weight, target, m, 0.5)[0], target)
-
-    assert gradcheck(lambda x, weight: loss(x, weight, target), (x, weight))
-    assert gradgradcheck(lambda x, weight: loss(x, weight, target), (x, weight))
-
-    def of_one(x: Tensor, target: Tensor) -> Tensor:
-        return loss(x[None], weight.detach(), target[None])
-
-    each = torch.func.vmap(torch.func.grad(of_one))(x.detach(), target)
-    torch.testing.assert_close(each / 6, torch.autograd.grad(loss(x, weight, target), x)[0])
-
-
-@pytest.mark.parametrize("wrong", [-1, 3])
-def test_margin_linear_names_a_class_that_is_not_there(wrong: int) -> None:
-    with pytest.raises(InputError, match="target must hold classes 0 to 2"):
-        margin_linear(torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, wrong]), 3)
-
-
-def test_a_call_on_fake_tensors_leaves_real_ones_alone() -> None:
-    _segments.cache_clear()
-    with FakeTensorMode():
-        margin_linear(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.int64), margin=3)
-    logits, _ = margin_linear(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4]), margin=3)
-    assert logits.isfinite().all()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.callbacks import Dashboard, LastCheckpoint, MarginMonitor
+from lsoftmax_lightning.chunked_loss import chunked_cross_entropy
 from lsoftmax_lightning.cli import main
-from lsoftmax_lightning.losses import lean_cross_entropy
 from lsoftmax_lightning.transforms import RandomCropFlip
 
 from .conftest import BlobsDataModule
@@ -71,7 +71,7 @@ def test_no_training_step_waits_for_the_device(
     kind: str, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "chunked":
-        monkeypatch.setattr("lsoftmax_lightning.heads.LEAN_FROM", 2)
+        monkeypatch.setattr("lsoftmax_lightning.heads.CHUNKED_FROM", 2)
     data = BlobsDataModule(batch_size=8)  # 20 steps an epoch
     data.augment = RandomCropFlip(2, flip=True)
     callbacks = [NoWait(), LastCheckpoint(), MarginMonitor(), Dashboard()]
@@ -87,7 +87,7 @@ def test_the_chunked_loss_is_as_exact_as_on_the_cpu() -> None:
 
     def of(device: str) -> list[Tensor]:
         own = [tensor.detach().to(device).requires_grad_() for tensor in (x, weight)]
-        loss = lean_cross_entropy(*own, target.to(device), margin=4, lambda_=1.0, label_smoothing=0.1).loss
+        loss = chunked_cross_entropy(*own, target.to(device), margin=4, lambda_=1.0, label_smoothing=0.1).loss
         return [loss.detach().cpu(), *(gradient.cpu() for gradient in torch.autograd.grad(loss, own))]
 
     for found, expected in zip(of("cuda"), of("cpu"), strict=True):

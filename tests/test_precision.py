@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
 from lsoftmax_lightning.cli import main
-from lsoftmax_lightning.functional import margin_linear
+from lsoftmax_lightning.functional import margin_logits
 
 from .conftest import BlobsDataModule, make_trainer
 from .test_cli import QUIET
@@ -92,7 +92,8 @@ def test_half_precision_does_not_round_the_target_logit(
             return F.cross_entropy(head(x[rows], target[rows]), target[rows])
 
     exact_x, exact_weight = (each.detach().double().requires_grad_() for each in (x, weight))
-    logits, _ = margin_linear(exact_x, exact_weight, target, m, lambda_)
+    plain = F.linear(exact_x, exact_weight)
+    logits = margin_logits(plain, exact_x, exact_weight, target, m, lambda_)
     exact = F.cross_entropy(logits, target, reduction="none")
     losses = torch.stack([loss_of(slice(row, row + 1)) for row in range(len(x))])
     assert losses.dtype == torch.float32
@@ -124,7 +125,7 @@ def test_half_precision_learns_as_single_does(
         accuracy[each] = float(cli.trainer.callback_metrics["test/acc"])
         record_property(f"test/acc, {accelerator}, {each}", accuracy[each])
     assert accuracy["32-true"] > 0.97
-    assert abs(accuracy[precision] - accuracy["32-true"]) < 0.01  # 3 times the spread of seeds
+    assert abs(accuracy[precision] - accuracy["32-true"]) < 0.02  # 7 of 360 images; seeds differ by up to 3
 
 
 class Weighted(ClassificationModule):

@@ -16,16 +16,16 @@ from torch import Tensor
 from ..atomic import atomic_path, write_csv
 from ..class_names import names_by_index
 from ..errors import InputError
-from ..functional import target_angles
+from ..geometry import target_angles
 from .baseline import ANGLE_BINS, softmax_angles
 from .frames import ClassFrame, ClassSample, Frame, Picture, class_sample, latest_angles, take_frame
-from .listener import HeadListener, tensorboards
+from .observer import HeadObserver, tensorboard_loggers
 
 _MAX_TRAIN_ANGLES = 1_000_000  # samples, of 4 bytes each
 _MAX_TRAIN_BATCHES = 1000  # small tensors, of which each takes several hundred bytes more
 
 
-class Dashboard(HeadListener):
+class Dashboard(HeadObserver):
     """Draws a training on TensorBoard, for any module with an L-Softmax ``head``; without it, does nothing.
 
     After validation: the features (:func:`~lsoftmax_lightning.pictures.plane`), the angles of samples to their class,
@@ -65,11 +65,11 @@ class Dashboard(HeadListener):
         log_dir = trainer.log_dir  # to be asked on every process
         if self.save and (log_dir is None or not trainer.loggers) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError("Dashboard(save=True) writes into the folder of the run, which a logger has to name.")
-        writable = self.save or tensorboards(trainer)
-        self.listening = False
+        writable = self.save or tensorboard_loggers(trainer)
+        self.is_observing = False
         if writable and self.every_n_epochs != 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().setup(trainer, pl_module, stage)
-        if self.listening:
+        if self.is_observing:
             self._check_names(trainer, pl_module.head.num_classes)
         self._folder = Path(str(log_dir), "dashboard")
         self._sample: ClassSample | None = None
@@ -83,7 +83,7 @@ class Dashboard(HeadListener):
         self._spent = 0.0  # seconds of the time since then
         self._cost = 1.0  # of a frame; at first a guess
 
-    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
+    def observe_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
         """Keep the angles of a step."""
         with self.optional("the angles of training", collective=True):
             self._train_angles.append(target_angles(features, pl_module.head.class_weights(target)))
@@ -98,7 +98,7 @@ class Dashboard(HeadListener):
         """Begins anew."""
         self._begin(trainer, trainer.num_test_batches)
 
-    def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+    def observe_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch of a validation or a test."""
         if self._sample is not None:
             with self.optional("images, features and predictions", collective=True):
@@ -106,7 +106,7 @@ class Dashboard(HeadListener):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keeps the validation, and draws what there is time for."""
-        if not self.listening or trainer.sanity_checking:
+        if not self.is_observing or trainer.sanity_checking:
             return
         start = time.perf_counter()
         self._latest = self._frame(trainer, pl_module, "val")
@@ -122,18 +122,18 @@ class Dashboard(HeadListener):
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Draws the test."""
-        if self.listening:
+        if self.is_observing:
             self._latest = self._frame(trainer, pl_module, "test")
             self._draw_all(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Draws what is left, and the last validation in the projector."""
-        if not self.listening:
+        if not self.is_observing:
             return
         self._draw_all(trainer)
         if isinstance(self._latest, ClassFrame) and trainer.is_global_zero:
             with self.optional("the projector"):
-                for logger in tensorboards(trainer):
+                for logger in tensorboard_loggers(trainer):
                     logger.experiment.add_embedding(
                         **self._latest.embedding(), global_step=self._latest.step, tag="val"
                     )
@@ -141,7 +141,7 @@ class Dashboard(HeadListener):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Draws what was kept of a training that failed, but lets one that was interrupted go."""
         super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, Exception) and self.listening:
+        if isinstance(exception, Exception) and self.is_observing:
             self._draw_all(trainer)
 
     def _check_names(self, trainer: Trainer, num_classes: int) -> None:
@@ -194,7 +194,7 @@ class Dashboard(HeadListener):
         self._spent += self._cost
 
     def _draw(self, trainer: Trainer, frame: Frame) -> None:
-        writers = [logger.experiment for logger in tensorboards(trainer)]
+        writers = [logger.experiment for logger in tensorboard_loggers(trainer)]
         for name, angles in frame.angle_samples().items():
             if len(angles := angles[angles.isfinite()]):
                 for writer in writers:

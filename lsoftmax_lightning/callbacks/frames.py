@@ -18,7 +18,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from .. import pictures
 from ..class_names import names_by_index
-from ..functional import degrees, effective_margin, evenly_spaced, separation, target_angles
+from ..geometry import degrees, effective_margin, evenly_spaced, separation, target_angles
 
 _SHOWN = 100  # classes that can be told apart in a picture
 _HARD = 12  # images in a strip

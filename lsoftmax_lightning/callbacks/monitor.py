@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -14,11 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from ..functional import effective_margin, evenly_spaced, separation, target_angles
-from ..metrics import ClassAngles, MeanLoss, segment_counts
+from ..geometry import effective_margin, evenly_spaced, segment_counts, separation, target_angles
+from ..metrics import ClassAngles, MeanLoss
 from ..schedules import LambdaSchedule
+from ..seeds import global_seed
 from .annealing import LambdaAnnealing
-from .listener import HeadListener, classes_of, tensorboards
+from .observer import HeadObserver, classes_of, tensorboard_loggers
 
 
 def _layout(pairs: bool, follows_accuracy: bool) -> dict[str, dict[str, tuple[str, list[str]]]]:
@@ -63,17 +63,17 @@ def _layout(pairs: bool, follows_accuracy: bool) -> dict[str, dict[str, tuple[st
     }
 
 
-class MarginMonitor(HeadListener):
+class MarginMonitor(HeadObserver):
     """Logs what shows whether a margin does its work, for any module with an L-Softmax ``head``.
 
     Every ``log_every_n_steps`` training steps, of that batch: ``train/cross_entropy`` (the plain one, beside the
     margin's ``train/loss``), ``train/angle``, ``train/feature_norm``, ``train/segment_k``, ``effective_margin``
-    (:func:`~lsoftmax_lightning.functional.effective_margin`), ``lr`` (of the first parameter group) and
+    (:func:`~lsoftmax_lightning.geometry.effective_margin`), ``lr`` (of the first parameter group) and
     ``images_per_second`` (of all devices, validation left out). But for the last, and ``train/cross_entropy`` of a head
     that is sharded by class, they are of the first process's share.
 
     In validation ``val/weight_angle_mean``, ``_nearest`` and ``_min``, the
-    :func:`~lsoftmax_lightning.functional.separation` of the class weights, and where the images are of
+    :func:`~lsoftmax_lightning.geometry.separation` of the class weights, and where the images are of
     these classes also ``val/margin_loss`` and the figures of :class:`~lsoftmax_lightning.metrics.ClassAngles`, as
     ``val/angle`` and so on. In testing the same, but for the loss.
 
@@ -85,17 +85,17 @@ class MarginMonitor(HeadListener):
         """Begins to listen."""
         super().setup(trainer, pl_module, stage)
         self._measuring = False
-        if self.listening:
-            for logger in tensorboards(trainer):
+        if self.is_observing:
+            for logger in tensorboard_loggers(trainer):
                 logger._default_hp_metric = False  # it would be -1 for good, beside what on_fit_start names
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lays out TensorBoard."""
-        if not self.listening:
+        if not self.is_observing:
             return
         pairs = _has_pairs(trainer, "val")
         metrics = dict.fromkeys(["val/acc", "test/acc", "train/angle" if pairs else "val/angle"])
-        for logger in tensorboards(trainer):
+        for logger in tensorboard_loggers(trainer):
             if trainer.is_global_zero:
                 follows_accuracy = getattr(_schedule(trainer, pl_module), "accuracy_decay", None) is not None
                 logger.experiment.add_custom_scalars(_layout(pairs, follows_accuracy))
@@ -112,7 +112,7 @@ class MarginMonitor(HeadListener):
         """Starts the clock again."""
         self._restart_clock()
 
-    def read_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
+    def observe_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
         """Takes the figures of a step."""
         head = pl_module.head
         angles = target_angles(features, head.class_weights(target))
@@ -144,7 +144,7 @@ class MarginMonitor(HeadListener):
         """Begins anew."""
         self._begin(trainer, pl_module, "test")
 
-    def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+    def observe_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch of a validation or a test."""
         if self._measuring:
             self._angles.update(features, pl_module.head.full_weight, target)
@@ -153,7 +153,7 @@ class MarginMonitor(HeadListener):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the figures of a validation."""
-        if not self.listening or trainer.sanity_checking:
+        if not self.is_observing or trainer.sanity_checking:
             return
         figures = self._figures(pl_module, "val")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -166,7 +166,7 @@ class MarginMonitor(HeadListener):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Logs the figures of a test."""
-        if self.listening:
+        if self.is_observing:
             pl_module.log_dict(self._figures(pl_module, "test"), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -177,7 +177,7 @@ class MarginMonitor(HeadListener):
         self._images, self._since, self._step = 0, time.perf_counter(), {}
 
     def _begin(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self._measuring = self.listening and not trainer.sanity_checking and not _has_pairs(trainer, stage)
+        self._measuring = self.is_observing and not trainer.sanity_checking and not _has_pairs(trainer, stage)
         if self._measuring:
             head = pl_module.head
             self._angles = ClassAngles(head.num_classes, head.in_features, head.margin).to(pl_module.device)
@@ -221,6 +221,6 @@ def _settings(trainer: Trainer, pl_module: Any) -> dict[str, bool | float | str]
         "lambda": repr(schedule),
         "lambda_min": getattr(schedule, "lambda_min", "none"),
         "margin": plain.pop("margin", pl_module.head.margin),
-        "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
+        "seed": "none" if (seed := global_seed()) is None else str(seed),
         **{f"settings/{name}": value for name, value in (plain | optimizer).items() if not name.startswith("_")},
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError
+from ..heads import HeadCall, LSoftmaxLinear
 
 _DELAY = 2
 """Optimiser steps between a count and its use, in which an accelerator finishes the copy to the host."""
@@ -47,16 +48,16 @@ class RunningAccuracy:
         self._pending: deque[tuple[Tensor, torch.Event | None]] = deque()
         self._hook: RemovableHandle | None = None
 
-    def attach(self, head: nn.Module, device: torch.device) -> None:
+    def attach(self, head: LSoftmaxLinear, device: torch.device) -> None:
         """Start to count the training batches of a head.
 
         Args:
-            head: An :class:`~lsoftmax_lightning.LSoftmaxLinear`.
+            head: The head.
             device: Device of its logits.
         """
         self.detach()
         self._device = device
-        self._hook = head.register_forward_hook(self._forward_hook, with_kwargs=True)
+        self._hook = head.calls.register_forward_hook(self._forward_hook)
 
     def detach(self) -> None:
         """Stop to count."""
@@ -64,17 +65,15 @@ class RunningAccuracy:
             self._hook.remove()
             self._hook = None
 
-    def _forward_hook(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        target = args[1] if len(args) > 1 else kwargs.get("target")
-        if target is None or not torch.is_grad_enabled():
+    def _forward_hook(self, calls: nn.Module, args: tuple[HeadCall], call: HeadCall) -> None:
+        if call.target is None or not torch.is_grad_enabled():
             return
-        if hasattr(output, "correct"):  # the chunked loss, which holds no logits
-            correct = output.correct
-        else:
-            logits = output[0] if isinstance(output, tuple) else output
-            correct = logits.argmax(dim=1) == target
+        correct = call.correct
+        if call.margin_logits is not None:
+            correct = call.margin_logits.argmax(dim=1) == call.target
+        assert correct is not None
         self._correct.append(correct.sum())
-        self._total += len(target)
+        self._total += len(call.target)
 
     def end_step(self) -> None:
         """Queue the counts of an optimiser step; call it on every rank."""

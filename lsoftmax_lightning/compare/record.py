@@ -1,4 +1,4 @@
-"""What the pictures of a comparison need of each run's test."""
+"""Results of a run's test that the figures of a comparison show."""
 
 from __future__ import annotations
 
@@ -7,48 +7,49 @@ from typing import Any
 
 from lightning import Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from ..atomic import torch_save
 from ..callbacks.frames import ClassFrame, PairFrame, class_sample, take_frame
-from ..callbacks.listener import HeadListener
+from ..callbacks.observer import HeadObserver
 
-_SHOWN = 2000  # features in a scatter
+_NUM_POINTS = 2000  # of the scatter plot of features
 
 
-class TestRecord(HeadListener):
-    """Leaves angles, confusion and projected features of a test in a file, small and without images.
+class TestRecord(HeadObserver):
+    """Write angles, confusion counts and projected features of a test to a small file without images.
 
-    The file is a dict that :func:`torch.load` reads with ``weights_only=True``: of a test on the classes of the head
-    ``class_names``, ``points`` [N', 2], ``rays`` [C, 2], ``points_target`` [N'] (see
-    :func:`~lsoftmax_lightning.pictures.plane`), ``counts`` [C, C] and ``angles`` [N] in degrees; of a test on pairs
-    ``cosines`` [P] and ``same`` [P].
+    The file contains a dict that :func:`torch.load` reads with ``weights_only=True``. A test on classes has
+    ``class_names``, ``points`` (N', 2), ``rays`` (C, 2), ``points_target`` (N',) (see
+    :func:`~lsoftmax_lightning.pictures.plane`), ``counts`` (C, C) and ``angles`` (N,) in degrees. A test on pairs has
+    ``cosines`` (P,) and ``same`` (P,).
 
     Args:
-        path: Of the file.
+        path: Path of the file.
     """
 
-    __test__ = False  # for pytest, which takes it for one
+    __test__ = False  # keeps pytest from collecting it
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Begins to listen, if it is a test."""
         if stage == "test":
             super().setup(trainer, pl_module, stage)
 
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Begins anew."""
-        self._sample = class_sample(_SHOWN, trainer, trainer.num_test_batches)
+        self._sample = class_sample(_NUM_POINTS, trainer, trainer.num_test_batches)
 
-    def read_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
-        """Takes a batch."""
+    @override
+    def observe_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
         with self.optional("images, features and predictions", collective=True):
             self._sample.update(images, features, logits, target, pl_module.head.full_weight)
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Writes the file."""
-        if not self.listening:
+        if not self.is_observing:
             return
         frame = None
         with self.optional("the record of the test", collective=True):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeGuard
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import (
@@ -18,7 +17,6 @@ from lightning.pytorch.utilities.types import (
     OptimizerLRSchedulerConfig,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parameter import is_lazy
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, ReduceLROnPlateau
@@ -32,6 +30,7 @@ from ..callbacks import LambdaAnnealing
 from ..callbacks.run_length import run_length
 from ..checkpoints import check_format, saved_data_spec, stamp
 from ..checkpoints import warm_start as start_from
+from ..chunked_loss import is_cross_entropy
 from ..data_spec import DataSpec
 from ..errors import InputError, first_line
 from ..heads import LSoftmaxLinear
@@ -254,66 +253,19 @@ class LSoftmaxModule(LightningModule):
     def margin_loss(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of the margin logits, and what ``train_metrics`` reads of the plain ones.
 
-        Where there are many classes and ``criterion`` is cross-entropy, nobody holds the logits, and what is read are
-        the predicted classes [N]; else the logits [N, C].
-
         Args:
-            features: x, [N, D].
-            target: Class of each sample, [N], an integer type.
+            features: x, (N, D).
+            target: Class of each sample, (N,), an integer type.
+
+        Returns:
+            The loss; and the plain logits (N, C), or the predicted classes (N,) of the chunked loss, which is used with
+            many classes if ``criterion`` is cross-entropy.
         """
-        if self.head.lean and _is_cross_entropy(self.criterion):
-            result = self.head.cross_entropy(features, target, self.criterion.label_smoothing)
-            return result.loss, result.prediction
-        logits, plain = self.head(features, target, with_plain=True)
+        if self.head.prefers_chunks and is_cross_entropy(self.criterion):
+            chunked = self.head.cross_entropy(features, target, self.criterion.label_smoothing)
+            return chunked.loss, chunked.prediction
+        logits, plain = self.head.margin_and_plain_logits(features, target)
         return self.criterion(logits, target.long()), plain
-
-    def shard(self) -> None:
-        """Divides the head over processes by class, and all else as FSDP2 does; asked for by ``ClassShardedStrategy``.
-
-        Raises:
-            InputError: If it would not train as one process does.
-        """
-        if self.device_mesh is None or self.head.sharded:
-            return
-        mesh = self.device_mesh["data_parallel"]
-        parts = [part for part in self.children() if part is not self.head and any(True for _ in part.parameters())]
-        self._check_sharding(parts)
-        self.head.shard(mesh)
-        for part in parts:
-            fully_shard(part, mesh=mesh, reshard_after_forward=False)
-
-    def _check_sharding(self, parts: Sequence[nn.Module]) -> None:
-        """Refuses what would be wrong in silence."""
-        if dist.get_backend() == "gloo" and torch.__version__ < "2.9":
-            raise InputError(
-                f"over gloo torch {torch.__version__} adds gradients up where it should take their mean, in silence "
-                "(pytorch#162338): a sharded head on CPUs needs torch 2.9 or later."
-            )
-        if not _is_cross_entropy(self.criterion):
-            raise InputError(
-                f"a sharded head trains by cross-entropy: nn.CrossEntropyLoss with at most a label_smoothing, not "
-                f"{self.criterion}."
-            )
-        known = {id(parameter) for part in (self.head, *parts) for parameter in part.parameters()}
-        if lost := [name for name, parameter in self.named_parameters() if id(parameter) not in known]:
-            raise InputError(f"{lost[0]} is a parameter of no part; a sharded head takes it in a module of its own.")
-
-    def _gather(self) -> None:
-        """Has every process evaluate the same network, in batches of which it may have fewer than others."""
-        for part in self.children():
-            if isinstance(part, FSDPModule):
-                with torch.inference_mode(False):  # training goes on with these
-                    part.unshard()
-                for buffer in part.buffers():  # statistics of batches, which each has of its own
-                    dist.broadcast(buffer, src=0)
-
-    def _release(self) -> None:
-        """Lets go of what was gathered."""
-        for part in self.children():
-            if isinstance(part, LSoftmaxLinear):
-                part.release()
-            elif isinstance(part, FSDPModule):
-                part.reshard()
 
     def compared_data(self, training: bool) -> DataSpec:
         """Return what data must be like to resume the training, or to evaluate the network."""
@@ -342,17 +294,11 @@ class LSoftmaxModule(LightningModule):
             self.data_spec = spec
 
     def on_validation_start(self) -> None:
-        """Checks the data; gathers what was divided."""
+        """Checks that the data are like those of the training."""
         if self.trainer.state.fn != "fit":
             self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
-        self._gather()
-
-    def on_validation_end(self) -> None:
-        """Divides it again."""
-        self._release()
 
     on_test_start = on_predict_start = on_validation_start
-    on_test_end = on_predict_end = on_validation_end
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over two parameter groups, with and without weight decay, and the scheduler if there is one.
@@ -451,9 +397,3 @@ _DEFAULT_OPTIMIZER = inspect.signature(LSoftmaxModule).parameters["optimizer"].d
 
 def _paper_sgd(params: Any) -> SGD:
     return SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4)
-
-
-def _is_cross_entropy(criterion: nn.Module) -> TypeGuard[nn.CrossEntropyLoss]:
-    """Whether it is what a head computes by itself."""
-    plain = type(criterion) is nn.CrossEntropyLoss
-    return plain and criterion.weight is None and criterion.reduction == "mean"

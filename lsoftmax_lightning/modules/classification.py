@@ -11,7 +11,8 @@ from torchmetrics import MetricCollection
 from ..backbones.modes import evaluation_mode
 from ..data_spec import DataSpec
 from ..errors import InputError
-from ..functional import own_logits, target_angles
+from ..functional import target_logits
+from ..geometry import target_angles
 from ..metrics import MeanLoss
 from .base import LSoftmaxModule
 
@@ -65,7 +66,7 @@ class ClassificationModule(LSoftmaxModule):
     ) -> None:
         x, target = batch
         logits = self(x)
-        _, target = own_logits(logits, target)
+        _, target = target_logits(logits, target)
         loss.update(self.criterion(logits, target), len(target))
         metrics.update(logits, target)
         self.log(loss_name, loss, prog_bar=True)

@@ -47,12 +47,14 @@ class Recorder(Callback):
 def record(model: Any, recorder: Recorder, trainer: Trainer) -> None:
     """Count the samples of each training step by a hook of the test's own."""
 
-    def hook(head: Any, args: Any, output: Any) -> None:
-        if len(args) > 1 and torch.is_grad_enabled():
-            logits = head.apply_margin(F.linear(args[0], head.weight), *args).detach()
-            recorder.count(trainer.global_step, int((logits.argmax(1) == args[1]).sum()), len(args[1]))
+    def hook(calls: Any, args: Any, call: Any) -> None:
+        if call.target is not None and torch.is_grad_enabled():
+            plain = F.linear(call.features, model.head.weight)
+            logits = model.head.apply_margin(plain, call.features, call.target).detach()
+            correct = int((logits.argmax(1) == call.target).sum())
+            recorder.count(trainer.global_step, correct, len(call.target))
 
-    model.head.register_forward_hook(hook)
+    model.head.calls.register_forward_hook(hook)
 
 
 def expected(correct: dict[int, list[int]], decay: float = 0.95, delay: int = 2) -> list[float]:
@@ -89,11 +91,11 @@ def test_lambda_follows_the_accuracy_of_the_margin_logits(accumulate: int) -> No
 def test_the_chunked_loss_gives_the_same_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {}
     for chunked_from in (4, 5):  # classes; there are 4
-        monkeypatch.setattr("lsoftmax_lightning.heads.LEAN_FROM", chunked_from)
+        monkeypatch.setattr("lsoftmax_lightning.heads.CHUNKED_FROM", chunked_from)
         model, recorder = make_model(margin=3, lambda_schedule=FEEDBACK), Recorder()
         seed_everything(0)
         make_trainer(callbacks=[recorder], max_epochs=4).fit(model, BlobsDataModule())
-        runs[model.head.lean] = list(recorder.lambdas.values())
+        runs[model.head.prefers_chunks] = list(recorder.lambdas.values())
     assert runs[True] == pytest.approx(runs[False])
     assert runs[True][-1] < 1000
 

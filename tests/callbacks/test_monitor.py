@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lsoftmax_lightning import ClassificationModule, VerificationModule
 from lsoftmax_lightning.callbacks import LambdaAnnealing, MarginMonitor
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
-from lsoftmax_lightning.functional import effective_margin, margin_logits
+from lsoftmax_lightning.functional import margin_logits
+from lsoftmax_lightning.geometry import effective_margin
 from lsoftmax_lightning.schedules import AccuracyFeedback, Constant, PowerLaw
 
 from ..conftest import BlobsDataModule, make_model, make_trainer

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lsoftmax_lightning import LSoftmaxLinear
+from lsoftmax_lightning.chunked_loss import CHUNKED_FROM, chunked_cross_entropy, lsoftmax_cross_entropy
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.functional import margin_logits
-from lsoftmax_lightning.losses import LEAN_FROM, lean_cross_entropy, lsoftmax_cross_entropy
 
 from .conftest import make_model
 
@@ -29,31 +29,31 @@ def test_values_and_gradients_are_those_of_the_logits(m: int, size: int, smoothi
     plain = F.linear(x, weight)
     logits = margin_logits(plain, x, weight, target, m, 0.3)
     loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
-    lean = lean_cross_entropy(x, weight, target.int(), m, 0.3, smoothing)
-    torch.testing.assert_close(lean.loss, loss, rtol=0, atol=1e-12)
-    assert torch.equal(lean.prediction, plain.argmax(1))
-    assert torch.equal(lean.correct, logits.argmax(1) == target)
-    whole, chunked = (torch.autograd.grad(2.5 * each, (x, weight)) for each in (loss, lean.loss))
+    found = chunked_cross_entropy(x, weight, target.int(), m, 0.3, smoothing)
+    torch.testing.assert_close(found.loss, loss, rtol=0, atol=1e-12)
+    assert torch.equal(found.prediction, plain.argmax(1))
+    assert torch.equal(found.correct, logits.argmax(1) == target)
+    whole, chunked = (torch.autograd.grad(2.5 * each, (x, weight)) for each in (loss, found.loss))
     torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_gradient_of_the_one_alone(asked: int) -> None:
     x, weight, target = batch(70, 16, 5)
-    whole = torch.autograd.grad(lean_cross_entropy(x, weight, target, 3).loss, (x, weight))[asked]
+    whole = torch.autograd.grad(chunked_cross_entropy(x, weight, target, 3).loss, (x, weight))[asked]
     parts = [part.detach().requires_grad_(at == asked) for at, part in enumerate((x, weight))]
-    (alone,) = torch.autograd.grad(lean_cross_entropy(*parts, target, 3).loss, parts[asked])
+    (alone,) = torch.autograd.grad(chunked_cross_entropy(*parts, target, 3).loss, parts[asked])
     assert torch.equal(alone, whole)
-    assert not lean_cross_entropy(x.detach(), weight.detach(), target, 3).loss.requires_grad
+    assert not chunked_cross_entropy(x.detach(), weight.detach(), target, 3).loss.requires_grad
 
 
 def test_gradients_are_to_be_had_once() -> None:
     x, weight, target = batch(70, 16, 5)
-    loss = lean_cross_entropy(x, weight, target, 3).loss
+    loss = chunked_cross_entropy(x, weight, target, 3).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="gives its gradients once"):
+    with pytest.raises(RuntimeError, match="backward can run only once"):
         loss.backward()
-    loss = lean_cross_entropy(x, weight, target, 3).loss
+    loss = chunked_cross_entropy(x, weight, target, 3).loss
     with pytest.raises(RuntimeError, match="no second derivatives"):  # which would be left out in silence
         torch.autograd.grad(loss, x, create_graph=True)
 
@@ -64,15 +64,15 @@ def test_logits_far_apart() -> None:
         x *= 1e3  # exp of a logit is out of any range, and the margin puts the own one far below the others
         target = F.linear(x, weight).argmin(1)
     loss = F.cross_entropy(margin_logits(F.linear(x, weight), x, weight, target, 4), target)
-    lean = lean_cross_entropy(x, weight, target, 4).loss
-    torch.testing.assert_close(lean, loss)
-    whole, chunked = (torch.autograd.grad(each, (x, weight)) for each in (loss, lean))
+    found = chunked_cross_entropy(x, weight, target, 4).loss
+    torch.testing.assert_close(found, loss)
+    whole, chunked = (torch.autograd.grad(each, (x, weight)) for each in (loss, found))
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-4)
 
 
 def test_nan_is_handed_on_and_a_class_is_predicted_all_the_same() -> None:
     x, weight, target = batch(70, 16, 5)
-    loss, prediction, correct = lean_cross_entropy(x * torch.nan, weight, target, 4)
+    loss, prediction, correct = chunked_cross_entropy(x * torch.nan, weight, target, 4)
     assert loss.isnan()
     assert ((prediction >= 0) & (prediction < 5)).all()
     assert not correct.any()
@@ -83,10 +83,10 @@ def test_nan_is_handed_on_and_a_class_is_predicted_all_the_same() -> None:
 def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:
     """float16 does not hold the gradient of a logit among 2,000, and is computed in float32."""
     x, weight, target = batch(70, 32, 2000, torch.float32)
-    whole = torch.autograd.grad(lean_cross_entropy(x, weight, target, 4, 1.0).loss, (x, weight))
+    whole = torch.autograd.grad(chunked_cross_entropy(x, weight, target, 4, 1.0).loss, (x, weight))
     parts = (x, weight) if autocast else [part.detach().to(dtype).requires_grad_() for part in (x, weight)]
     with torch.autocast("cpu", dtype, enabled=autocast):
-        loss = lean_cross_entropy(*parts, target, 4, 1.0).loss
+        loss = chunked_cross_entropy(*parts, target, 4, 1.0).loss
     assert loss.dtype == torch.float32
     for gradient, part, exact in zip(torch.autograd.grad(loss * 1024, parts), parts, whole, strict=True):
         assert gradient.dtype == part.dtype
@@ -95,7 +95,7 @@ def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:
 
 def test_an_empty_batch() -> None:
     x, weight, target = batch(0, 16, 5)
-    loss, prediction, correct = lean_cross_entropy(x, weight, target, 3)
+    loss, prediction, correct = chunked_cross_entropy(x, weight, target, 3)
     loss.backward()
     assert loss == 0
     assert prediction.shape == correct.shape == (0,)
@@ -108,20 +108,20 @@ def test_a_class_that_is_not_there(wrong: int) -> None:
     x, weight, target = batch(4, 16, 5)
     target[2] = wrong
     with pytest.raises(InputError, match="target must hold classes 0 to 4, got"):
-        lean_cross_entropy(x, weight, target, 3)
+        chunked_cross_entropy(x, weight, target, 3)
 
 
 def test_it_is_the_default_of_many_classes() -> None:
-    for classes in (LEAN_FROM - 1, LEAN_FROM):
+    for classes in (CHUNKED_FROM - 1, CHUNKED_FROM):
         x, weight, target = batch(70, 16, classes, torch.float32)
         loss = lsoftmax_cross_entropy(x, weight, target, 3, 1.0, 0.1)
-        assert ("Lean" in str(loss.grad_fn)) == (classes == LEAN_FROM)
-        assert LSoftmaxLinear(16, classes, 3).lean == (classes == LEAN_FROM)
+        assert ("Chunked" in str(loss.grad_fn)) == (classes == CHUNKED_FROM)
+        assert LSoftmaxLinear(16, classes, 3).prefers_chunks == (classes == CHUNKED_FROM)
 
 
 def test_a_module_of_many_classes_takes_it() -> None:
-    model = make_model(num_classes=LEAN_FROM, label_smoothing=0.1)
-    x, target = torch.randn(70, 64), torch.randint(LEAN_FROM, (70,))
+    model = make_model(num_classes=CHUNKED_FROM, label_smoothing=0.1)
+    x, target = torch.randn(70, 64), torch.randint(CHUNKED_FROM, (70,))
     model.head.lambda_ = 0.0
     loss, prediction = model.margin_loss(x, target)
     logits = model.head(x)
@@ -136,6 +136,6 @@ def test_it_takes_a_part_of_the_memory() -> None:
     """More than a chunk of logits at a time would not fit."""
     x, weight, target = batch(4096, 64, 20_000, torch.float32)
     with torch.profiler.profile(profile_memory=True) as profile:
-        lean_cross_entropy(x, weight, target, 4).loss.backward()
+        chunked_cross_entropy(x, weight, target, 4).loss.backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest <= 64 * 20_000 * 4  # bytes: 64 samples, or the gradient of the weight

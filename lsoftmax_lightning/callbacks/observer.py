@@ -1,0 +1,156 @@
+"""Features and logits, observed where they pass through the head, so that nothing is computed twice."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from ..errors import first_line
+from ..functional import plain_logits
+from ..heads import HeadCall
+
+
+class HeadObserver(Callback):
+    """Passes features and plain logits of the module's head to a subclass, batch by batch.
+
+    Training batches of logged steps go to :meth:`observe_training`, all batches of validation and test to
+    :meth:`observe_evaluation`. A batch must be (images, classes, ...); other batches, and batches for which the head is
+    not called, are left out. Steps are counted for a single optimiser. If the module has no
+    :class:`~lsoftmax_lightning.LSoftmaxLinear` as its ``head``, nothing is observed, with a warning.
+
+    Attributes:
+        is_observing: Whether there is a head.
+    """
+
+    is_observing = False
+    _hook: RemovableHandle | None = None
+    _call: HeadCall | None = None
+    _batch: Any = None
+    _skipped: frozenset[str] = frozenset()
+
+    def observe_training(self, trainer: Trainer, pl_module: Any, features: Tensor, target: Tensor) -> None:
+        """Receive a training batch whose step will be logged, before the step.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            features: x, (N, D).
+            target: Class of each sample, int64 (N,).
+        """
+
+    def observe_evaluation(self, pl_module: Any, images: Any, features: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Receive a batch of a validation or a test; ``logits`` are the plain ones, (N, C)."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._detach()  # a run that failed was not torn down
+        head: Any = getattr(pl_module, "head", None)
+        self.is_observing = hasattr(head, "calls")
+        if self.is_observing:
+            self._hook = head.calls.register_forward_hook(self._forward_hook)
+        else:
+            rank_zero_warn(
+                f"{type(self).__name__} shows nothing: {type(pl_module).__name__} has no LSoftmaxLinear as its `head`."
+            )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._detach()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._detach()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._batch, self._call = batch, None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        """Observe a training batch before its step changes the weights."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (trainer.global_step + 1) % every == 0 and (observed := self._take(self._batch)):
+            call, target = observed
+            with torch.no_grad():
+                self.observe_training(trainer, pl_module, call.features, target)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._call = None
+
+    on_test_batch_start = on_validation_batch_start
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if observed := self._take(batch):
+            call, target = observed
+            logits = call.plain_logits
+            if logits is None:
+                logits = plain_logits(call.features, pl_module.head.full_weight)
+            self.observe_evaluation(pl_module, batch[0], call.features, logits, target)
+
+    on_test_batch_end = on_validation_batch_end
+
+    @contextmanager
+    def optional(self, name: str, collective: bool = False) -> Iterator[None]:
+        """Leave out ``name`` if the block raises an error, and warn of the first one, so that the run continues.
+
+        Args:
+            name: Name for the warning.
+            collective: Whether ranks exchange data in the block. Then an error on several ranks ends the run, in which
+                the other ranks would wait forever.
+        """
+        try:
+            yield
+        except Exception as error:  # raised by any library that draws or writes
+            if collective and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                raise
+            if name not in self._skipped:
+                warnings.warn(
+                    f"{type(self).__name__}: {name} left out because of {type(error).__name__}: {first_line(error)}; "
+                    "the run continues without.",
+                    stacklevel=3,
+                )
+            self._skipped |= {name}
+
+    def _forward_hook(self, calls: nn.Module, args: tuple[HeadCall], output: HeadCall) -> None:
+        logits = output.plain_logits
+        self._call = HeadCall(output.features.detach(), None if logits is None else logits.detach())
+
+    def _detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._call = self._batch = self._hook = None
+
+    def _take(self, batch: Any) -> tuple[HeadCall, Tensor] | None:
+        """Return the call of the head for a batch, and its classes, once."""
+        call, self._call = self._call, None
+        target = classes_of(batch)
+        if call is None or target is None or target.shape != call.features.shape[:1]:
+            return None
+        return call, target.long()
+
+
+def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
+    """Return the loggers that write for TensorBoard."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def classes_of(batch: Any) -> Tensor | None:
+    """Return the classes of a batch (images, classes, ...); None for a batch of another kind."""
+    if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[1], Tensor):
+        return batch[1]
+    return None

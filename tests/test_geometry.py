@@ -1,0 +1,50 @@
+"""Angles, separation and effective margin against their definitions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lsoftmax_lightning.functional import psi
+from lsoftmax_lightning.geometry import degrees, effective_margin, separation, target_angles
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 5.0, 1000.0])
+@pytest.mark.parametrize("m", range(1, 7))
+def test_the_effective_margin_is_that_of_the_annealed_loss_near_a_class(m: int, lambda_: float) -> None:
+    theta = torch.tensor(1e-3, dtype=torch.float64)
+    annealed = (lambda_ * torch.cos(theta) + psi(torch.cos(theta), m)) / (1 + lambda_)
+    assert effective_margin(m, lambda_) == pytest.approx(float(torch.arccos(annealed) / theta), rel=1e-5)
+    assert effective_margin(m, 0.0) == m
+    assert effective_margin(m, math.inf) == 1
+
+
+def test_angles_of_samples_to_their_class() -> None:
+    weight = torch.tensor([[2.0, 0.0], [0.0, 0.5]])
+    features = torch.tensor([[3.0, 0.0], [1.0, 1.0], [-1.0, 0.0], [0.0, -7.0]], dtype=torch.bfloat16)
+    angles = target_angles(features, weight[[0, 1, 0, 1]])
+    torch.testing.assert_close(angles, torch.tensor([0.0, 45.0, 180.0, 180.0]))
+    assert degrees(torch.tensor([1 + 1e-6, -1 - 1e-6])).tolist() == [0, 180]
+
+
+@pytest.mark.parametrize("count", [2, 7, 1024, 1500])  # within one block of rows, at its edge and beyond
+def test_separation_is_that_of_all_pairs(count: int) -> None:
+    directions = (
+        torch.randn(count, 6, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 9, count)[:, None]
+    )
+    unit = F.normalize(directions.double())
+    angles = torch.rad2deg(torch.arccos((unit @ unit.T).clamp(-1, 1)))
+    others = angles[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
+    found = separation(directions)
+    expected = (others.mean(), others.min(1).values.mean(), others.min())
+    assert [float(angle) for angle in found] == pytest.approx([float(angle) for angle in expected], rel=1e-3)
+
+
+def test_one_direction_is_apart_from_nothing() -> None:
+    assert all(math.isnan(angle) for angle in separation(torch.ones(1, 3)))
+
+
+def test_of_very_many_directions_some_are_taken() -> None:
+    directions = torch.eye(2).repeat(6000, 1)  # every second one, all the same way
+    assert separation(directions).mean == pytest.approx(0, abs=0.1)
