@@ -79,8 +79,13 @@ class ConfigParser(LightningArgumentParser):
 
 
 class _ConfigFile(ActionConfigFile):
+    """Reads a config; its name is that of the run unless the config has a logger of its own."""
+
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, str(find_config(values)), option_string)  # type: ignore[no-untyped-call]
+        path = find_config(values)
+        if cfg.get("trainer.logger.init_args.name") == "":
+            cfg["trainer.logger.init_args.name"] = path.stem
+        super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
 
 
 def load_bounded_yaml(text: str) -> Any:
