@@ -148,3 +148,13 @@ def test_compare_has_no_function_with_the_name_of_a_module() -> None:
         node.name for path in paths for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
     }
     assert not functions & {path.stem for path in paths}
+
+
+def test_no_test_module_imports_another() -> None:
+    tests = Path(__file__).parent
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names if not node.module)]
+                modules = [name for name in names if name.startswith("test_") or name == "conftest"]
+                assert not modules, f"{path.relative_to(tests)} imports {modules}"

@@ -37,8 +37,8 @@ from lsoftmax_lightning.errors import DataError, InputError
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
 from lsoftmax_lightning.user_errors import _ADVICE, _USER_ERRORS, _advice
 
-from .conftest import make_trainer
-from .forked import run_on
+from .helpers.forked import run_on
+from .helpers.training import make_trainer
 
 
 class Model(BoringModel):

@@ -20,9 +20,9 @@ from torchvision.datasets import CIFAR10
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare.paper import paper_accuracy, paper_experiment
 
-from .conftest import WRITES_ONNX
-from .datamodules.formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
-from .forked import run_on, srun, torchrun
+from .helpers.forked import run_on, srun, torchrun
+from .helpers.formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
+from .helpers.training import WRITES_ONNX
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

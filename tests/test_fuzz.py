@@ -27,7 +27,7 @@ from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.datamodules import digits
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 
-from .test_cli import small_data
+from .helpers.command_line import small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # what would start other processes, or fetch something

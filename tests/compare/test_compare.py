@@ -25,7 +25,7 @@ from lsoftmax_lightning.compare.training import _Job
 from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.errors import InputError, RunError
 
-from ..test_cli import FIRST_IS_BEST, QUIET, fails
+from ..helpers.command_line import FIRST_IS_BEST, QUIET, fails
 
 SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
 

@@ -20,7 +20,7 @@ from lsoftmax_lightning.compare.results import read
 from lsoftmax_lightning.compare.training import _Job
 from lsoftmax_lightning.errors import InputError
 
-from ..conftest import file_size_limit
+from ..helpers.training import file_size_limit
 
 
 def write_run(
