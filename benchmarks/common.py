@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, times of steps that are run in turn, and tables."""
+"""What the benchmarks share: description of the machine, alternating timing of steps, and tables."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
+
+from lsoftmax_lightning.compare.provenance import processor_name
+from lsoftmax_lightning.compare.text import markdown_table
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 
 
 def machine(*packages: str) -> str:
-    """Processor, threads and versions, of further packages too."""
-    info = Path("/proc/cpuinfo")
-    models = (
-        [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    )
-    processor = models[0] if models else platform.machine()
+    """Describe processor, GPU, threads and versions, also those of further packages."""
+    processor = processor_name()
     if torch.cuda.is_available():
         processor += f" and {torch.cuda.get_device_name()}"
     versions = ", ".join(f"{name} {version(name)}" for name in (*PACKAGES, *packages))
@@ -28,9 +26,8 @@ def machine(*packages: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Of Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    """Format a table in Markdown that an empty line follows when it is printed."""
+    return markdown_table(header, rows) + "\n"
 
 
 def in_turn(

@@ -460,7 +460,7 @@ def chunks() -> Table:
             for power in (23, 25, 26, 27, 28, 29):
                 setattr(chunked_loss, name, 2**power)
                 device, host = milliseconds(step, 7)
-                length = min(samples, max(64, width // 2, 2**power // classes))
+                length = min(samples, chunked_loss.chunk_length(x, own.weight))
                 size = f"({samples:,}, {width}, {classes:,})"
                 rows.append([size, f"2^{power}", str(length), f"{device:.2f}", f"{host:.2f}", f"{peak_gib(step):.2f}"])
             del own, x

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
+from lsoftmax_lightning.chunked_loss import chunk_length
 from lsoftmax_lightning.strategies import ClassShardedStrategy
 
 GIB = 2**30
@@ -109,8 +110,8 @@ def step_of_head(size: int, width: int, classes: int, plain: bool = False) -> fl
 
 
 def rows_of_chunk(width: int, classes: int) -> int:
-    """How many samples the loss takes at a time."""
-    return max(64, width // 2, 2**23 // classes)
+    """Return the number of samples in a chunk of the loss."""
+    return chunk_length(torch.empty(1, width), torch.empty(1, 1).expand(classes, width))
 
 
 def parts_of_head(size: int, width: int, classes: int) -> tuple[float, float]:

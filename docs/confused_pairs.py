@@ -12,8 +12,8 @@ from pathlib import Path
 
 from lsoftmax_lightning.atomic import write_csv
 from lsoftmax_lightning.compare.intervals import mean_and_interval
-from lsoftmax_lightning.compare.report import markdown_table
 from lsoftmax_lightning.compare.results import read
+from lsoftmax_lightning.compare.text import markdown_table
 
 SHOWN = 8  # pairs in the table, those with the largest change
 

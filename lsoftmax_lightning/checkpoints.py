@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 import zipfile
 from collections import Counter
@@ -21,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from .atomic import torch_save, write_text
+from .compat import refused_code
 from .data_spec import DataSpec
 from .errors import InputError, RunError, first_line
 
@@ -178,10 +178,10 @@ def _load(path: str | Path, file: Path) -> Any:
     except InputError:
         raise
     except UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
+        code = refused_code(error)
         raise InputError(
             f"{path} is refused: it holds more than weights and plain values, and to load it would run code"
-            + (f" ({code[1]})." if code else ".")
+            + (f" ({code})." if code else ".")
         ) from error
     except zipfile.BadZipFile as error:
         raise InputError(f"{path} is not a complete checkpoint: torch.save writes a complete zip file.") from error

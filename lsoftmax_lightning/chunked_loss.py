@@ -194,7 +194,7 @@ def _loss_and_gradients(
     dtype, features, weight = x.dtype, features.to(product_dtype), weight.to(product_dtype)
     highest, shift, partition, logit_sum = margin_logit.new_empty(4, len(x))
     best = torch.empty_like(target)
-    length = _chunk_length(features, weight)
+    length = chunk_length(features, weight)
     buffer = features.new_empty(min(length, len(x)), len(weight))
     if differentiate:
         grad_features, grad_weight = torch.empty_like(features), torch.zeros_like(weight, dtype=dtype)
@@ -271,8 +271,13 @@ def _local_target(target: Tensor, num_local: int, shard: ClassShard) -> tuple[Te
     return local_target.clamp(0, max(num_local, 1) - 1), is_local
 
 
-def _chunk_length(features: Tensor, weight: Tensor) -> int:
-    """Return the samples of a chunk: few logits to save memory, enough of them to keep a device busy."""
+def chunk_length(features: Tensor, weight: Tensor) -> int:
+    """Return the samples of a chunk: few logits to save memory, enough of them to keep a device busy.
+
+    Args:
+        features: x, (N, D).
+        weight: W, (C, D).
+    """
     logits = _CHUNK_LOGITS if features.device.type == "cpu" else _CHUNK_LOGITS_ACCELERATOR
     return max(64, features.shape[1] // 2, logits // len(weight))
 

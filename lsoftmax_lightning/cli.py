@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,11 +12,12 @@ from typing import Any, get_args
 
 import yaml
 
-from .checkpoints import read
 from .compare import compare, report
+from .config_files import CONFIGS, expand_path, find_config
 from .errors import InputError
 from .export import Format, Pixels, export
-from .lightning_cli import CONFIGS, LSoftmaxCLI, expand_path, find_config, is_ours, reads_files
+from .lightning_cli import InstantiatedCLI, LSoftmaxCLI
+from .settings import is_ours
 from .signals import Stopped
 from .user_errors import errors_without_traceback
 
@@ -47,15 +49,17 @@ def configs(args: list[str]) -> None:
 
 
 def compare_margins(args: list[str]) -> None:
-    """Trains a config at several margins and seeds, and compares.
+    """Train a config at several margins and seeds, and compare the runs.
 
     Args:
-        args: As ``lsoftmax_lightning compare --help`` has them.
+        args: Arguments of ``lsoftmax_lightning compare``; ``--help`` lists them.
 
     Raises:
-        InputError: If they do not make a comparison.
-        RunError: If a training failed.
+        InputError: If the arguments do not define a comparison.
+        RunError: If a run failed.
     """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(compare).parameters.items()}
+    margins, seeds = (" ".join(map(str, defaults[name])) for name in ("margins", "seeds"))
     parser = argparse.ArgumentParser(
         prog="lsoftmax_lightning compare",
         usage="%(prog)s --config NAME [--margins M ...] [--seeds S ...] [--jobs N] [--KEY VALUE ...]\n"
@@ -69,8 +73,12 @@ def compare_margins(args: list[str]) -> None:
     parser.add_argument(
         "-c", "--config", action="append", metavar="NAME", help="a path, or the name of a shipped config"
     )
-    parser.add_argument("--margins", nargs="+", type=int, default=[1, 2, 3, 4], metavar="M", help="default: 1 2 3 4")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
+    parser.add_argument(
+        "--margins", nargs="+", type=int, default=list(defaults["margins"]), metavar="M", help=f"default: {margins}"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=list(defaults["seeds"]), metavar="S", help=f"default: {seeds}"
+    )
     parser.add_argument(
         "--sweep",
         action="append",
@@ -86,7 +94,7 @@ def compare_margins(args: list[str]) -> None:
         help="like --sweep, but the table has means over these values and pairs runs by them, as for folds",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs at once, on devices or cores of their own"
+        "--jobs", type=int, default=defaults["jobs"], metavar="N", help="runs at once, on devices or cores of their own"
     )
     parser.add_argument("--folder", type=_path, help="where all is left (default: runs/compare-NAME)")
     parser.add_argument(
@@ -134,16 +142,6 @@ def _path(text: str) -> Path:
     return Path(expand_path(text))
 
 
-class _Restored(LSoftmaxCLI):
-    """Model, with the weights of a checkpoint, and datamodule of a config; nothing is run."""
-
-    def skips_data_set(self, data: Any) -> bool:
-        return reads_files(data)
-
-    def predict(self, **kwargs: Any) -> None:
-        self.model.load_state_dict(read(kwargs["ckpt_path"])["state_dict"])
-
-
 def export_checkpoint(args: list[str]) -> None:
     """Writes the network of a checkpoint to a file for use without this package.
 
@@ -174,7 +172,7 @@ def export_checkpoint(args: list[str]) -> None:
     if not given.config and not config.is_file():
         raise InputError(f"there is no {config}, the config of the run that {given.ckpt_path} is of: give --config.")
     alone = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
-    restored = _Restored(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
+    restored = InstantiatedCLI(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
     output = given.output or suffixes[given.format]
     # a datamodule of the user's may normalise in another way, which its test images show
     spec = restored.model.data_spec

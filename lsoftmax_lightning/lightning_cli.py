@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import signal
-import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
-from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader  # type: ignore[attr-defined]
+from jsonargparse import Namespace, set_loader
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parameter import is_lazy
+from typing_extensions import override
 
 # the names that a YAML may use without their path
 from . import datamodules, lr_schedulers, modules, schedules  # noqa: F401
@@ -40,115 +32,18 @@ from .callbacks import (
     MarginMonitor,
     Predictions,
 )
-from .checkpoints import indexed, local_file, read, saved_data_spec
+from .checkpoints import local_file, read, saved_data_spec
+from .compat import USED_FOLDER_WARNING, CommandLine, kill_launched_ranks, trains_in_other_processes
+from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
 from .datamodules import PredictFolderDataModule
-from .datamodules.files import FileDataModule
 from .errors import InputError
+from .run_folder import RunFolders, locked_run, remove_leftovers, report_changed_settings, write_results
+from .settings import apply_root, as_list, check_writer, checkpoint_mode, reads_files
 from .signals import mark_launcher
 from .strategies import ClassShardedStrategy
 from .user_errors import errors_of_settings
 
-_PACKAGE = Path(__file__).parent
-# In the wheel the configs lie inside the package; in a checkout, beside it.
-CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
-
 _RANK_SECONDS = 5  # for the other ranks to print their own error
-_LOCK_SECONDS = 10  # workers of a killed run hold its lock for some seconds
-
-
-def expand_path(path: str) -> str:
-    """Return a path with ``~`` and environment variables replaced; a variable that is not set stays as it is."""
-    return os.path.expanduser(os.path.expandvars(path))
-
-
-def find_config(name: str) -> Path:
-    """A config by path, or a shipped one by its bare name.
-
-    Args:
-        name: A path, seen from the working directory; or the name of a shipped config, ``.yaml`` or not.
-
-    Raises:
-        InputError: If there is neither.
-    """
-    for path in (Path(expand_path(name)), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    shipped = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
-    raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones: {shipped}.")
-
-
-class _ConfigFile(ActionConfigFile):
-    """``--config`` that knows the shipped configs."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, str(find_config(values)), option_string)  # type: ignore[no-untyped-call]
-
-
-_MAX_NODES = 100_000  # of a YAML text, with each alias replaced by what it stands for
-_load_yaml = get_loader("yaml")
-
-
-def _load_bounded_yaml(text: str) -> Any:
-    """Load YAML; refuse duplicate keys, and aliases that stand for more than can be parsed, or for themselves."""
-    content = _load_yaml(text)
-    if isinstance(content, dict | list):
-        _check_keys(yaml.compose(text, yaml.SafeLoader), set())
-    counts: dict[int, float] = {}
-
-    def count(node: Any) -> float:
-        if not isinstance(node, dict | list):
-            return 1
-        if id(node) not in counts:
-            counts[id(node)] = math.inf  # until it is counted: a node that contains itself has no end
-            counts[id(node)] = 1 + sum(map(count, node.values() if isinstance(node, dict) else node))
-        return counts[id(node)]
-
-    if count(content) > _MAX_NODES:
-        raise InputError(f"the YAML has more than {_MAX_NODES:,} values once its aliases are replaced; write it out.")
-    return content
-
-
-def _check_keys(node: Any, seen: set[int]) -> None:
-    """Refuse a mapping with a key twice, of which PyYAML drops the first in silence."""
-    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
-        return
-    seen.add(id(node))
-    if not isinstance(node, yaml.MappingNode):
-        for item in node.value:
-            _check_keys(item, seen)
-        return
-    lines: dict[tuple[str, str], int] = {}
-    for key, value in node.value:
-        name, line = (key.tag, str(key.value)), key.start_mark.line + 1
-        if name in lines and key.tag != "tag:yaml.org,2002:merge":
-            raise InputError(f"{key.value}: must be in a mapping once, got lines {lines[name]} and {line}; remove one.")
-        lines[name] = line
-        _check_keys(value, seen)
-
-
-set_loader("yaml", _load_bounded_yaml, (yaml.YAMLError,))
-
-
-class _Parser(LightningArgumentParser):
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("action") is ActionConfigFile:
-            kwargs["action"] = _ConfigFile
-        return super().add_argument(*args, **kwargs)
-
-
-class _Instantiator(_InstantiatorFn):
-    """Lightning's, with optimizers and schedulers that copy and pickle: jsonargparse's hold the whole parser."""
-
-    def __call__(self, class_type: Any, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
-        kwargs = {name: _plain_partial(value) for name, value in kwargs.items()}
-        return super().__call__(class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
-
-
-def _plain_partial(value: Any) -> Any:
-    """Return the partial of a class in place of that of jsonargparse, whose last argument is the class."""
-    if not isinstance(value, partial) or not str(value.func.__module__).startswith("jsonargparse"):
-        return value
-    return partial(value.args[-1], **{name: _plain_partial(setting) for name, setting in value.keywords.items()})
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -176,127 +71,7 @@ class _SaveConfig(SaveConfigCallback):
             write_text(Path(folder, self.config_filename), self._text)
 
 
-def read_yaml(path: Path) -> dict[str, Any] | None:
-    """Return the mapping in a YAML file; None if the file is missing, empty or damaged."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return content if content and isinstance(content, dict) else None
-
-
-def flat(settings: Any, path: str = "") -> dict[str, Any]:
-    """Settings by the names that the command line has for them.
-
-    Args:
-        settings: As YAML has them.
-        path: The name of these among others.
-    """
-    if not isinstance(settings, dict) or not settings:
-        return {path.replace(".init_args", "").removeprefix("."): settings}
-    parts = (flat(value, f"{path}.{key}") for key, value in settings.items())
-    return {name: value for part in parts for name, value in part.items()}
-
-
-_PATHS = {"ckpt_path", "default_root_dir", "dirpath", "output", "predict_folder", "root", "save_dir"}
-_PATHS |= {"train_root", "warm_start"}
-
-
-def _expand_paths(settings: Any) -> None:
-    """Expand the paths in settings: Lightning expands some of them, and writes to two folders."""
-    for item in settings if isinstance(settings, list) else []:
-        _expand_paths(item)
-    for name, value in vars(settings).items() if isinstance(settings, Namespace) else []:
-        if name in _PATHS and isinstance(value, str):
-            setattr(settings, name, expand_path(value))
-        else:
-            _expand_paths(value)
-
-
-def _as_list(loggers: Any) -> list[Any]:
-    return loggers if isinstance(loggers, list) else [loggers]
-
-
-def _apply_root(trainer: Any) -> None:
-    """Put the folders of loggers below ``default_root_dir``, as Lightning does for its default logger."""
-    root = trainer.default_root_dir
-    if root is None or "://" in root:
-        return
-    trainer.default_root_dir = os.path.abspath(root)  # so that the saved config means the same folder
-    for logger in _as_list(trainer.logger):
-        settings: Any = getattr(logger, "init_args", None) or {}
-        if settings.get("save_dir") and "://" not in settings.save_dir:
-            settings.save_dir = os.path.join(trainer.default_root_dir, settings.save_dir)
-
-
-def _config_of(folder: Path, place: Any) -> Path:
-    """Return the path of the config in the folder of a run, by the settings of its TensorBoardLogger."""
-    return Path(folder, place.sub_dir or "", "config.yaml")
-
-
-def _version(folder: Path) -> int | str:
-    """Return the version of a run as loggers take it."""
-    number = folder.name.removeprefix("version_")
-    return int(number) if number != folder.name and number.isdecimal() else folder.name
-
-
-def _remove_parts(folder: Path) -> None:
-    """Remove what a killed run left in its folder, which is locked."""
-    for part in folder.rglob(".*.part"):
-        part.unlink(missing_ok=True)
-
-
-_WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
-    "purge_step": (int | None, "a step below 2^63, or null"),
-    "max_queue": (int, "an integer"),
-    "flush_secs": (int | float, "a number of seconds"),
-    "filename_suffix": (str, "a text"),
-}
-
-
-def _check_writer(loggers: Any) -> None:
-    """Check the settings that TensorBoardLogger passes on unchecked, and that fail in training, in a thread of it."""
-    for logger in _as_list(loggers):
-        settings = getattr(logger, "init_args", None) or {}
-        for name, (kind, expected) in _WRITER_SETTINGS.items():
-            value = settings.get(name, "" if kind is str else 0)
-            huge = isinstance(value, int) and not -(2**63) <= value < 2**63
-            if isinstance(value, bool) or not isinstance(value, kind) or huge:
-                raise InputError(f"trainer.logger.{name} must be {expected}, got {value!r}.")
-
-
-_MODES = {"loss": "min", "eer": "min", "angle": "min", "acc": "max", "auc": "max"}  # by the ends of metric names
-
-
-def _checkpoint_mode(monitor: str | None, mode: str) -> str:
-    """Return ``min`` or ``max`` for a metric; refuse the mode that would keep the worst checkpoint."""
-    known = next((better for end, better in _MODES.items() if (monitor or "").endswith(end)), None)
-    if monitor is None or mode not in ("auto", "min", "max"):
-        return "min" if mode == "auto" else mode
-    if mode == "auto" and known is None:
-        raise InputError(f"checkpoint.mode: is not known for {monitor}; set min if lower values are better, or max.")
-    if known not in (None, mode) and mode != "auto":
-        raise InputError(f"checkpoint.mode: the best {monitor} is its {known}imum, got {mode}; leave the mode out.")
-    return known or mode
-
-
-def _is_kind(settings: Any, kind: type) -> bool:
-    """Return whether settings are those of a class of a kind; a ``class_path`` may also be that of a function."""
-    given = resolve_name(settings.class_path) if isinstance(settings, Namespace) and "class_path" in settings else None
-    return isinstance(given, type) and issubclass(given, kind)
-
-
-def is_ours(kind: type) -> bool:
-    """Return whether a class is one of this package, not one derived from it."""
-    return kind.__module__.startswith(f"{__package__}.")
-
-
-def reads_files(data: Any) -> bool:
-    """Return whether the settings of a datamodule are those of one of ours that looks for images when it is made."""
-    return _is_kind(data, FileDataModule) and is_ours(resolve_name(data.class_path))
-
-
-class LSoftmaxCLI(LightningCLI):
+class LSoftmaxCLI(CommandLine):
     """Lightning's CLI with our parser: bare config names, data linked to model, a test after fit.
 
     Any LightningModule and LightningDataModule that can be imported takes part, by its ``class_path``.
@@ -307,6 +82,7 @@ class LSoftmaxCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
+        set_loader("yaml", load_bounded_yaml, (yaml.YAMLError,))
         StrategyRegistry.register("class_sharded", ClassShardedStrategy, override=True)
         mark_launcher()
         self._resources = ExitStack()  # the lock of the run's folder, and a downloaded checkpoint
@@ -326,7 +102,7 @@ class LSoftmaxCLI(LightningCLI):
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
                 },
-                # on its own: `save_last` of the one that monitors would leave out what is not among the best
+                # LastCheckpoint is separate: with `save_last` BestCheckpoint writes only what is among the best
                 "callbacks": [
                     LastCheckpoint(),
                     ExitOnSignals(),
@@ -338,7 +114,7 @@ class LSoftmaxCLI(LightningCLI):
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_class=_Parser,
+            parser_class=ConfigParser,
             parser_kwargs={
                 "prog": "lsoftmax_lightning",
                 "usage": "lsoftmax_lightning",
@@ -354,9 +130,9 @@ class LSoftmaxCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links what the data knows to the model; keeps the best and the last checkpoint; draws the dashboard."""
-        for fact in ("num_classes", "image_shape"):
-            parser.link_arguments(f"data.{fact}", f"model.init_args.{fact}", apply_on="instantiate")
+        """Add the best checkpoint and the dashboard; link the number of classes and the image shape to the model."""
+        for name in ("num_classes", "image_shape"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.set_defaults(
@@ -367,25 +143,17 @@ class LSoftmaxCLI(LightningCLI):
             }
         )
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "predict":
+    @override
+    def add_command_arguments(self, parser: LightningArgumentParser, command: str) -> None:
+        if command == "predict":
             parser.add_lightning_class_args(Predictions, "predictions")
-        return parser
-
-    def _add_instantiators(self) -> None:
-        for key, kind in (("model", LightningModule), ("data", LightningDataModule)):
-            self.parser.add_instantiator(_Instantiator(cli=self, key=key), kind, subclasses=True)
-
-    def _parse_ckpt_path(self) -> None:
-        """Leaves the config as it is: Lightning would put a checkpoint's settings over those the user gave."""
 
     def before_instantiate_classes(self) -> None:
         """Replace the ``auto`` of ``checkpoint.mode``, and data that a prediction does not need; expand paths."""
         settings = self.config[self.subcommand]
-        _expand_paths(settings)
-        _apply_root(settings.trainer)
-        settings.checkpoint.mode = _checkpoint_mode(settings.checkpoint.monitor, settings.checkpoint.mode)
+        expand_paths(settings)
+        apply_root(settings.trainer)
+        settings.checkpoint.mode = checkpoint_mode(settings.checkpoint.monitor, settings.checkpoint.mode)
         if self.subcommand == "predict" and settings.ckpt_path and self.skips_data_set(settings.data):
             self._replace_data(settings)
 
@@ -396,9 +164,8 @@ class LSoftmaxCLI(LightningCLI):
     def _replace_data(self, settings: Namespace) -> None:
         """Replace the datamodule, whose images may be absent, by one with the class names of the checkpoint."""
         if settings.ckpt_path in ("last", "best"):
-            _, place = self._place_of_runs(settings.ckpt_path)
-            folder = self._find_run(place, settings.ckpt_path, resumes=False)
-            settings.ckpt_path = str(self._checkpoint_of(folder, place, settings.ckpt_path))
+            folders = self._run_folders(settings.ckpt_path)
+            settings.ckpt_path = str(folders.checkpoint(folders.find()))
         elif "://" in settings.ckpt_path:
             settings.ckpt_path = str(self._resources.enter_context(local_file(settings.ckpt_path)))
         spec = saved_data_spec(read(settings.ckpt_path))
@@ -410,20 +177,21 @@ class LSoftmaxCLI(LightningCLI):
         settings.data.init_args = Namespace(checkpoint=settings.ckpt_path, **arguments)  # type: ignore[no-untyped-call]
 
     def instantiate_classes(self) -> None:
-        """As Lightning's; whatever a constructor does not take is a user's mistake."""
+        """Instantiate the classes; report the error of a constructor as an error of its settings."""
         with errors_of_settings():
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As Lightning's, without checkpoints where there are to be none; continues a run that was stopped."""
-        if self._get(self.config_init, "trainer").enable_checkpointing is False:
-            self._parser(self.subcommand).callback_keys.remove("checkpoint")
-            del self.trainer_defaults["callbacks"][0]
+        """Instantiate the Trainer; leave out the checkpoint callbacks where checkpoints are disabled; resume a run."""
         run = self.config_init[self.subcommand]
-        _check_writer(self.config[self.subcommand].trainer.logger)
+        if run.trainer.enable_checkpointing is False:
+            self.command_parser.callback_keys.remove("checkpoint")
+            callbacks = self.trainer_defaults["callbacks"]
+            callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LastCheckpoint)]
+        check_writer(self.config[self.subcommand].trainer.logger)
         if run.get("weights_only") is False:
             raise InputError("weights_only: checkpoints are always read without running code in them; leave it out.")
-        loggers = _as_list(run.trainer.logger)
+        loggers = as_list(run.trainer.logger)
         if run.ckpt_path in ("last", "best"):
             loggers = self._resume_last_run(run.ckpt_path, loggers)
         elif run.ckpt_path and "://" in run.ckpt_path:
@@ -438,9 +206,9 @@ class LSoftmaxCLI(LightningCLI):
         return trainer
 
     def _resume_last_run(self, word: str, loggers: list[Any]) -> list[Any]:
-        """Find what ``--ckpt_path last`` and ``best`` mean: checkpoints of the last run of ``fit``.
+        """Replace ``--ckpt_path last`` or ``best`` by a checkpoint of the last run of ``fit``.
 
-        A ``fit`` of the last one continues in that run's folder.
+        ``fit --ckpt_path last`` continues in that run's folder.
 
         Args:
             word: ``last`` or ``best``.
@@ -449,104 +217,37 @@ class LSoftmaxCLI(LightningCLI):
         Returns:
             The loggers for the Trainer, of which one writes there.
         """
-        settings, run = self.config[self.subcommand], self.config_init[self.subcommand]
-        index, place = self._place_of_runs(word)
-        resumes = self.subcommand == "fit" and word == "last"
-        folder = self._find_run(place, word, resumes)
-        path = self._checkpoint_of(folder, place, word)
-        if not path.is_file() and not resumes:
+        folders = self._run_folders(word)
+        settings = flat(self.settings()) if self.subcommand == "fit" and word == "last" else None
+        folder = folders.find(settings)
+        path = folders.checkpoint(folder)
+        if not path.is_file() and settings is None:
             raise InputError(f"--ckpt_path {word} means the last run of fit, and there is no {path}.")
-        run.ckpt_path = str(path) if path.is_file() else None
-        settings.ckpt_path = None  # in the config that is saved, which says how to repeat the run
+        self.config_init[self.subcommand].ckpt_path = str(path) if path.is_file() else None
+        self.config[self.subcommand].ckpt_path = None  # the saved config tells how to repeat the run
         if not path.is_file():
             rank_zero_warn(f"There is no {path} to continue from: this is a new run.")
-            if folder.is_dir():
-                with suppress(Timeout), FileLock(folder / ".lock", timeout=0):
-                    _remove_parts(folder)
-        elif resumes:
-            self._report_changed_settings(_config_of(folder, place))
-            # said by Lightning, rightly, of a folder named twice
-            warnings.filterwarnings("ignore", "Checkpoint directory")
-            version = _version(folder) if place.version is None else place.version
-            # what was logged beyond the checkpoint is logged again
-            again = {"version": version, "purge_step": read(path)["global_step"] + 1}
-            loggers[index] = type(loggers[index])(**place.as_dict() | again)
+            remove_leftovers(folder)
+        elif settings is not None:
+            report_changed_settings(folders.config(folder), settings)
+            # Lightning warns of a folder that is used again, as it is here
+            warnings.filterwarnings("ignore", USED_FOLDER_WARNING)
+            resumed = folders.resumed_logger(folder, read(path)["global_step"])
+            loggers[folders.index] = type(loggers[folders.index])(**resumed)
         return loggers
 
-    def _place_of_runs(self, word: str) -> tuple[int, Any]:
-        """Return the index of the TensorBoardLogger, in whose folders checkpoints are found, and its settings."""
-        loggers = _as_list(self.config[self.subcommand].trainer.logger)
-        index = next((n for n, logger in enumerate(loggers) if _is_kind(logger, TensorBoardLogger)), None)
-        if index is None:
-            raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
-        place = loggers[index].init_args
-        if "://" in place.save_dir:
-            raise InputError(f"--ckpt_path {word} looks in local folders, got {place.save_dir}; give a URL of a file.")
-        return index, place
+    def _run_folders(self, word: str) -> RunFolders:
+        settings = self.config[self.subcommand]
+        return RunFolders(as_list(settings.trainer.logger), word, settings.checkpoint.dirpath)
 
-    def _find_run(self, place: Any, word: str, resumes: bool) -> Path:
-        """Find the folder of the last run of ``fit`` that has a checkpoint; it may be missing.
-
-        A run that ended before its first checkpoint is repeated if it has the settings of this command.
-
-        Args:
-            place: Settings of the TensorBoardLogger. Without a version, the runs of its name are compared.
-            word: ``last`` or ``best``.
-            resumes: Whether the run is to continue.
-        """
-        runs = Path(place.save_dir, place.name or "")
-        if place.version is not None:
-            return runs / (place.version if isinstance(place.version, str) else f"version_{place.version}")
-        started = {}
-        for folder in runs.glob("*/"):
-            config = _config_of(folder, place)  # tests and predictions leave none
-            if config.is_file():
-                started[folder] = (config.stat().st_mtime, str(_version(folder)).rjust(9))
-        latest = sorted(started, key=lambda folder: started[folder], reverse=True)
-        for folder in latest:
-            if self._checkpoint_of(folder, place, word).is_file():
-                return folder
-            if resumes and not self._changed_settings(_config_of(folder, place)):
-                return folder
-        return latest[0] if latest else runs / "version_0"
-
-    def _checkpoint_of(self, folder: Path, place: Any, word: str) -> Path:
-        """Return the path of the ``best`` or ``last`` checkpoint of a run; the file may be missing."""
-        config = read_yaml(_config_of(folder, place)) or {}
-        best_folder = self.config[self.subcommand].checkpoint.dirpath or flat(config).get("checkpoint.dirpath")
-        return indexed(best_folder if word == "best" and best_folder else folder / "checkpoints", word)
-
-    def _changed_settings(self, config: Path) -> dict[str, tuple[Any, Any]] | None:
-        """Return the settings that differ from those of a run's config, before and now; None if it is damaged."""
-        content = read_yaml(config)
-        if content is None or "ckpt_path" not in content:  # earlier releases left a part when killed
-            return None
-        before = flat(content)
-        now = flat(yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)))
-        pairs = {name: (before.get(name), now.get(name)) for name in sorted({**before, **now})}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name != "ckpt_path"}
-
-    def _report_changed_settings(self, config: Path) -> None:
-        """Log the settings that differ from those of the run's config; refuse those it cannot continue with."""
-        changed = self._changed_settings(config)
-        if changed is None:
-            rank_zero_warn(f"{config} is not complete: changed settings are not reported.")
-            return
-        for part in ("model.optimizer", "model.lr_scheduler"):
-            kind, other = changed.get(f"{part}.class_path", (None, None))
-            if kind != other:
-                raise InputError(
-                    f"the run in {config.parent} has {kind} for its {part} and cannot go on with {other}. Set it back, "
-                    "or begin anew without --ckpt_path."
-                )
-        said = "".join(f"\n  {name} {before} -> {now}" for name, (before, now) in changed.items())
-        rank_zero_info(f"Continuing {config.parent}" + (f", with other settings:{said}" if changed else ""))
-        kept = ("model.optimizer.", "model.lr_scheduler.")
-        if any(name.startswith(kept) for name in changed.keys() - {"model.lr_scheduler.monitor"}):
-            rank_zero_warn("Settings of optimizer and lr_scheduler are those of the checkpoint: others have no effect.")
+    def settings(self) -> dict[str, Any]:
+        """Return all settings of the command, as the config of its run has them."""
+        text = self.command_parser.dump(self.config[self.subcommand], skip_none=False)
+        settings: dict[str, Any] = yaml.safe_load(text)
+        return settings
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there, or of other data or another network, before any work."""
+        """Refuse a checkpoint that is missing, or of other data or another network, before any work."""
         path = self.config_init[self.subcommand].ckpt_path
         if not path or path.startswith("registry"):
             return
@@ -557,47 +258,29 @@ class LSoftmaxCLI(LightningCLI):
         if spec is not None and isinstance(self.model, modules.LSoftmaxModule):
             self.model.data_spec = spec
             self.model.check_data(self.datamodule, training=self.subcommand == "fit")
-        saved = checkpoint["state_dict"]
-        shapes = {name: tuple(weight.shape) for name, weight in saved.items()}
-        own = {
-            name: shapes.get(name) if is_lazy(weight) else tuple(weight.shape)
+        saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        expected = {
+            name: saved.get(name) if is_lazy(weight) else tuple(weight.shape)
             for name, weight in self.model.state_dict(keep_vars=True).items()
         }
-        for name in [*shapes, *own]:
-            if shapes.get(name) != own.get(name):
+        for name in [*saved, *expected]:
+            if saved.get(name) != expected.get(name):
                 raise InputError(
-                    f"{path} is of another network than the config: {name} is {shapes.get(name, 'missing')} there and "
-                    f"{own.get(name, 'missing')} here. The config of its run is beside its checkpoints folder."
+                    f"{path} is of another network than the config: {name} is {saved.get(name, 'missing')} there and "
+                    f"{expected.get(name, 'missing')} here. The config of its run is beside its checkpoints folder."
                 )
 
     def before_fit(self) -> None:
-        """Say what the best checkpoint is; lock the folder of the run, and refuse one that holds another run."""
+        """Log what the best checkpoint is; lock the folder of the run, and refuse one that holds another run."""
         trainer, run = self.trainer, self.config_init[self.subcommand]
         if run.checkpoint.monitor and trainer.checkpoint_callbacks:
             highest = run.checkpoint.mode == "max"
             rank_zero_info(f"Best checkpoint: {'highest' if highest else 'lowest'} {run.checkpoint.monitor}")
         if not trainer.is_global_zero or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        place = getattr(trainer.loggers[0], "log_dir", None)
-        if not place or "://" in place:
-            return
-        folder = Path(place.removesuffix(getattr(trainer.loggers[0], "sub_dir", None) or ""))
-        resumes = run.ckpt_path and Path(run.ckpt_path).resolve().is_relative_to(folder.resolve())
-        used = [*folder.glob("checkpoints/*.ckpt"), *Path(place).glob("results.json")]
-        if not run.ckpt_path and run.checkpoint.dirpath:
-            used += Path(run.checkpoint.dirpath).glob("*.ckpt")
-        if used and not resumes:
-            raise InputError(
-                f"{used[0].parent} holds another run; continue that with --ckpt_path last, or choose another "
-                "trainer.logger.version and checkpoint.dirpath."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._resources.enter_context(FileLock(folder / ".lock", timeout=_LOCK_SECONDS))
-        except Timeout as error:
-            raise InputError(f"another run is at work in {folder}; wait for it, or choose another version.") from error
-        _remove_parts(folder)
-        Path(place, "hparams.yaml").unlink(missing_ok=True)  # of which a killed run may have left a part; written again
+        log_dir, sub_dir = (getattr(trainer.loggers[0], name, None) for name in ("log_dir", "sub_dir"))
+        if log_dir and "://" not in log_dir:
+            self._resources.enter_context(locked_run(log_dir, sub_dir, run.ckpt_path, run.checkpoint.dirpath))
 
     @contextmanager
     def _end_launched_ranks(self) -> Iterator[None]:
@@ -605,16 +288,12 @@ class LSoftmaxCLI(LightningCLI):
         try:
             yield
         except Exception:
-            launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
-            if isinstance(launcher, _SubprocessScriptLauncher):
-                deadline = time.monotonic() + _RANK_SECONDS
-                while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
-                    time.sleep(0.1)
-                launcher.kill(signal.SIGKILL)
+            if hasattr(self, "trainer"):
+                kill_launched_ranks(self.trainer, _RANK_SECONDS)
             raise
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses; unlike Lightning's, without a warning where Python code calls :func:`main` with arguments."""
+        """Parse without the warning of Lightning that :func:`main` was called with arguments by Python code."""
         with errors_of_settings():
             self.config = parser.parse_args(args)
         seed = self.config[self.config.subcommand].seed_everything
@@ -622,9 +301,9 @@ class LSoftmaxCLI(LightningCLI):
             raise InputError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
 
     def after_fit(self) -> None:
-        """Tests the best checkpoint."""
+        """Test the best checkpoint."""
         checkpoint: Any = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
-        if checkpoint and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+        if checkpoint and trains_in_other_processes(self.trainer):
             checkpoint.restore_best(self.trainer)
             self.trainer.callback_metrics.clear()  # of the training
         best = checkpoint.best_model_path if checkpoint else ""
@@ -635,34 +314,33 @@ class LSoftmaxCLI(LightningCLI):
         elif checkpoint.monitor:
             chosen_by = {checkpoint.monitor: checkpoint.best_model_score}
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best)
-        self._write_results(chosen_by)
+        write_results(self.trainer, chosen_by)
 
     def after_test(self) -> None:
-        """Leaves the figures in the run's folder as ``results.json``."""
-        self._write_results({})
-
-    def _write_results(self, chosen_by: dict[str, Any]) -> None:
-        """Writes the figures of a test, and the one of validation by which its checkpoint was chosen."""
-        if self.trainer.fast_dev_run or not self.trainer.loggers:  # type: ignore[attr-defined]
-            return
-        path = self._run_folder() / "results.json"
-        if self.trainer.is_global_zero:
-            figures = {name: float(value) for name, value in (self.trainer.callback_metrics | chosen_by).items()}
-            write_text(path, json.dumps(figures, indent=2) + "\n")
-            rank_zero_info(f"Everything of this run is in {path.parent}")
+        """Write the metrics to ``results.json`` in the folder of the run."""
+        write_results(self.trainer, {})
 
     def predict(self, **kwargs: Any) -> None:
-        """Holds nothing of what is predicted: :class:`~lsoftmax_lightning.callbacks.Predictions` writes it."""
+        """Predict without keeping the results: :class:`~lsoftmax_lightning.callbacks.Predictions` writes them."""
         self.trainer.predict(**kwargs | {"return_predictions": False})
 
-    def _run_folder(self) -> Path:
-        folder = Path(str(self.trainer.log_dir))  # to be asked on every process
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     def before_validate(self) -> None:
-        """Warns where random weights would be scored."""
+        """Warn if there is no checkpoint, so that the weights are random."""
         if not self.config_init[self.subcommand].ckpt_path:
             rank_zero_warn("No --ckpt_path was given: this is the output of RANDOM weights.")
 
     before_test = before_predict = before_validate
+
+
+class InstantiatedCLI(LSoftmaxCLI):
+    """Model, data and Trainer of a command that is not run; the model has the weights of ``--ckpt_path``, if given."""
+
+    @override
+    def skips_data_set(self, data: Any) -> bool:
+        return reads_files(data)
+
+    @override
+    def run_command(self) -> None:
+        path = self.config_init[self.subcommand].ckpt_path
+        if path:
+            self.model.load_state_dict(read(path)["state_dict"])

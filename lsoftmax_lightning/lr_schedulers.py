@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import override
 
+from .compat import ClosedFormLR
 from .errors import InputError
 
 
-class FractionalMultiStepLR(LRScheduler):
+class FractionalMultiStepLR(ClosedFormLR):
     """Decay the learning rate by ``gamma`` at fractions of the run.
 
     After n calls of :meth:`step` the learning rate is ``lr * gamma ** k``, where k is the number of milestones m with
@@ -96,7 +97,7 @@ class FractionalMultiStepLR(LRScheduler):
             else:
                 group["lr"] = lr
         self._num_decays = self._count_milestones(self.last_epoch)
-        self._last_lr = self.get_lr()
+        self.set_last_lr(self.get_lr())
 
     def step(self, epoch: int | None = None) -> None:
         """Step the scheduler, once after each step of the optimizer.
@@ -112,7 +113,8 @@ class FractionalMultiStepLR(LRScheduler):
         factor = self.gamma ** (self._count_milestones(self.last_epoch) - self._num_decays)
         return [group["lr"] * factor for group in self.optimizer.param_groups]
 
-    def _get_closed_form_lr(self) -> list[Any]:
+    @override
+    def get_closed_form_lr(self) -> list[Any]:
         factor = self.gamma ** self._count_milestones(self.last_epoch)
         return [base_lr * factor for base_lr in self.base_lrs]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import sysconfig
 import time
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from .compat import LEAF_SPEC_WARNING, hides_constructor_error, spawned_rank_message
 from .errors import InputError, LSoftmaxError
 from .signals import Stopped, exit_on_signals
 
@@ -25,7 +25,7 @@ _HINT = f"({_DEBUG}=1 prints the traceback.)"
 _MAX_LINES = 30  # of a message
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = (str(Path(__file__).parent), _PATHS["stdlib"], _PATHS["purelib"], _PATHS["platlib"], "<")
-_USERS_ERROR = r"^(?:lsoftmax_lightning\.errors\.\w+|lightning\.\S+\.MisconfigurationException): (.+)"  # in a traceback
+_USER_ERRORS = r"lsoftmax_lightning\.errors\.\w+|lightning\.\S+\.MisconfigurationException"  # as tracebacks name them
 _ADVICE = {
     "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
     "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
@@ -64,7 +64,7 @@ def errors_without_traceback() -> Iterator[None]:
     """
     try:
         with warnings.catch_warnings(), exit_on_signals(), _only_safe_checkpoints():
-            warnings.filterwarnings("ignore", ".*treespec, LeafSpec")  # Lightning of itself; no user can mend it
+            warnings.filterwarnings("ignore", LEAF_SPEC_WARNING)
             yield
     except (Stopped, Exception) as error:
         if (stopped := _stopped(error)) is not None:
@@ -126,10 +126,7 @@ def _advice(error: BaseException) -> BaseException | str | None:
     while cause is not None:
         if isinstance(cause, MisconfigurationException | OSError):
             return cause
-        if str(cause).startswith("Expected a <class 'NoneType'>"):
-            return error  # older versions of jsonargparse chain this error; ours is in its text only
+        if hides_constructor_error(cause):
+            return error
         cause = cause.__cause__
-    if isinstance(error, ProcessRaisedException):  # its text is the traceback of another process
-        match = re.search(_USERS_ERROR, str(error), re.MULTILINE | re.DOTALL)
-        return match and match[1].strip()
-    return None
+    return spawned_rank_message(error, _USER_ERRORS) if isinstance(error, ProcessRaisedException) else None

@@ -1,20 +1,11 @@
-"""Small data and models that the tests share."""
+"""Settings and fixtures of all tests."""
 
 import os
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
 
-from lsoftmax_lightning import ClassificationModule
-from lsoftmax_lightning.datamodules import ImageDataModule
-from lsoftmax_lightning.datamodules.base import Images
 from lsoftmax_lightning.signals import SignalHandler
 
 # tests run side by side, a core each, and so do the programs that they start
@@ -22,9 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Lightning calls parts of jsonargparse that its version 5 will not have; the dependency is held below that
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
-
-# with torch 2.6 no release of onnxscript writes batch normalisation and pooling
-WRITES_ONNX = torch.__version__ >= "2.7"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,33 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
-class BlobsDataModule(ImageDataModule):
-    """Four classes of 8x8 images, each a bright quarter under noise; 200 to train on, 50 to test on."""
-
-    class_names = ("nw", "ne", "sw", "se")
-    image_shape = (1, 8, 8)
-    mean = (0.5,)
-    std = (0.25,)
-
-    def __init__(self, batch_size: int = 20, val_size: float = 0.2, split_seed: int = 0) -> None:
-        super().__init__(batch_size, val_size, split_seed)
-
-    def load(self, train: bool) -> Images:
-        generator = torch.Generator().manual_seed(int(train))
-        targets = torch.arange(200 if train else 50) % 4
-        images = torch.randint(120, (len(targets), 1, 8, 8), generator=generator, dtype=torch.uint8)
-        for image, target in zip(images, targets.tolist(), strict=True):
-            row, column = divmod(target, 2)
-            image[0, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4] += 120
-        return Images(images, targets)
-
-
-def make_model(**settings: Any) -> ClassificationModule:
-    torch.manual_seed(0)
-    defaults: dict[str, Any] = {"num_classes": 4, "backbone": "digits", "margin": 2, "image_shape": (1, 8, 8)}
-    return ClassificationModule(**defaults | settings)
-
-
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are left in a temporary folder, and one test's seed or signal is not the next one's."""
@@ -70,32 +31,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
-def make_trainer(**settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 1,
-    }
-    return Trainer(**defaults | settings)
-
-
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a loss take the logits by chunks however few they are."""
     monkeypatch.setattr("lsoftmax_lightning.chunked_loss._CHUNK_LOGITS", 0)
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Let writes beyond ``size`` bytes of a file fail, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)

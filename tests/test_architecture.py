@@ -12,12 +12,14 @@ PACKAGE = Path(lsoftmax_lightning.__file__).parent
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
+    "compat": set(),
+    "seeds": set(),
     "signals": set(),
     "class_names": set(),
     "data_spec": {"class_names", "errors", "transforms"},
     "functional": {"errors"},
     "schedules": {"errors"},
-    "lr_schedulers": {"errors"},
+    "lr_schedulers": {"compat", "errors"},
     "geometry": set(),
     "pairs": {"errors"},
     "distributed": set(),
@@ -25,10 +27,11 @@ BELOW: dict[str, set[str]] = {
     "heads": {"chunked_loss", "distributed", "errors", "functional"},
     "strategies": {"checkpoints", "chunked_loss", "errors", "heads"},
     "backbones": {"errors"},
-    "checkpoints": {"atomic", "data_spec", "errors"},
+    "checkpoints": {"atomic", "compat", "data_spec", "errors"},
     "dashboard": {
         "atomic",
         "class_names",
+        "compat",
         "errors",
         "functional",
         "geometry",
@@ -36,15 +39,18 @@ BELOW: dict[str, set[str]] = {
         "metrics",
         "pairs",
         "schedules",
+        "seeds",
     },
     "callbacks": {
         "atomic",
         "checkpoints",
         "class_names",
+        "compat",
         "dashboard",
         "errors",
         "heads",
         "schedules",
+        "seeds",
         "signals",
     },
     "modules": {
@@ -64,35 +70,62 @@ BELOW: dict[str, set[str]] = {
     },
     "metrics": {"errors", "geometry", "pairs"},
     "transforms": {"errors"},
-    "datamodules": {"atomic", "checkpoints", "data_spec", "errors", "pairs", "signals", "transforms"},
+    "datamodules": {
+        "atomic",
+        "checkpoints",
+        "compat",
+        "data_spec",
+        "errors",
+        "pairs",
+        "seeds",
+        "signals",
+        "transforms",
+    },
     "__init__": {"heads", "modules"},
+    "config_files": {"errors"},
+    "settings": {"datamodules", "errors"},
+    "run_folder": {"atomic", "checkpoints", "config_files", "errors", "settings"},
     "lightning_cli": {
         "atomic",
+        "compat",
+        "config_files",
         "errors",
         "callbacks",
         "checkpoints",
         "datamodules",
         "lr_schedulers",
         "modules",
+        "run_folder",
         "schedules",
+        "settings",
         "signals",
         "strategies",
         "user_errors",
     },
-    "user_errors": {"errors", "signals"},
+    "user_errors": {"compat", "errors", "signals"},
     "compare": {
         "atomic",
+        "callbacks",
+        "config_files",
         "errors",
         "functional",
         "geometry",
-        "callbacks",
         "dashboard",
         "lightning_cli",
         "signals",
         "user_errors",
     },
     "export": {"atomic", "data_spec", "errors", "checkpoints"},
-    "cli": {"errors", "checkpoints", "compare", "export", "lightning_cli", "signals", "user_errors"},
+    "cli": {
+        "compare",
+        "config_files",
+        "errors",
+        "export",
+        "lightning_cli",
+        "settings",
+        "signals",
+        "user_errors",
+    },
     "__main__": {"cli"},
 }
 
@@ -128,3 +161,21 @@ def test_there_is_no_cycle() -> None:
         return 1 + max((height(below) for below in BELOW[room] - {room}), default=0)
 
     assert all(height(room) for room in BELOW)
+
+
+def test_compare_has_no_function_with_the_name_of_a_module() -> None:
+    paths = list((PACKAGE / "compare").glob("*.py"))
+    functions = {
+        node.name for path in paths for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+    }
+    assert not functions & {path.stem for path in paths}
+
+
+def test_no_test_module_imports_another() -> None:
+    tests = Path(__file__).parent
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names if not node.module)]
+                modules = [name for name in names if name.startswith("test_") or name == "conftest"]
+                assert not modules, f"{path.relative_to(tests)} imports {modules}"

@@ -11,8 +11,8 @@ import torch
 
 from lsoftmax_lightning.atomic import atomic_path, remove_parts, temporary_path, torch_save, write_text
 
-from .conftest import file_size_limit
-from .forked import run_on
+from .helpers.forked import run_on
+from .helpers.training import file_size_limit
 
 
 def killed_while_writing(path: str, folder: bool = False) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from lsoftmax_lightning.backbones import create_backbone, list_backbones
 from lsoftmax_lightning.errors import InputError
 
-from .test_cli import fails
+from .helpers.command_line import fails
 
 PAPER = {
     "digits": (1, 8, 8),

@@ -24,17 +24,11 @@ from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.errors import InputError, RunError
 from lsoftmax_lightning.user_errors import errors_without_traceback
 
-from .conftest import BlobsDataModule, file_size_limit, make_model, make_trainer
-from .test_cli import QUIET, SHORT, fails
+from .helpers.command_line import QUIET, SHORT, fails
+from .helpers.formats import Call
+from .helpers.training import BlobsDataModule, file_size_limit, make_model, make_trainer
 
 HERE = Path(__file__).parent
-
-
-class Call:
-    """What a malicious file would have Python call when it is loaded."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path("called"),)
 
 
 def cut(content: bytes) -> bytes:

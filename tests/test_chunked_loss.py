@@ -10,7 +10,7 @@ from lsoftmax_lightning.chunked_loss import CHUNKED_FROM, chunked_cross_entropy,
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.functional import margin_logits
 
-from .conftest import make_model
+from .helpers.training import make_model
 
 pytestmark = pytest.mark.usefixtures("chunks")
 

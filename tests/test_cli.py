@@ -19,7 +19,6 @@ import yaml
 from filelock import FileLock
 from lightning import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torchvision.datasets import CIFAR10, CIFAR100
 
 import lsoftmax_lightning
 from lsoftmax_lightning import ClassificationModule
@@ -28,52 +27,9 @@ from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from lsoftmax_lightning.schedules import AccuracyFeedback
 
-from .datamodules.formats import write_cifar, write_folder, write_lfw, write_mnist
-from .forked import run_on
-
-QUIET = [
-    "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--dashboard.every_n_epochs=0",
-]
-# classes move apart, so they are nearest in the first epoch
-FIRST_IS_BEST = ["--checkpoint.monitor=val/centre_angle_nearest", "--checkpoint.mode=min"]
-SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--model.margin=2"]
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """What a failing command prints; it must fit a screen and hold no traceback."""
-    with pytest.raises(SystemExit) as caught:
-        main(list(args))
-    assert caught.value.code not in (0, None)
-    printed = capsys.readouterr().err
-    assert "Traceback" not in printed
-    assert len(printed.splitlines()) < 30
-    return printed
-
-
-def small_data(config: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Writes a little of a config's data in its own format; the arguments that point to it."""
-    if config.startswith("mnist"):
-        write_mnist(root)
-    elif config == "fashion_mnist.yaml":
-        write_mnist(root, folder="FashionMNIST")
-    elif config.startswith("cifar"):
-        write_cifar(root, monkeypatch, CIFAR100 if config == "cifar100.yaml" else CIFAR10)
-    elif config == "folder.yaml":
-        write_folder(root)
-    elif config.startswith("lfw"):
-        write_lfw(root, folds=10)
-    else:
-        return []
-    arguments = [f"--data.root={root}", "--data.batch_size=16"]
-    if config == "lfw.yaml":
-        write_folder(root / "faces", ("train",))
-        arguments += [f"--data.train_root={root / 'faces' / 'train'}", "--model.pca_components=4"]
-    if config in ("fashion_mnist.yaml", "mnist_1000.yaml"):
-        arguments += ["--data.train_size=100"]
-    return arguments
+from .helpers.command_line import FIRST_IS_BEST, QUIET, SHORT, fails, small_data
+from .helpers.forked import run_on
+from .helpers.formats import write_folder, write_lfw
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -203,7 +159,7 @@ def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_folder_is_locked_while_its_run_is_trained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lsoftmax_lightning.lightning_cli._LOCK_SECONDS", 0)
+    monkeypatch.setattr("lsoftmax_lightning.run_folder._LOCK_SECONDS", 0)
     folder = Path("runs/digits/version_0")
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):

@@ -17,9 +17,9 @@ from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.errors import InputError
 
-from .conftest import BlobsDataModule, make_model, make_trainer
-from .datamodules.formats import write_folder, write_image, write_lfw, write_mnist
-from .test_cli import QUIET, SHORT, fails
+from .helpers.command_line import QUIET, SHORT, fails
+from .helpers.formats import write_folder, write_image, write_lfw, write_mnist
+from .helpers.training import BlobsDataModule, make_model, make_trainer
 
 FOLDER = [
     "--config=folder.yaml",

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lsoftmax_lightning.cli import main
 
-from .datamodules.formats import write_image
-from .test_cli import QUIET
+from .helpers.command_line import QUIET
+from .helpers.formats import write_image
 
 
 def weights(*args: str) -> dict[str, Tensor]:
@@ -25,8 +25,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_the_seed_says_it_all() -> None:
     # a network that draws from the generators of Python, NumPy and torch, and augmented images
-    args = ["--config=digits.yaml", "--model.backbone={class_path: tests.interrupted.Random}"]
-    args += ["--data=tests.interrupted.Shifted"]
+    args = ["--config=digits.yaml", "--model.backbone={class_path: tests.helpers.interrupted.Random}"]
+    args += ["--data=tests.helpers.interrupted.Shifted"]
     first = weights(*args)
     assert same(first, weights(*args))
     assert not same(first, weights(*args, "--seed_everything=1"))

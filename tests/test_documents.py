@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from sphinx.cmd.build import main as build
 from torchvision.datasets import CIFAR10
 
 from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.compare.paper import paper_accuracy, paper_experiment
 
-from .conftest import WRITES_ONNX
-from .datamodules.formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
-from .forked import run_on, srun, torchrun
+from .helpers.forked import run_on, srun, torchrun
+from .helpers.formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
+from .helpers.training import WRITES_ONNX
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -151,6 +153,36 @@ def test_the_tables_on_the_page_of_results_are_those_of_the_committed_rows(capsy
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 assert all(f"{name} {row[name]}" in text for name in ("torch", "lightning") if name in row)
+
+
+def experiment_of(config: str) -> str | None:
+    return paper_experiment(yaml.safe_load((ROOT / "configs" / config).read_text()))
+
+
+def test_pages_quote_the_accuracies_of_the_paper_from_the_data_file() -> None:
+    tables = []
+    for page in PAGES:
+        text = page.read_text()
+        for table in re.finditer(r"^\|.*\| paper, % \|\n\|[ |-]+\n((?:\|.*\n)+)", text, flags=re.MULTILINE):
+            experiment = experiment_of(re.findall(r"--config (\w+\.yaml)", text[: table.start()])[-1])
+            rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table[1].splitlines()]
+            assert [row[-1] for row in rows] == [paper_accuracy(experiment, int(row[0])) for row in rows]
+            tables.append(experiment)
+    assert tables == ["MNIST"]
+    results = (ROOT / "docs" / "results.md").read_text()
+    assert re.findall(r"The paper reports ([\d.]+) % at m = 1", results) == [paper_accuracy("CIFAR10", 1)]
+
+
+@pytest.mark.parametrize("config", ["mnist.yaml", "cifar10.yaml", "cifar10plus.yaml", "cifar100.yaml", "lfw.yaml"])
+def test_configs_quote_the_accuracies_of_the_paper_from_the_data_file(config: str) -> None:
+    expected = re.search(r"^# Expected:(.*?);", (ROOT / "configs" / config).read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert expected is not None
+    quoted = {int(margin): float(value) for value, margin in re.findall(r"([\d.]+) % at m = (\d)", expected[1])}
+    if "test error" in expected[1]:
+        quoted = {margin: 100 - error for margin, error in quoted.items()}
+    assert quoted.keys() == {1, 4}
+    for margin, accuracy in quoted.items():
+        assert f"{accuracy:.2f}" == paper_accuracy(experiment_of(config), margin).removesuffix("*")
 
 
 def test_the_configs_and_files_named_are_there() -> None:

@@ -21,9 +21,9 @@ from lsoftmax_lightning.datamodules import DigitsDataModule
 from lsoftmax_lightning.errors import InputError, RunError
 from lsoftmax_lightning.export import Format, Pixels, export
 
-from .conftest import WRITES_ONNX, BlobsDataModule, file_size_limit, make_model
-from .forked import run_on
-from .test_cli import QUIET, SHORT, fails
+from .helpers.command_line import QUIET, SHORT, fails
+from .helpers.forked import run_on
+from .helpers.training import WRITES_ONNX, BlobsDataModule, file_size_limit, make_model
 
 
 def run(path: str, images: Tensor) -> tuple[dict[str, str], list[Tensor]]:
@@ -182,7 +182,7 @@ def test_an_output_that_cannot_be_written_is_one_error_before_any_work(format: F
 KILLED = """
 import os, signal, torch
 from lsoftmax_lightning.export import export
-from tests.conftest import BlobsDataModule, make_model
+from tests.helpers.training import BlobsDataModule, make_model
 torch.export.load = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # the file is written, and not yet checked
 export(make_model(), BlobsDataModule(), "out/model", "torch_export")
 """

@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from lsoftmax_lightning.cli import CONFIGS, main
-from lsoftmax_lightning.compare.plan import argument
+from lsoftmax_lightning.compare.text import format_argument
+from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.datamodules import digits
-from lsoftmax_lightning.lightning_cli import LSoftmaxCLI, flat
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 
-from .test_cli import small_data
+from .helpers.command_line import small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # what would start other processes, or fetch something
@@ -149,7 +150,7 @@ TEXT = (CONFIGS / "digits.yaml").read_text()
 @st.composite
 def arguments(draw: st.DrawFn) -> list[str]:
     """Settings of ``fit``, some of them wrong, as arguments."""
-    words = [f"--{key}={argument(value)}" for key, value in draw(MUTATIONS)]
+    words = [f"--{key}={format_argument(value)}" for key, value in draw(MUTATIONS)]
     return ["fit", "--config=digits.yaml", *words, *FIXED]
 
 
@@ -248,7 +249,7 @@ def test_wrong_types_of_every_setting_are_errors_without_traceback(
     draw = random.Random(os.environ.get("FUZZ", config.name))
     for _ in range(int(os.environ.get("FUZZ", "150")) // 20):
         setting, value = draw.choice(settings), draw.choice(WRONG_TYPES)
-        runs_or_says_what_is_wrong([*args, f"--{setting}={argument(value)}"])
+        runs_or_says_what_is_wrong([*args, f"--{setting}={format_argument(value)}"])
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from lsoftmax_lightning.chunked_loss import chunked_cross_entropy
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.transforms import RandomCropFlip
 
-from .conftest import BlobsDataModule
-from .test_cli import QUIET
+from .helpers.command_line import QUIET
+from .helpers.training import BlobsDataModule
 
 pytestmark = pytest.mark.gpu
 

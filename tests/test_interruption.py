@@ -24,10 +24,10 @@ from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from lsoftmax_lightning.signals import ignore_signals
 from lsoftmax_lightning.user_errors import errors_without_traceback
 
-from .conftest import file_size_limit
-from .datamodules.formats import write_folder
-from .forked import run_on
-from .test_cli import FIRST_IS_BEST, QUIET, SHORT, fails
+from .helpers.command_line import FIRST_IS_BEST, QUIET, SHORT, fails
+from .helpers.forked import run_on
+from .helpers.formats import write_folder
+from .helpers.training import file_size_limit
 
 LONG = [
     *("fit", "--config=digits.yaml", *QUIET, "--trainer.max_epochs=12"),

@@ -22,8 +22,8 @@ from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
 
-from .conftest import BlobsDataModule, make_model, make_trainer
-from .test_cli import QUIET, fails
+from .helpers.command_line import QUIET, fails
+from .helpers.training import BlobsDataModule, make_model, make_trainer
 
 RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
 # the steps at which each shipped config divides its learning rate, and the length of its run

@@ -22,10 +22,12 @@ def test_the_wheel_is_whole_and_does_what_the_images_do() -> None:
     assert [file.suffix for file in files] == [".whl", ".gz"]
     assert "WARNING" not in call(sys.executable, "-m", "twine", "check", "--strict", *files)
     names = set(zipfile.ZipFile(files[0]).namelist())
-    assert {"lsoftmax_lightning/py.typed", "lsoftmax_lightning/configs/digits.yaml"} <= names
+    data_files = {"py.typed", "configs/digits.yaml", "compare/paper_accuracies.yaml"}
+    assert {f"lsoftmax_lightning/{name}" for name in data_files} <= names
     assert not {name for name in names if name.startswith(("tests", "docs", "benchmarks"))}
     with tarfile.open(files[1]) as archive:
-        assert any(name.endswith("/tests/test_package.py") for name in archive.getnames())
+        for name in ("/tests/test_package.py", "/lsoftmax_lightning/compare/paper_accuracies.yaml"):
+            assert any(path.endswith(name) for path in archive.getnames())
 
     # an environment that has what it depends on, from the one that runs the tests, and no checkout
     call(sys.executable, "-m", "venv", "venv")

@@ -14,8 +14,8 @@ from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.functional import margin_logits
 
-from .conftest import BlobsDataModule, make_trainer
-from .test_cli import QUIET
+from .helpers.command_line import QUIET
+from .helpers.training import BlobsDataModule, make_trainer
 
 
 def adversarial(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lsoftmax_lightning.cli import main
 
-from .datamodules.formats import write_lfw
-from .forked import run_on, srun, torchrun
-from .processes import work
+from .helpers.forked import run_on, srun, torchrun
+from .helpers.formats import write_lfw
+from .helpers.processes import work
 
 # without batch normalisation, whose statistics are those of a process's own share
 MODULE = """

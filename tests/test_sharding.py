@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lsoftmax_lightning import ClassificationModule
 
-from .forked import run_on
-from .processes import Net
-from .sharding import COUNTS, go_on, refusals, work
+from .helpers.forked import run_on
+from .helpers.processes import Net
+from .helpers.sharding import COUNTS, go_on, refusals, work
 
 pytestmark = pytest.mark.usefixtures("chunks")
 

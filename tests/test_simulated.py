@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_no_training_step_waits_for_the_device_and_the_chunked_loss_starts_few_kernels() -> None:
     """One test for all, as each process that asks would train again."""
-    done = subprocess.run([sys.executable, "-m", "tests.simulated_fit"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.helpers.simulated_fit"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["runs"].keys() == {f"{k} {p}" for k in ("dense", "chunked") for p in ("32-true", "bf16-mixed")}

@@ -11,13 +11,15 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from typing_extensions import override
 
 from ..atomic import atomic_path
 from ..checkpoints import indexed, read, update_index
+from ..compat import CheckpointHooks
 from ..errors import InputError
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(CheckpointHooks):
     """Keep the best checkpoints by a metric, and an index of the best one beside them.
 
     The arguments are those of :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. A file that a killed run left
@@ -60,8 +62,8 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_model_path = str(path)
             self.best_model_score = read(path)["callbacks"][self.state_key]["best_model_score"]
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+    @override
+    def after_write(self, trainer: Trainer, filepath: str) -> None:
         if trainer.is_global_zero and "://" not in filepath:
             update_index(Path(filepath).parent, best=Path(self.best_model_path).name)
 

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from typing_extensions import override
 
 from ..checkpoints import update_index
+from ..compat import CheckpointHooks
 from ..signals import SignalHandler, Stopped
 
 _CHECK_SECONDS = 1.0  # between two exchanges of ranks whether to stop
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(CheckpointHooks):
     """Keep ``last.ckpt``; when training is stopped by SIGINT (Ctrl-C) or SIGTERM (schedulers), save it first.
 
     It is saved after each validation and at the end of each epoch. After a signal the run ends with the signal's exit
@@ -67,7 +68,7 @@ class LastCheckpoint(ModelCheckpoint):
             return
         stop = trainer.global_step >= self._next_check and self._stop_requested(trainer)
         if stop or self._save_pending:
-            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+            self.write_checkpoint(trainer, self.format_checkpoint_name({}))
             self._save_pending, self._exit_after_save = False, stop
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -76,14 +77,14 @@ class LastCheckpoint(ModelCheckpoint):
         if self._save_pending:
             return
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and self._last_global_step_saved == trainer.global_step:
+        if trainer.state.fn == "fit" and self.is_written(trainer):
             self._exit_after_save = self._stop_requested(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save, also where Lightning saves after validations only: the run may end here."""
         super().on_train_epoch_end(trainer, pl_module)
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+        if not self.skips_writing(trainer):
+            self.write_checkpoint(trainer, self.format_checkpoint_name({}))
         if trainer.global_step >= self._next_check:
             self._exit_after_save |= self._stop_requested(trainer)
 
@@ -93,8 +94,8 @@ class LastCheckpoint(ModelCheckpoint):
         if self._stop_requested(trainer):
             self._exit(trainer)
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+    @override
+    def after_write(self, trainer: Trainer, filepath: str) -> None:
         if trainer.is_global_zero and "://" not in filepath:
             update_index(Path(filepath).parent, last=Path(filepath).name)
 

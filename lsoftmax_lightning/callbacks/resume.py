@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Stochasti
 from lightning.pytorch.utilities import rank_zero_info
 
 from ..errors import InputError
+from ..seeds import global_seed, hashed_seed
 from .best_checkpoint import relocate
 
 _KEY = "exact_resume"  # in a checkpoint
@@ -51,7 +51,7 @@ class ExactResume(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Read the seed of ``seed_everything``, or 0, as the datamodules do."""
-        self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self._seed = global_seed() or 0
         self._accelerated = torch.accelerator.is_available()  # which takes its time
         self._watched, self._plateau_step_pending, self._resumed_within_epoch = {}, False, False
         trainer.precision_plugin.convert_module(pl_module)  # before the weights are loaded, which Lightning does first
@@ -66,8 +66,7 @@ class ExactResume(Callback):
         if self._plateau_step_pending and batch_idx == 0:
             self._plateau_step_pending = False
             self._step_plateau_schedulers(trainer, pl_module)
-        draw = f"{self._seed} {trainer.current_epoch} {batch_idx} {trainer.global_rank}"
-        seed = random.Random(draw).getrandbits(32)
+        seed = hashed_seed(f"{self._seed} {trainer.current_epoch} {batch_idx} {trainer.global_rank}")
         random.seed(seed)
         np.random.seed(seed)
         if self._accelerated:

@@ -1,4 +1,4 @@
-"""Margins and seeds against each other: trains them, and makes table and figures."""
+"""Comparison of margins over seeds: training, table and figures."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
-from .plan import argument, plan
-from .report import report
-from .train import train
+from .planning import plan
+from .reporting import report
+from .text import format_argument
+from .training import train
 
 __all__ = ["compare", "report"]
 
@@ -25,50 +26,50 @@ def compare(
     folder: str | Path | None = None,
     average: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains a config at several margins and seeds and leaves table, figures and all runs in one folder.
+    """Train a config at several margins and seeds, and write table, figures and all runs to one folder.
 
-    A call that was interrupted goes on when it is made again: runs that are finished are skipped, one that was
-    interrupted continues from its last checkpoint. With more margins, seeds or values only the new ones are trained.
+    Repeat the call to continue an interrupted comparison: it skips finished runs and resumes interrupted ones from
+    their last checkpoint. With more margins, seeds or values it trains only the new runs.
 
     Args:
-        config: Path of a YAML, or the name of a shipped one; or several, later ones over earlier ones.
-        margins: The m to compare; differences are to m = 1, if it is among them.
-        seeds: Of the trainings; the same for every margin.
+        config: Path of a YAML file or name of a shipped config; or several, later ones override earlier ones.
+        margins: Margins m to compare. Differences are to m = 1, if it is among them.
+        seeds: Seeds of the training, the same for every margin.
         settings: Further arguments of ``fit``, the same for all runs: ``["--trainer.max_steps", "600"]``.
-        sweep: Further settings by their names, and values of each, to be crossed with the margins:
+        sweep: Values of further settings by name, to be crossed with the margins:
             ``{"model.label_smoothing": [0, 0.1]}``.
-        jobs: How many runs are trained at once, each on its share of the GPUs or of the CPU's cores.
-        folder: Where all is left, by default ``runs/compare-<config>``.
+        jobs: Number of runs trained at once, each with its own part of the GPUs or of the CPU cores.
+        folder: Folder of the comparison. Default: ``runs/compare-<config>``.
         average: Like ``sweep``, but the table has means over these values, and pairs runs by them as by the seed:
             ``{"data.fold": [1, 2, 3]}``.
 
     Returns:
-        A row for each run in the folder, as in its ``results.csv``: margin, seed and swept settings, test figures, the
-        validation figure that chose the checkpoint, steps, seconds, and what it was run on.
+        A row for each run in the folder, as in its ``results.csv``: margin, seed, swept settings, test metrics, the
+        validation metric that chose the checkpoint, steps, seconds, machine and versions.
 
     Raises:
-        InputError: Before any training, if a setting is not to be had, or the folder is of other runs or in use.
+        InputError: Before any training, if a setting is not available, or the folder contains other runs or is in use.
         DataError: Before any training, if data cannot be downloaded.
-        RunError: If a training failed; after all others, and with table and figures made of these.
+        RunError: If a run failed; after all other runs, with table and figures of these.
     """
     configs = [config] if isinstance(config, str) else list(config)
     sweep, average = sweep or {}, average or {}
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, got {jobs}.")
     path = Path(folder or Path("runs", f"compare-{Path(configs[-1]).stem}")).absolute()
-    words = ["python", "-m", "lsoftmax_lightning", "compare"]
+    command = ["python", "-m", "lsoftmax_lightning", "compare"]
     for name in configs:
-        words += ["--config", name]
-    words += ["--margins", *map(str, margins), "--seeds", *map(str, seeds)]
-    for option, crossed in (("--sweep", sweep), ("--average", average)):
-        for key, values in crossed.items():
-            words += [option, f"{key}={','.join(map(argument, values))}"]
-    words += ["--jobs", str(jobs)] if jobs > 1 else []
-    words += ["--folder", str(folder)] if folder else []
-    if both := sweep.keys() & average.keys():
-        raise InputError(f"--average: must be settings that --sweep does not have, got {', '.join(both)} in both.")
+        command += ["--config", name]
+    command += ["--margins", *map(str, margins), "--seeds", *map(str, seeds)]
+    for option, values_by_key in (("--sweep", sweep), ("--average", average)):
+        for key, values in values_by_key.items():
+            command += [option, f"{key}={','.join(map(format_argument, values))}"]
+    command += ["--jobs", str(jobs)] if jobs > 1 else []
+    command += ["--folder", str(folder)] if folder else []
+    if shared := sweep.keys() & average.keys():
+        raise InputError(f"--average: must be settings that --sweep does not have, got {', '.join(shared)} in both.")
     runs = plan(configs, margins, seeds, settings, {**sweep, **average}, path)
-    facts = {"command": shlex.join([*words, *settings])}
+    facts = {"command": shlex.join([*command, *settings])}
     if average:
         facts["averaged"] = ", ".join(average)
     failed = train(runs, jobs, path, facts)

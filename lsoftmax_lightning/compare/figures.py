@@ -24,7 +24,7 @@ _CURVES = {"lambda": "symlog", "train/loss": "log", "val/loss": "log", "val/acc"
 
 
 def draw(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, Figure]]:
-    """Yield names and figures: the accuracy of all runs, and for each setting what its runs have left in their folders.
+    """Yield names and figures: the accuracy of all runs, and curves and test records of each setting.
 
     Args:
         runs: Finished runs, sorted by setting and margin.
@@ -133,16 +133,16 @@ def _errorbars(axes: Axes, samples: Mapping[float, Sequence[float]], style: Mapp
 
 
 def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:
-    """lambda, losses and accuracy over the training: the mean over seeds, and from the least to the most."""
+    """Draw lambda, losses and accuracy by the step: mean, minimum and maximum over the seeds."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
     panels = dict(zip(_CURVES, figure.subplots(2, 2).flat, strict=True))
     for tag, axes in panels.items():
         axes.set(title=tag, xlabel="step", yscale=_CURVES[tag])
         axes.grid(alpha=0.3)
-    for color, (label, own) in zip(cycle(COLORS), runs.items(), strict=False):
+    for color, (label, group) in zip(cycle(COLORS), runs.items(), strict=False):
         curves: dict[str, dict[int, list[float]]] = {tag: defaultdict(list) for tag in panels}
-        for run in own:
+        for run in group:
             events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0, "images": 1}).Reload()
             for tag in set(curves) & set(events.Tags()["scalars"]):
                 for step, value in {event.step: event.value for event in events.Scalars(tag)}.items():
@@ -152,8 +152,8 @@ def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:
             if not steps:
                 continue
             panels[tag].plot(steps, [statistics.fmean(curve[step]) for step in steps], color=color, label=label)
-            least, most = ([end(curve[step]) for step in steps] for end in (min, max))
-            panels[tag].fill_between(steps, least, most, color=color, alpha=0.15, linewidth=0)
+            lower, upper = ([bound(curve[step]) for step in steps] for bound in (min, max))
+            panels[tag].fill_between(steps, lower, upper, color=color, alpha=0.15, linewidth=0)
     drawn = [axes for axes in panels.values() if axes.lines]
     for axes in panels.values():
         axes.set_visible(axes in drawn)
@@ -163,12 +163,12 @@ def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:
 
 
 def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tuple[str, Figure]]:
-    """What the tests have left, the margins side by side; scatters and pairs are of the first seed."""
-    records = {label: [record for run in own if (record := run.record())] for label, own in runs.items()}
-    records = {label: own for label, own in records.items() if own}
-    kinds = {name for own in records.values() for name in own[0]}
+    """Draw the test records, one panel per margin; scatter plots and pairs show the first seed."""
+    records = {label: [record for run in group if (record := run.record())] for label, group in runs.items()}
+    records = {label: group for label, group in records.items() if group}
+    names = {name for group in records.values() for name in group[0]}
     first_seed = f"{title}, first seed".removeprefix(", ")
-    if "points" in kinds:
+    if "points" in names:
         figure, panels = _side_by_side(records, first_seed)
         for (label, (first, *_)), axes in zip(records.items(), panels, strict=True):
             points, rays, target = (first[name] for name in ("points", "rays", "points_target"))
@@ -179,15 +179,16 @@ def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tu
         yield "features", figure
         classes = len(next(iter(records.values()))[0]["class_names"])
         figure, panels = _side_by_side(records, title, max(5.5, 0.13 * classes))
-        for (label, own), axes in zip(records.items(), panels, strict=True):
-            same_classes = [record["counts"] for record in own if record["class_names"] == own[0]["class_names"]]
+        for (label, group), axes in zip(records.items(), panels, strict=True):
+            class_names = group[0]["class_names"]
+            same_classes = [record["counts"] for record in group if record["class_names"] == class_names]
             counts = torch.stack(same_classes).sum(0)
-            plots.confusion(counts, own[0]["class_names"], f"images, {len(same_classes)} runs", label, axes)
+            plots.confusion(counts, class_names, f"images, {len(same_classes)} runs", label, axes)
         yield "confusion", figure
-        angles = {label: torch.cat([record["angles"] for record in own]) for label, own in records.items()}
+        angles = {label: torch.cat([record["angles"] for record in group]) for label, group in records.items()}
         yield "angles", plots.angle_histogram(angles, {}, f"angle to the own class, test {title}".strip())
-    if "cosines" in kinds:
-        pairs = {label: (own[0]["cosines"], own[0]["same"]) for label, own in records.items()}
+    if "cosines" in names:
+        pairs = {label: (group[0]["cosines"], group[0]["same"]) for label, group in records.items()}
         yield "roc", plots.roc(pairs, first_seed)
         figure, panels = _side_by_side(records, first_seed)
         for (label, (cosines, same)), axes in zip(pairs.items(), panels, strict=True):

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from scipy.stats import t
+from scipy.stats import sem, t
 
 from .results import FinishedRun
 
@@ -27,7 +27,8 @@ def half_interval(values: Sequence[float]) -> float:
     """Return half the width of the 95 % interval of a mean by Student's t, NaN for a single value."""
     if len(values) < 2:
         return math.nan
-    return float(t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
+    # not ttest_1samp(values, 0).confidence_interval(), which warns if all values are equal
+    return float(t.ppf(0.975, len(values) - 1) * sem(values))
 
 
 def mean_and_interval(values: Sequence[float]) -> str:

@@ -1,42 +1,52 @@
-"""Accuracies that the paper reports, and how certain they are."""
+"""Accuracies that the paper reports, from ``paper_accuracies.yaml``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-PAPER_ACCURACIES = {
-    "MNIST": {1: "99.60*", 2: "99.68*", 3: "99.69*", 4: "99.69*"},
-    "CIFAR10": {1: "90.95", 2: "92.27*", 3: "92.34", 4: "92.42"},
-    "CIFAR10+": {1: "93.50", 2: "93.99", 3: "94.06", 4: "94.08"},
-    "CIFAR100": {1: "67.26", 2: "70.05", 3: "70.13", 4: "70.47"},
-    "LFW": {1: "96.53", 2: "97.81", 3: "98.27", 4: "98.71*"},
-}
-"""In %, by margin. A star marks those that a second source confirms; the others are as recalled."""
-_EXPERIMENTS = {  # by data and backbone
-    ("MNISTDataModule", "mnist"): "MNIST",
-    ("CIFAR10DataModule", "cifar10"): "CIFAR10",
-    ("CIFAR100DataModule", "cifar100"): "CIFAR100",
-    ("LFWDataModule", "lfw"): "LFW",
-}
+import yaml
+
+
+@cache
+def _paper() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("paper_accuracies.yaml").read_text())
+    return content
 
 
 def paper_experiment(config: Mapping[str, Any]) -> str | None:
-    """Return the experiment of the paper with the data and the network of a run; None if there is none.
+    """Return the experiment of the paper with the data and the backbone of a run; None if there is none.
 
     Args:
         config: All settings of the run.
     """
     data, model = (config[part].get("init_args", {}) for part in ("data", "model"))
-    name = _EXPERIMENTS.get((str(config["data"].get("class_path")).rpartition(".")[2], str(model.get("backbone"))))
-    if name == "CIFAR10" and (data.get("crop_padding") or data.get("flip")):
-        return "CIFAR10+"
-    return name
+    datamodule = str(config["data"].get("class_path")).rpartition(".")[2]
+    augmented = bool(data.get("crop_padding") or data.get("flip"))
+    for name, experiment in _paper()["experiments"].items():
+        if (
+            datamodule == experiment["datamodule"]
+            and model.get("backbone") == experiment["backbone"]
+            and augmented == experiment.get("augmented", augmented)
+        ):
+            return str(name)
+    return None
 
 
-def paper_source(name: str) -> str:
-    """Return where the accuracies of an experiment are from."""
+def paper_accuracy(experiment: str | None, margin: int) -> str:
+    """Return an accuracy in %, with a star if a second source confirms it; "-" if the paper has none."""
+    results = _paper()["experiments"].get(experiment)
+    if results is None or margin not in results["accuracies"]:
+        return "-"
+    star = "*" if margin in results["confirmed"] else ""
+    return f"{results['accuracies'][margin]:.2f}{star}"
+
+
+def paper_source(experiment: str) -> str:
+    """Return the source of the accuracies of an experiment."""
+    paper = _paper()
     return (
-        f"Paper: Liu et al., ICML 2016, {name} column of its results, from 18,000 steps of 256 images (LFW: trained on "
-        "CASIA-WebFace); * as quoted in a second source, the others as recalled: check the paper."
+        f"Paper: {paper['source']}, {experiment} column of its results, from {paper['training']}; {paper['certainty']}."
     )

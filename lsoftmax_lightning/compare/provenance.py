@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Machine and package versions of a measurement."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 PACKAGES = ("lsoftmax-lightning", "torch", "torchvision", "lightning", "torchmetrics", "scikit-learn")
 
 
-def provenance() -> dict[str, str]:
-    """The machine and the versions, to be kept beside a figure."""
-    cpu = f"{os.cpu_count()} cores of {_processor()}"
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+def machine_and_versions() -> dict[str, str]:
+    """Return the processors and GPUs of this machine, and the versions of Python and the packages."""
+    cpu = f"{os.cpu_count()} cores of {processor_name()}"
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "machine": ", ".join([cpu, *gpus]),
         "python": platform.python_version(),
@@ -23,7 +23,8 @@ def provenance() -> dict[str, str]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return the model name of the processor, its architecture if the system does not tell the model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

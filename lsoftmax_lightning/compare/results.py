@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..atomic import from_csv_safe
+from ..config_files import read_yaml
 from ..errors import InputError
-from ..lightning_cli import read_yaml
 from .paper import paper_experiment
 
 TRAINING_FACTS = {"data": "-", "train_size": "all", "label_noise": 0, "checkpoint": "last"}
@@ -173,7 +172,7 @@ def _parsed(text: str) -> Any:
 
 
 def _described(config: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Return what a table says of the settings of a run, without those that are not set."""
+    """Return the facts that a table shows of the settings of a run, without those that are not set."""
     data, checkpoint = config["data"], config["checkpoint"]
     monitor = checkpoint.get("monitor")
     backbone = config["model"].get("init_args", {}).get("backbone")
@@ -191,8 +190,8 @@ def _described(config: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[
 def read_outcome(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Return the facts and the results of a run; None if it is not finished, or one of their files is damaged."""
     facts, results = (read_json(folder / name) for name in _OUTCOME)
-    point = facts.get("point") if facts else None
-    if facts is None or results is None or not isinstance(point, dict) or not {"margin", "seed"} <= point.keys():
+    params = facts.get("point") if facts else None
+    if facts is None or results is None or not isinstance(params, dict) or not {"margin", "seed"} <= params.keys():
         return None
     return facts, results
 
@@ -225,7 +224,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def damaged_config(path: Path) -> InputError:
-    """The error for a finished run without its settings."""
+    """Return the error for a finished run without its settings."""
     return InputError(
         f"{path} is missing or damaged, but its run is finished; restore the file, or remove {path.parent} to train "
         "that run again."
@@ -240,8 +239,3 @@ def train_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     data = config["data"].get("init_args", {})
     return {name: data[name] for name in ("train_size", "label_noise") if data.get(name)}
-
-
-def file_name(text: str) -> str:
-    """Return a text with everything replaced that a file name should not contain."""
-    return re.sub(r"[^\w.,+=-]", "_", text)

@@ -1,4 +1,4 @@
-"""One run of a comparison, in a process of its own: ``python -m lsoftmax_lightning.compare.worker FOLDER PID``."""
+"""Process of one run of a comparison: ``python -m lsoftmax_lightning.compare.worker FOLDER PID``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
+from typing_extensions import override
 
 from ..atomic import write_text
 from ..callbacks.run_length import run_length
@@ -19,55 +20,61 @@ from ..signals import Stopped
 from ..user_errors import errors_without_traceback
 
 
-class Progress(Callback):
-    """Tells the comparison how far the run is, every second, and ends the run when there is nobody left to be told.
+class ProgressFile(Callback):
+    """Write the progress of the run to a file every second, and end the run if the comparison has ended.
 
     Args:
-        path: Of a file for the optimiser steps done, and those of the whole run.
-        parent: Process of the comparison.
+        path: File for the number of optimiser steps done and that of the whole run.
+        parent: Process ID of the comparison.
     """
 
     def __init__(self, path: Path, parent: int) -> None:
         self.path = path
         self._parent = parent
-        self._next = 0.0
+        self._next_time = 0.0
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Tells."""
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + 1
-            self._tell(trainer)
-            self.on_validation_batch_end(trainer)
+        if time.monotonic() >= self._next_time:
+            self._next_time = time.monotonic() + 1
+            self._write(trainer)
+            self._check_parent(trainer)
 
+    @override
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Ends the run, if the comparison has ended."""
+        self._check_parent(trainer)
+
+    @override
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._check_parent(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._write(trainer)
+
+    def _check_parent(self, trainer: Trainer) -> None:
+        """End the run if the process of the comparison has ended."""
         if trainer.is_global_zero and os.getppid() != self._parent:
             raise Stopped(signal.SIGTERM)
 
-    on_test_batch_end = on_validation_batch_end
-
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Tells, for the last time."""
-        self._tell(trainer)
-
-    def _tell(self, trainer: Trainer) -> None:
-        total = run_length(trainer)  # to be asked on every process
+    def _write(self, trainer: Trainer) -> None:
+        total_steps = run_length(trainer)  # on every rank, since it may use collectives
         if trainer.is_global_zero:
-            write_text(self.path, f"{trainer.global_step} {total}")
+            write_text(self.path, f"{trainer.global_step} {total_steps}")
 
 
 def main(folder: str, parent: int) -> None:
-    """Trains and tests the config of a folder, from the last checkpoint in it if there is one.
+    """Train and test the config in a folder, from the last checkpoint in it if there is one.
 
     Args:
-        folder: Of the run.
-        parent: Process of the comparison.
+        folder: Folder of the run.
+        parent: Process ID of the comparison.
     """
     last = Path(folder, "checkpoints", "last.ckpt")
     resume = [f"--ckpt_path={last}"] if last.is_file() else []
-    own = [Progress(Path(folder, "progress"), parent), TestRecord(Path(folder, "test.pt"))]
+    callbacks = [ProgressFile(Path(folder, "progress"), parent), TestRecord(Path(folder, "test.pt"))]
     with errors_without_traceback():
-        LSoftmaxCLI(["fit", f"--config={folder}/config.yaml", *resume], callbacks=own)
+        LSoftmaxCLI(["fit", f"--config={folder}/config.yaml", *resume], callbacks=callbacks)
 
 
 if __name__ == "__main__":

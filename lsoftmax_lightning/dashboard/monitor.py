@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +18,7 @@ from ..heads import LSoftmaxLinear
 from ..metrics import ClassAngles, MeanLoss
 from ..pairs import pairs_of
 from ..schedules import LambdaSchedule
+from ..seeds import global_seed
 from .observer import HeadObserver, classes_of, tensorboard_loggers
 from .scalars import layout, training_scalars, weight_scalars
 
@@ -184,6 +184,6 @@ def _settings(
         "lambda": repr(schedule),
         "lambda_min": getattr(schedule, "lambda_min", "none"),
         "margin": plain.pop("margin", head.margin),
-        "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
+        "seed": "none" if (seed := global_seed()) is None else str(seed),
         **{f"settings/{name}": value for name, value in (plain | optimizer).items() if not name.startswith("_")},
     }

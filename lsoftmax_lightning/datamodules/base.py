@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..errors import DataError, InputError
+from ..seeds import global_seed
 from ..transforms import Augmentation, Normalize, RandomCropFlip
 from .images import ImageFiles, ImageStore, ImageSubset, files_in, select
 from .loader import DRAWS, BatchLoader, BatchSampler, seeded_generator
@@ -45,11 +45,6 @@ def stratified_split(targets: Tensor, val_size: float, seed: int) -> tuple[Tenso
     except ValueError as error:
         raise InputError(f"val_size {val_size} does not split {len(targets)} images: {error}") from error
     return train, val
-
-
-def _global_seed() -> int:
-    """Return the seed of ``seed_everything``, which the Trainer also uses for its own samplers."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 class BatchDataModule(LightningDataModule):
@@ -194,7 +189,7 @@ class BatchDataModule(LightningDataModule):
         if self.train_size is None and not self.label_noise:
             return data
         images, targets = data
-        seed = _global_seed() if self.train_seed is None else self.train_seed
+        seed = (global_seed() or 0) if self.train_seed is None else self.train_seed
         if self.train_size is not None:
             length = subset_length(targets, self.train_size)
             index = stratified_subset(targets, length, seeded_generator(f"{seed} train_size"))
@@ -252,7 +247,8 @@ class BatchDataModule(LightningDataModule):
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
-        sampler = BatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, _global_seed())
+        seed = global_seed() or 0
+        sampler = BatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, seed)
         store = data.images.store if isinstance(data.images, ImageSubset) else data.images
         num_workers = 0 if isinstance(store, Tensor) else self.num_workers
         memory = self.device_memory_gib * 2**30

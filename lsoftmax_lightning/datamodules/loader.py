@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..compat import worker_message
 from ..errors import DataError, InputError
+from ..seeds import hashed_seed
 from ..signals import ignore_signals
 from .images import ImageStore, ImageSubset
 
@@ -19,11 +20,8 @@ DRAWS = 2**24
 
 
 def seeded_generator(key: str) -> torch.Generator:
-    """Return a generator with a seed made from ``key``.
-
-    The key is hashed: with the sum of seed and epoch, epoch 1 of seed 0 would equal epoch 0 of seed 1.
-    """
-    return torch.Generator().manual_seed(random.Random(key).getrandbits(32))
+    """Return a generator with a seed made from ``key`` (:func:`~lsoftmax_lightning.seeds.hashed_seed`)."""
+    return torch.Generator().manual_seed(hashed_seed(key))
 
 
 class BatchSampler:
@@ -204,4 +202,4 @@ class BatchLoader:
                 batch_draws = draws[index]
                 yield images, targets, batch_draws.pin_memory() if pin else batch_draws
         except DataError as error:  # a worker's comes with its traceback in the message
-            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
+            raise DataError(worker_message(error)) from error

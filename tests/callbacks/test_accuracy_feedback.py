@@ -19,8 +19,8 @@ from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.schedules import AccuracyFeedback, LambdaSchedule
 from lsoftmax_lightning.strategies import ClassShardedStrategy
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
-from ..forked import run_on
+from ..helpers.forked import run_on
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 FEEDBACK = AccuracyFeedback(gain=10, power=1)
 

@@ -17,7 +17,7 @@ from lsoftmax_lightning.errors import DivergenceError, InputError
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
 from lsoftmax_lightning.schedules import Constant, PowerLaw, RunFraction
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 SCHEDULE = PowerLaw(base=100, gamma=0.1, power=2)
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lsoftmax_lightning.callbacks import BestCheckpoint, ExactResume, LastCheckpoint
 from lsoftmax_lightning.checkpoints import indexed, read
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 # the loss falls: each epoch has a new best checkpoint
 FALLING: dict[str, Any] = {"mode": "min", "max_epochs": 4}

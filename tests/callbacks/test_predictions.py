@@ -24,9 +24,9 @@ from lsoftmax_lightning.callbacks import Predictions
 from lsoftmax_lightning.datamodules.images import read_image
 from lsoftmax_lightning.errors import DataError, InputError, RunError
 
-from ..conftest import BlobsDataModule, file_size_limit, make_model, make_trainer
-from ..datamodules.formats import write_folder, write_image
-from ..forked import run_on
+from ..helpers.forked import run_on
+from ..helpers.formats import write_folder, write_image
+from ..helpers.training import BlobsDataModule, file_size_limit, make_model, make_trainer
 
 
 class Blobs(BlobsDataModule):

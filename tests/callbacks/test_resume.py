@@ -22,7 +22,7 @@ from torch import Tensor
 from lsoftmax_lightning.callbacks import ExactResume, LastCheckpoint
 from lsoftmax_lightning.checkpoints import read
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import compare
-from lsoftmax_lightning.compare.plan import Run, plan
-from lsoftmax_lightning.compare.train import _Work
+from lsoftmax_lightning.compare.planning import Run, plan
+from lsoftmax_lightning.compare.training import _Job
+from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.errors import InputError, RunError
-from lsoftmax_lightning.lightning_cli import flat
 
-from ..test_cli import FIRST_IS_BEST, QUIET, fails
+from ..helpers.command_line import FIRST_IS_BEST, QUIET, fails
 
 SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
 
@@ -88,7 +88,7 @@ def test_a_comparison_is_trained_and_another_call_goes_on(capsys: pytest.Capture
         (signal.SIGTERM, "worker", "error: 1 of 1 runs failed; the same command tries them again."),
     ],
 )
-def test_what_was_interrupted_ends_as_if_it_had_not_been(blow: signal.Signals, at: str, said: str) -> None:
+def test_interrupted_comparison_resumes_exactly(blow: signal.Signals, at: str, said: str) -> None:
     # a run that forgets its best checkpoint, that of the first epoch, has another in the end
     args = [*QUIET, "--trainer.max_steps=300", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
     command = ["compare", "--config=digits.yaml", "--margins=2", "--seeds=3", *args]
@@ -187,12 +187,12 @@ def test_a_run_that_fails_is_named_and_the_others_are_there(capsys: pytest.Captu
         (["--report=gone", "--margins", "2"], "no other argument"),
     ],
 )
-def test_mistakes_are_told_before_any_work(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_fail_before_training(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert said in fails(capsys, "compare", *args)
     assert not Path("runs").exists()
 
 
-def test_missing_data_are_told_before_any_work(
+def test_missing_data_are_reported_before_training(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(*args: Any, **kwargs: Any) -> None:
@@ -209,18 +209,18 @@ def test_two_comparisons_do_not_share_a_folder() -> None:
         compare("digits", [1], [0], SHORT, folder="mine")
 
 
-def test_runs_at_once_have_devices_and_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lsoftmax_lightning.compare.train import _share
+def test_jobs_divide_devices_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lsoftmax_lightning.compare.training import _environment
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
-    assert [_share(place, 2)["CUDA_VISIBLE_DEVICES"] for place in range(2)] == ["4,7", "5"]
-    assert [_share(place, 4)["CUDA_VISIBLE_DEVICES"] for place in range(4)] == ["4", "5", "7", "4"]
-    assert _share(0, 4)["OMP_NUM_THREADS"] == "2"
-    assert "OMP_NUM_THREADS" not in _share(0, 1)
+    assert [_environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["4,7", "5"]
+    assert [_environment(slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["4", "5", "7", "4"]
+    assert _environment(0, 4)["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in _environment(0, 1)
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "3")
-    assert _share(0, 4)["OMP_NUM_THREADS"] == "3"
+    assert _environment(0, 4)["OMP_NUM_THREADS"] == "3"
 
 
 def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_continues() -> None:
@@ -278,12 +278,12 @@ def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_
     assert not list(run.parent.rglob("*.part"))
 
 
-def test_an_incomplete_progress_is_no_progress(tmp_path: Path) -> None:
-    work = _Work(Run(tmp_path, {}, {}), 0, 1, process=None, task=TaskID(0), resumed=False)  # type: ignore[arg-type]
+def test_damaged_progress_files_are_ignored(tmp_path: Path) -> None:
+    job = _Job(Run(tmp_path, {}, {}), 0, 1, process=None, task=TaskID(0), resumed=False)  # type: ignore[arg-type]
     for content in (b"", b"3", b"caf\xe9 \xff", b"1 x"):
         (tmp_path / "progress").write_bytes(content)
-        work.look()
-    assert (work.steps, work.total) == (0, math.inf)
+        job.poll()
+    assert (job.steps, job.total_steps) == (0, math.inf)
     (tmp_path / "progress").write_text("3 9")
-    work.look()
-    assert (work.steps, work.total) == (3, 9)
+    job.poll()
+    assert (job.steps, job.total_steps) == (3, 9)

@@ -15,12 +15,12 @@ from torch.utils.tensorboard import SummaryWriter
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import report
 from lsoftmax_lightning.compare.figures import draw
-from lsoftmax_lightning.compare.plan import Run
+from lsoftmax_lightning.compare.planning import Run
 from lsoftmax_lightning.compare.results import read
-from lsoftmax_lightning.compare.train import _Work
+from lsoftmax_lightning.compare.training import _Job
 from lsoftmax_lightning.errors import InputError
 
-from ..conftest import file_size_limit
+from ..helpers.training import file_size_limit
 
 
 def write_run(
@@ -111,7 +111,7 @@ def test_each_swept_setting_has_its_rows_its_differences_and_its_figures(tmp_pat
         ({"class_path": "CIFAR10DataModule", "init_args": {"flip": True}}, "cifar10", ["93.50", "94.08"]),
     ],
 )
-def test_the_papers_figures_stand_beside_with_their_source(
+def test_the_table_shows_the_accuracies_of_the_paper_with_their_source(
     data: dict[str, Any], backbone: str, accuracies: list[str], tmp_path: Path
 ) -> None:
     for margin in (1, 4, 5):
@@ -212,8 +212,8 @@ def test_the_facts_of_a_run_state_them(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         run = Run(tmp_path / name, {"margin": 2, "seed": 0}, {"data": {"init_args": {"batch_size": 8} | settings}})
         process: Any = None
-        work = _Work(run, place=0, threads=1, process=process, task=TaskID(0), resumed=False)
-        work.finish({"command": "the command"})
+        job = _Job(run, slot=0, threads=1, process=process, task=TaskID(0), resumed=False)
+        job.finish({"command": "the command"})
         facts = json.loads((tmp_path / name / "run.json").read_text())
         stated = {key: facts[key] for key in ("train_size", "label_noise") if key in facts}
         assert stated == (settings if name == "noisy" else {})

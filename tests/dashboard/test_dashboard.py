@@ -31,8 +31,8 @@ from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.errors import DivergenceError, InputError
 from lsoftmax_lightning.metrics import PairVerification
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
-from ..datamodules.formats import write_lfw
+from ..helpers.formats import write_lfw
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 CLASS_PLOTS = {"features", "angles", "class_angles", "confusion", "confusion_percent", "most_confused"}
 PAIR_PLOTS = {"angles", "roc", "pair_angles", "hardest_pairs"}

@@ -20,8 +20,8 @@ from lsoftmax_lightning.functional import margin_logits
 from lsoftmax_lightning.geometry import effective_margin
 from lsoftmax_lightning.schedules import AccuracyFeedback, Constant, PowerLaw
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
-from ..datamodules.formats import write_lfw
+from ..helpers.formats import write_lfw
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 FIGURES = {"angle", "feature_norm", "segment_0", "segment_1"}
 SEPARATION = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what in ("mean", "nearest", "min")}

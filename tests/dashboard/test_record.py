@@ -11,7 +11,7 @@ from lsoftmax_lightning.callbacks import Dashboard
 from lsoftmax_lightning.dashboard.collector import EvalCollector
 from lsoftmax_lightning.dashboard.record import TestRecord
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 
 def record(callbacks: list[Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from lsoftmax_lightning.datamodules import CIFAR10DataModule, CIFAR100DataModule
 from lsoftmax_lightning.errors import DataError
 
-from ..conftest import make_model, make_trainer
-from .formats import write_cifar
+from ..helpers.formats import write_cifar
+from ..helpers.training import make_model, make_trainer
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lsoftmax_lightning.datamodules import CIFAR10DataModule, ImageFolderDataMod
 from lsoftmax_lightning.datamodules.lfw import read_pairs
 from lsoftmax_lightning.errors import DataError
 
-from .formats import pairs_text, write_cifar, write_folder, write_mnist
+from ..helpers.formats import pairs_text, write_cifar, write_folder, write_mnist
 
 FORMATS = ["bmp", "gif", "jpg", "png", "ppm", "tga", "tiff", "webp"]
 

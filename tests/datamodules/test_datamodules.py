@@ -17,8 +17,8 @@ from lsoftmax_lightning.datamodules.loader import BatchSampler
 from lsoftmax_lightning.errors import DataError, InputError
 from lsoftmax_lightning.transforms import RandomCropFlip
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
-from .formats import write_mnist
+from ..helpers.formats import write_mnist
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 
 def test_digits_are_real_split_by_class_and_disjoint() -> None:

@@ -19,8 +19,8 @@ from lsoftmax_lightning.datamodules import ImageFolderDataModule, LFWDataModule,
 from lsoftmax_lightning.datamodules.images import ImageSubset, files_in, read_image
 from lsoftmax_lightning.errors import DataError, InputError
 
-from ..conftest import make_model, make_trainer
-from .formats import write_folder, write_image, write_lfw
+from ..helpers.formats import write_folder, write_image, write_lfw
+from ..helpers.training import make_model, make_trainer
 
 
 def make(root: Path, **settings: Any) -> ImageFolderDataModule:

@@ -11,7 +11,7 @@ from lsoftmax_lightning.datamodules import LFWDataModule, LFWFoldDataModule
 from lsoftmax_lightning.datamodules.lfw import PairsDataModule, read_pairs
 from lsoftmax_lightning.errors import DataError, InputError
 
-from .formats import pairs_text, write_image, write_lfw
+from ..helpers.formats import pairs_text, write_image, write_lfw
 
 SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "num_workers": 0}
 

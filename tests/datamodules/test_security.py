@@ -11,8 +11,7 @@ from torchvision.datasets import CIFAR10
 from lsoftmax_lightning.datamodules import CIFAR10DataModule, CIFAR100DataModule, MNISTDataModule
 from lsoftmax_lightning.errors import DataError
 
-from ..test_checkpoints import Call
-from .formats import write_cifar
+from ..helpers.formats import Call, write_cifar
 
 
 @pytest.mark.parametrize("kind", [CIFAR10DataModule, CIFAR100DataModule, MNISTDataModule])

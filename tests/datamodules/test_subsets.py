@@ -30,10 +30,10 @@ from lsoftmax_lightning.datamodules.images import ImageFiles, ImageSubset, selec
 from lsoftmax_lightning.datamodules.subsets import random_labels, stratified_subset
 from lsoftmax_lightning.errors import InputError
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
-from ..forked import run_on
-from ..test_cli import QUIET
-from .formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
+from ..helpers.command_line import QUIET
+from ..helpers.forked import run_on
+from ..helpers.formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 
 class ManyDataModule(BlobsDataModule):

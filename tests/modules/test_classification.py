@@ -22,8 +22,8 @@ from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.schedules import Constant
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
-from ..test_cli import QUIET, SHORT
+from ..helpers.command_line import QUIET, SHORT
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 
 class Flat(nn.Module):

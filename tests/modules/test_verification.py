@@ -13,8 +13,8 @@ from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.metrics import PairVerification
 
-from ..conftest import BlobsDataModule, make_model, make_trainer
-from ..datamodules.formats import write_lfw
+from ..helpers.formats import write_lfw
+from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 FIGURES = {"acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3"}
 

@@ -15,7 +15,7 @@ from lsoftmax_lightning.datamodules.base import Images
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.transforms import RandomCropFlip
 
-from .conftest import BlobsDataModule, make_model, make_trainer
+from .training import BlobsDataModule, make_model, make_trainer
 
 SIZES = range(1, 17)  # batches of 8: a part of one, a whole one, and one with any part of the next
 

@@ -1,10 +1,10 @@
-"""Table and figures of finished runs."""
+"""Report of finished runs: table and figures."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from ..atomic import atomic_path, write_csv, write_text
 from ..errors import InputError
 from .figures import draw
 from .intervals import mean_and_interval, paired_differences
-from .paper import PAPER_ACCURACIES, paper_source
+from .paper import paper_accuracy, paper_source
 from .provenance import PACKAGES
-from .results import FinishedRun, columns, file_name, number, read, setting_names
+from .results import FinishedRun, columns, number, read, setting_names
+from .text import file_name, markdown_table
 
 _LONGEST_NAME = 150  # characters of the name of a figure
 # metric, title, factor and decimals; those that no run has are left out
@@ -147,16 +148,9 @@ def _table(runs: Sequence[FinishedRun], names: Sequence[str]) -> str:
         line.append(_difference(group_runs, [run for run in same_settings if run.margin == 1]))
         line += [_mean(group_runs, name, factor, digits) for name, _, factor, digits in shown]
         if has_paper:
-            line.append(PAPER_ACCURACIES.get(group_runs[0].facts.get("paper", ""), {}).get(margin, "-"))
+            line.append(paper_accuracy(group_runs[0].facts.get("paper"), margin))
         lines.append(line)
     return "\n\n".join([markdown_table(header, lines), *_notes(runs)]) + "\n"
-
-
-def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Format a table in Markdown, each line of cells in a line of text."""
-    rows = [[" ".join(cell.split()).replace("|", r"\|") for cell in cells] for cells in (header, *lines)]
-    rows.insert(1, ["---"] * len(header))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _notes(runs: Sequence[FinishedRun]) -> list[str]:

@@ -18,8 +18,8 @@ from lsoftmax_lightning.checkpoints import WholeCheckpointIO
 from lsoftmax_lightning.chunked_loss import chunked_cross_entropy
 from lsoftmax_lightning.transforms import RandomCropFlip
 
-from .conftest import BlobsDataModule
 from .simulated import KERNELS, SIM, WAITS, Mode, SimulatedAccelerator
+from .training import BlobsDataModule
 
 EVERY = 4
 

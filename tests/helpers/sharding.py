@@ -23,8 +23,8 @@ from lsoftmax_lightning.schedules import PowerLaw
 from lsoftmax_lightning.strategies import ClassShardedStrategy
 from lsoftmax_lightning.transforms import RandomCropFlip
 
-from .conftest import BlobsDataModule, make_model, make_trainer
 from .processes import Net
+from .training import BlobsDataModule, make_model, make_trainer
 
 COUNTS = (1, 2, 4)
 CLASSES = (2, 3, 5, 8, 37)  # on four processes some have none, or fewer than others

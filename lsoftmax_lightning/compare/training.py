@@ -1,0 +1,219 @@
+"""Training of the runs of a comparison, each in its own process, several at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ..atomic import write_text
+from ..errors import InputError
+from .planning import Run
+from .provenance import machine_and_versions
+from .results import read_json, train_settings
+
+_TERMINATION_TIMEOUT = 60  # seconds between SIGTERM and SIGKILL
+
+
+@dataclass
+class _Job:
+    """A run in training.
+
+    Attributes:
+        run: The run.
+        slot: Index among the runs that are trained at once.
+        threads: Number of threads of its process.
+        process: Its process.
+        task: Its progress bar.
+        resumed: Whether it continues from a checkpoint; its duration is then unknown.
+        started: Time of the start, in seconds.
+        steps: Number of optimiser steps done.
+        total_steps: Number of optimiser steps of the whole run.
+    """
+
+    run: Run
+    slot: int
+    threads: int
+    process: subprocess.Popen[bytes]
+    task: TaskID
+    resumed: bool
+    started: float = field(default_factory=time.monotonic)
+    steps: float = 0
+    total_steps: float = math.inf
+
+    def poll(self) -> None:
+        """Read the progress from the file that the process writes."""
+        try:
+            steps, total_steps = (self.run.folder / "progress").read_text().split()
+            self.steps, self.total_steps = float(steps), float(total_steps)
+        except (OSError, ValueError):  # not written yet, or damaged
+            return
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of the steps that are done."""
+        return self.steps / self.total_steps if self.total_steps else 0
+
+    def finish(self, facts: Mapping[str, str]) -> None:
+        """Write ``run.json``, which also marks the run as finished."""
+        content = {
+            "point": self.run.params,
+            "steps": int(self.steps),
+            "seconds": None if self.resumed else round(time.monotonic() - self.started, 1),
+            "threads": self.threads,
+            **facts,
+            **train_settings(self.run.config),
+            **machine_and_versions(),
+        }
+        (self.run.folder / "progress").unlink(missing_ok=True)
+        write_text(self.run.folder / "run.json", json.dumps(content, indent=2) + "\n")
+
+
+def train(runs: Sequence[Run], jobs: int, folder: Path, facts: Mapping[str, str]) -> dict[Run, str]:
+    """Train the runs that are not finished; an interrupted one continues from its last checkpoint.
+
+    Args:
+        runs: All runs of the comparison.
+        jobs: Number of runs trained at once. Several runs divide the GPUs and, unless ``OMP_NUM_THREADS`` is set, the
+            CPU cores among them.
+        folder: Folder of the comparison. It is locked during the training.
+        facts: Facts of the comparison, such as its command, to write to the ``run.json`` of each run.
+
+    Returns:
+        The failed runs, each with the last line of its output.
+
+    Raises:
+        InputError: If another process trains in the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            return {run: _last_line(run) for run in _train(runs, jobs, facts)}
+    except Timeout as error:
+        raise InputError(f"another comparison is at work in {folder}: wait for it, or choose a --folder.") from error
+    except FileExistsError as error:
+        raise InputError(f"--folder takes a folder, and {folder} is a file.") from error
+
+
+def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run]:
+    """Train the runs that are not finished and return the failed ones."""
+    waiting = deque(run for run in runs if not run.finished)
+    num_done = len(runs) - len(waiting)
+    free_slots = list(range(min(jobs, len(runs))))
+    running: list[_Job] = []
+    failed: list[Run] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, speed_estimate_period=3600) as progress:
+        if num_done:
+            progress.print(f"{num_done} of {len(runs)} runs are finished already.")
+        all_runs = progress.add_task("all", total=len(runs), completed=num_done, unit="runs")
+        try:
+            while waiting or running:
+                while waiting and free_slots:
+                    running.append(_start(waiting.popleft(), free_slots.pop(0), jobs, progress))
+                time.sleep(0.2)
+                for job in list(running):
+                    job.poll()
+                    total_steps = job.total_steps if math.isfinite(job.total_steps) else None
+                    progress.update(job.task, completed=job.steps, total=total_steps)
+                    if job.process.poll() is None:
+                        continue
+                    running.remove(job)
+                    free_slots.append(job.slot)
+                    progress.remove_task(job.task)
+                    num_done += 1
+                    # a run that ended on SIGTERM may have exit code 0, but it has no results
+                    if job.process.returncode == 0 and read_json(job.run.folder / "results.json") is not None:
+                        job.finish(facts)
+                        outcome = _accuracy(job.run)
+                    else:
+                        failed.append(job.run)
+                        outcome = "failed"
+                    seconds = progress.tasks[0].time_remaining
+                    remaining = f", {timedelta(seconds=round(seconds))} left" if seconds else ""
+                    progress.print(f"{job.run.folder.name}: {outcome} ({num_done} of {len(runs)} runs{remaining})")
+                progress.update(all_runs, completed=num_done + sum(job.fraction for job in running))
+        finally:
+            for job in running:
+                job.process.terminate()
+            for job in running:
+                try:
+                    job.process.wait(_TERMINATION_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    os.killpg(job.process.pid, signal.SIGKILL)  # with its processes for other devices
+    return failed
+
+
+def _start(run: Run, slot: int, jobs: int, progress: Progress) -> _Job:
+    """Start the process of a run."""
+    resumed = (run.folder / "checkpoints" / "last.ckpt").is_file()
+    if not resumed:
+        shutil.rmtree(run.folder, ignore_errors=True)  # without a checkpoint it starts from the beginning
+    run.write_config()  # also over one that an interrupted call left incomplete
+    (run.folder / "results.json").unlink(missing_ok=True)
+    environment = _environment(slot, jobs)
+    with (run.folder / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lsoftmax_lightning.compare.worker", str(run.folder), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    task = progress.add_task(run.folder.name, total=None, unit="steps")
+    threads = int(environment.get("OMP_NUM_THREADS", torch.get_num_threads()))
+    return _Job(run, slot, threads, process, task, resumed)
+
+
+def _environment(slot: int, jobs: int) -> dict[str, str]:
+    """Return the environment variables of a run: with several jobs, each has its own GPUs and cores."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for what the settings import
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[slot::jobs]) or devices[slot % len(devices)]
+    return environment
+
+
+def _accuracy(run: Run) -> str:
+    accuracy = (read_json(run.folder / "results.json") or {}).get("test/acc")
+    return "finished" if accuracy is None else f"test accuracy {accuracy:.2%}"
+
+
+def _last_line(run: Run) -> str:
+    lines = (run.folder / "log.txt").read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")

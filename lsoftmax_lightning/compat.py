@@ -1,0 +1,194 @@
+"""Private parts of Lightning, jsonargparse and torch that this package needs, and texts of their errors and warnings.
+
+Other modules use the public names below. ``tests/test_compat.py`` fails if a library changes what is relied on here. A
+version in a docstring is one in which it was seen.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from abc import ABC, abstractmethod
+from functools import partial
+from pickle import UnpicklingError
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import override
+
+LEAF_SPEC_WARNING = ".*treespec, LeafSpec"
+"""Regex of a deprecation warning of torch 2.14 about Lightning 2.6.6 itself, which a user cannot fix."""
+
+USED_FOLDER_WARNING = "Checkpoint directory"
+"""Regex of the warning of Lightning 2.6.6 that a folder of checkpoints is not empty."""
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI with public methods in place of the private ones that are overridden or called (Lightning 2.6.6).
+
+    Models and data take any class. Their optimizers and schedulers copy and pickle: those of jsonargparse hold the
+    parser. The settings in the checkpoint of ``--ckpt_path`` do not replace those of the user.
+    """
+
+    def add_command_arguments(self, parser: LightningArgumentParser, command: str) -> None:
+        """Add arguments of a single command to its parser."""
+
+    def run_command(self) -> None:
+        """Run the command, with the hooks before and after it."""
+        super()._run_subcommand(str(self.subcommand))
+
+    @property
+    def command_parser(self) -> LightningArgumentParser:
+        """Parser of the command."""
+        return self._parser(self.subcommand)
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self.add_command_arguments(parser, subcommand)
+        return parser
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.run_command()
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+    @override
+    def _add_instantiators(self) -> None:
+        for key, kind in (("model", LightningModule), ("data", LightningDataModule)):
+            self.parser.add_instantiator(_PlainInstantiator(cli=self, key=key), kind, subclasses=True)
+
+
+class _PlainInstantiator(_InstantiatorFn):
+    def __call__(self, class_type: Any, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
+        kwargs = {name: plain_partial(value) for name, value in kwargs.items()}
+        return super().__call__(class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
+
+
+def plain_partial(value: Any) -> Any:
+    """Return the partial of a class in place of that of jsonargparse, whose last argument is the class.
+
+    jsonargparse 4.40 and 4.53 create an optimizer or scheduler by a function of its parser.
+    """
+    if not isinstance(value, partial) or not str(value.func.__module__).startswith("jsonargparse"):
+        return value
+    return partial(value.args[-1], **{name: plain_partial(setting) for name, setting in value.keywords.items()})
+
+
+def trains_in_other_processes(trainer: Trainer) -> bool:
+    """Return whether the ranks are forked or spawned processes, which end with the training (Lightning 2.6.6)."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def kill_launched_ranks(trainer: Trainer, seconds: float) -> None:
+    """Kill the ranks that this process launched by commands, if it launched any (Lightning 2.6.6).
+
+    Args:
+        trainer: The Trainer.
+        seconds: Time for the ranks to end by themselves.
+    """
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
+            time.sleep(0.1)
+        launcher.kill(signal.SIGKILL)
+
+
+class CheckpointHooks(ModelCheckpoint, ABC):
+    """ModelCheckpoint with public methods in place of the private ones that are overridden or called (Lightning 2.6.6).
+
+    It is abstract, so that jsonargparse does not offer it to users.
+    """
+
+    @abstractmethod
+    def after_write(self, trainer: Trainer, filepath: str) -> None:
+        """Do something after a checkpoint was written. It is called on all ranks.
+
+        Args:
+            trainer: The Trainer.
+            filepath: Path or URL of the checkpoint.
+        """
+
+    def write_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Write a checkpoint. Call it on all ranks."""
+        self._save_checkpoint(trainer, filepath)
+
+    def is_written(self, trainer: Trainer) -> bool:
+        """Return whether the last checkpoint is that of the current step."""
+        return self._last_global_step_saved == trainer.global_step
+
+    def skips_writing(self, trainer: Trainer) -> bool:
+        """Return whether no checkpoint is due: it is written already, or the Trainer does not train."""
+        return self._should_skip_saving_checkpoint(trainer)
+
+    @override
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self.after_write(trainer, filepath)
+
+
+class ClosedFormLR(LRScheduler, ABC):
+    """A learning rate scheduler with public names for two private parts of LRScheduler (torch 2.6 and 2.14).
+
+    It is abstract, so that jsonargparse does not offer it to users.
+    """
+
+    @abstractmethod
+    def get_closed_form_lr(self) -> list[Any]:
+        """Compute the learning rate of each parameter group from its initial value.
+
+        ``step(epoch)`` uses it, which SequentialLR calls where a scheduler begins.
+        """
+
+    def set_last_lr(self, learning_rates: list[Any]) -> None:
+        """Set what ``get_last_lr`` returns."""
+        self._last_lr = learning_rates
+
+    def _get_closed_form_lr(self) -> list[Any]:
+        return self.get_closed_form_lr()
+
+
+def hides_constructor_error(error: BaseException) -> bool:
+    """Return whether jsonargparse raised this error in place of a constructor's, which is in the text of an outer one.
+
+    For an optional class jsonargparse 4.40 chains the error of ``None``; 4.53 chains that of the constructor.
+    """
+    return str(error).startswith("Expected a <class 'NoneType'>")
+
+
+def refused_code(error: UnpicklingError) -> str | None:
+    """Return the name of the code that ``torch.load(weights_only=True)`` refused to run (torch 2.14)."""
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    return match and match[1]
+
+
+def worker_message(error: Exception) -> str:
+    """Return the message of an error of a DataLoader's worker, which comes with its traceback (torch 2.14).
+
+    An error of this process keeps its message.
+    """
+    return str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+
+
+def spawned_rank_message(error: ProcessRaisedException, kinds: str) -> str | None:
+    """Return the message of the error of a spawned rank, which comes as the text of its traceback (torch 2.14).
+
+    Args:
+        error: The error in this process.
+        kinds: Regex of full names of classes.
+
+    Returns:
+        The message; None for an error of another class.
+    """
+    match = re.search(rf"^(?:{kinds}): (.+)", str(error), re.MULTILINE | re.DOTALL)
+    return match and match[1].strip()

@@ -1,0 +1,206 @@
+"""The folder of a run: the checkpoint to resume from, the lock, and the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from .atomic import write_text
+from .checkpoints import indexed
+from .config_files import flat, read_yaml
+from .errors import InputError
+from .settings import is_kind
+
+_LOCK_SECONDS = 10  # workers of a killed run hold its lock for some seconds
+
+
+class RunFolders:
+    """The folders of a TensorBoardLogger, in which ``--ckpt_path last`` and ``best`` find a checkpoint of ``fit``.
+
+    Args:
+        loggers: Settings of the loggers of a command.
+        word: ``last`` or ``best``.
+        best_folder: Folder of the best checkpoint, if the command has one; by default that of the run's config.
+
+    Attributes:
+        index: Index of the TensorBoardLogger among the loggers.
+        logger: Its settings.
+
+    Raises:
+        InputError: If there is no TensorBoardLogger, or its folders are remote.
+    """
+
+    def __init__(self, loggers: list[Any], word: str, best_folder: str | None) -> None:
+        index = next((n for n, logger in enumerate(loggers) if is_kind(logger, TensorBoardLogger)), None)
+        if index is None:
+            raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
+        self.index = index
+        self.logger = loggers[index].init_args
+        if "://" in self.logger.save_dir:
+            raise InputError(
+                f"--ckpt_path {word} looks in local folders, got {self.logger.save_dir}; give a URL of a file."
+            )
+        self._word = word
+        self._best_folder = best_folder
+
+    def find(self, settings: Mapping[str, Any] | None = None) -> Path:
+        """Return the folder of the last run that has a checkpoint; it may be missing.
+
+        Without a version in the settings of the logger, the runs of its name are compared.
+
+        Args:
+            settings: Settings of a command that resumes the run, by their names. A run that ended before its first
+                checkpoint is then found, too, if it has the same settings.
+        """
+        runs = Path(self.logger.save_dir, self.logger.name or "")
+        version = self.logger.version
+        if version is not None:
+            return runs / (version if isinstance(version, str) else f"version_{version}")
+        started = {}
+        for folder in runs.glob("*/"):
+            config = self.config(folder)  # test and predict write none
+            if config.is_file():
+                started[folder] = (config.stat().st_mtime, str(_version(folder)).rjust(9))
+        latest = sorted(started, key=lambda folder: started[folder], reverse=True)
+        for folder in latest:
+            if self.checkpoint(folder).is_file():
+                return folder
+            if settings is not None and not _changed_settings(self.config(folder), settings):
+                return folder
+        return latest[0] if latest else runs / "version_0"
+
+    def config(self, folder: Path) -> Path:
+        """Return the path of the config of a run."""
+        return Path(folder, self.logger.sub_dir or "", "config.yaml")
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Return the path of the checkpoint of a run; the file may be missing."""
+        config = read_yaml(self.config(folder)) or {}
+        best_folder = self._best_folder or flat(config).get("checkpoint.dirpath")
+        return indexed(best_folder if self._word == "best" and best_folder else folder / "checkpoints", self._word)
+
+    def resumed_logger(self, folder: Path, global_step: int) -> dict[str, Any]:
+        """Return the settings of a logger that continues a run.
+
+        Args:
+            folder: Folder of the run.
+            global_step: Step of the checkpoint. What was logged after it is replaced.
+        """
+        version = _version(folder) if self.logger.version is None else self.logger.version
+        settings: dict[str, Any] = self.logger.as_dict()
+        return settings | {"version": version, "purge_step": global_step + 1}
+
+
+def _version(folder: Path) -> int | str:
+    """Return the version of a run as loggers take it."""
+    number = folder.name.removeprefix("version_")
+    return int(number) if number != folder.name and number.isdecimal() else folder.name
+
+
+def _changed_settings(config: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]] | None:
+    """Return the settings that differ from those of a run's config, before and now; None if it is damaged."""
+    content = read_yaml(config)
+    if content is None or "ckpt_path" not in content:  # killed runs of earlier releases left a part of it
+        return None
+    before = flat(content)
+    pairs = {name: (before.get(name), settings.get(name)) for name in sorted({**before, **settings})}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name != "ckpt_path"}
+
+
+def report_changed_settings(config: Path, settings: Mapping[str, Any]) -> None:
+    """Log the settings that differ from those of the run to resume.
+
+    Args:
+        config: Path of the run's config.
+        settings: Settings of this command, by their names.
+
+    Raises:
+        InputError: If the run cannot be resumed with them.
+    """
+    changed = _changed_settings(config, settings)
+    if changed is None:
+        rank_zero_warn(f"{config} is not complete: changed settings are not reported.")
+        return
+    for part in ("model.optimizer", "model.lr_scheduler"):
+        kind, other = changed.get(f"{part}.class_path", (None, None))
+        if kind != other:
+            raise InputError(
+                f"the run in {config.parent} has {kind} for its {part} and cannot go on with {other}. Set it back, "
+                "or begin anew without --ckpt_path."
+            )
+    lines = "".join(f"\n  {name} {before} -> {now}" for name, (before, now) in changed.items())
+    rank_zero_info(f"Continuing {config.parent}" + (f", with other settings:{lines}" if changed else ""))
+    kept = ("model.optimizer.", "model.lr_scheduler.")
+    if any(name.startswith(kept) for name in changed.keys() - {"model.lr_scheduler.monitor"}):
+        rank_zero_warn("Settings of optimizer and lr_scheduler are those of the checkpoint: others have no effect.")
+
+
+@contextmanager
+def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_folder: str | None) -> Iterator[None]:
+    """Lock the folder of a run during the block, and remove what a killed run left in it.
+
+    Args:
+        log_dir: Folder of the event files.
+        sub_dir: Its path within the folder of the run, if it is another.
+        ckpt_path: Checkpoint to resume from, if any.
+        best_folder: Folder of the best checkpoint, if it is not within that of the run.
+
+    Raises:
+        InputError: If a folder holds another run, or another process trains in it.
+    """
+    folder = Path(log_dir.removesuffix(sub_dir or ""))
+    resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
+    used = [*folder.glob("checkpoints/*.ckpt"), *Path(log_dir).glob("results.json")]
+    if not ckpt_path and best_folder:
+        used += Path(best_folder).glob("*.ckpt")
+    if used and not resumes:
+        raise InputError(
+            f"{used[0].parent} holds another run; continue that with --ckpt_path last, or choose another "
+            "trainer.logger.version and checkpoint.dirpath."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=_LOCK_SECONDS)
+    except Timeout as error:
+        raise InputError(f"another run is at work in {folder}; wait for it, or choose another version.") from error
+    with lock:
+        _remove_parts(folder)
+        Path(log_dir, "hparams.yaml").unlink(missing_ok=True)  # it may be incomplete, and is written again
+        yield
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the incomplete files that killed runs left in a folder, unless a run is at work in it."""
+    if folder.is_dir():
+        with suppress(Timeout), FileLock(folder / ".lock", timeout=0):
+            _remove_parts(folder)
+
+
+def _remove_parts(folder: Path) -> None:
+    for part in folder.rglob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
+def write_results(trainer: Trainer, chosen_by: Mapping[str, Any]) -> None:
+    """Write the metrics of a test to ``results.json`` in the folder of the run. Call it on all ranks.
+
+    Args:
+        trainer: The Trainer after its test.
+        chosen_by: The validation metric that chose the tested checkpoint, by its name.
+    """
+    if trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
+        return
+    folder = Path(str(trainer.log_dir))  # a collective: every rank must read it
+    folder.mkdir(parents=True, exist_ok=True)
+    if trainer.is_global_zero:
+        results = {name: float(value) for name, value in {**trainer.callback_metrics, **chosen_by}.items()}
+        write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        rank_zero_info(f"Everything of this run is in {folder}")

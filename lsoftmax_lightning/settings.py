@@ -1,0 +1,95 @@
+"""Parsed settings of a command: what is checked and completed before anything is made of them."""
+
+from __future__ import annotations
+
+import os
+from pkgutil import resolve_name
+from typing import Any
+
+from jsonargparse import Namespace
+
+from .datamodules.files import FileDataModule
+from .errors import InputError
+
+_WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
+    "purge_step": (int | None, "a step below 2^63, or null"),
+    "max_queue": (int, "an integer"),
+    "flush_secs": (int | float, "a number of seconds"),
+    "filename_suffix": (str, "a text"),
+}
+_MODES = {"loss": "min", "eer": "min", "angle": "min", "acc": "max", "auc": "max"}  # by the ends of metric names
+
+
+def as_list(loggers: Any) -> list[Any]:
+    """Return the loggers of a Trainer, or their settings, as a list."""
+    return loggers if isinstance(loggers, list) else [loggers]
+
+
+def apply_root(trainer: Any) -> None:
+    """Put the folders of loggers below ``default_root_dir``, as Lightning does for its default logger.
+
+    Args:
+        trainer: Settings of the Trainer, which are changed in place.
+    """
+    root = trainer.default_root_dir
+    if root is None or "://" in root:
+        return
+    trainer.default_root_dir = os.path.abspath(root)  # so that the saved config means the same folder
+    for logger in as_list(trainer.logger):
+        settings: Any = getattr(logger, "init_args", None) or {}
+        if settings.get("save_dir") and "://" not in settings.save_dir:
+            settings.save_dir = os.path.join(trainer.default_root_dir, settings.save_dir)
+
+
+def check_writer(loggers: Any) -> None:
+    """Check the settings that TensorBoardLogger passes on unchecked, and that fail in training, in a thread of it.
+
+    Args:
+        loggers: Settings of the loggers.
+
+    Raises:
+        InputError: If a setting is of another type.
+    """
+    for logger in as_list(loggers):
+        settings = getattr(logger, "init_args", None) or {}
+        for name, (kind, expected) in _WRITER_SETTINGS.items():
+            value = settings.get(name, "" if kind is str else 0)
+            huge = isinstance(value, int) and not -(2**63) <= value < 2**63
+            if isinstance(value, bool) or not isinstance(value, kind) or huge:
+                raise InputError(f"trainer.logger.{name} must be {expected}, got {value!r}.")
+
+
+def checkpoint_mode(monitor: str | None, mode: str) -> str:
+    """Return ``min`` or ``max`` for the metric of the best checkpoint.
+
+    Args:
+        monitor: The metric, or None.
+        mode: ``min``, ``max`` or ``auto``.
+
+    Raises:
+        InputError: If the mode would keep the worst checkpoint, or is ``auto`` for an unknown metric.
+    """
+    known = next((better for end, better in _MODES.items() if (monitor or "").endswith(end)), None)
+    if monitor is None or mode not in ("auto", "min", "max"):
+        return "min" if mode == "auto" else mode
+    if mode == "auto" and known is None:
+        raise InputError(f"checkpoint.mode: is not known for {monitor}; set min if lower values are better, or max.")
+    if known not in (None, mode) and mode != "auto":
+        raise InputError(f"checkpoint.mode: the best {monitor} is its {known}imum, got {mode}; leave the mode out.")
+    return known or mode
+
+
+def is_kind(settings: Any, kind: type) -> bool:
+    """Return whether settings are those of a class of a kind; a ``class_path`` may also be that of a function."""
+    given = resolve_name(settings.class_path) if isinstance(settings, Namespace) and "class_path" in settings else None
+    return isinstance(given, type) and issubclass(given, kind)
+
+
+def is_ours(kind: type) -> bool:
+    """Return whether a class is one of this package, not one derived from it."""
+    return kind.__module__.startswith(f"{__package__}.")
+
+
+def reads_files(data: Any) -> bool:
+    """Return whether settings are those of a datamodule of this package that looks for image files when it is made."""
+    return is_kind(data, FileDataModule) and is_ours(resolve_name(data.class_path))
