@@ -79,7 +79,7 @@ def step_seconds(backbone: str, images: Tensor, targets: Tensor) -> float:
 
     def step() -> None:
         optimizer.zero_grad()
-        features = model.embed(images)
+        features = model.forward_features(images)
         model.criterion(model.head(features, targets), targets).backward()
         optimizer.step()
 

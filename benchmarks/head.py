@@ -109,7 +109,7 @@ def training_step(m: int, images: Tensor, target: Tensor) -> Callable[[], None]:
 
     def run() -> None:
         optimizer.zero_grad()
-        loss, logits = model.margin_loss(model.embed(images), target)
+        loss, logits = model.margin_loss(model.forward_features(images), target)
         model.train_metrics.update(logits, target)
         loss.backward()
         optimizer.step()

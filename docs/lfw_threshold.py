@@ -25,7 +25,7 @@ def main(root: str, *checkpoints: str) -> None:
             model = VerificationModule.load_from_checkpoint(path, map_location="cpu").eval()
             metric = PairVerification(pairs)
             for image_ids in faces.targets.split(256):
-                metric.update(model.represent(data.normalize(faces.images[image_ids])), image_ids)
+                metric.update(model.embed(data.normalize(faces.images[image_ids])), image_ids)
             print(f"{path}: {metric.compute()['acc']:.2%} with the threshold of folds {folds[0]} to {folds[-1]}")
 
 

@@ -48,7 +48,7 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embedding and logits."""
-        embedding = self.model.represent((images.float() / self.scale - self.mean) / self.std)
+        embedding = self.model.embed((images.float() / self.scale - self.mean) / self.std)
         return embedding, self.model.head(embedding)
 
 
@@ -109,7 +109,7 @@ def export(
             )
         model.check_data(datamodule)
     with torch.inference_mode():
-        embedding = model.represent(normalized)
+        embedding = model.embed(normalized)
         expected = embedding, model.head(embedding)
     if pixels == "float":
         images = images / 255

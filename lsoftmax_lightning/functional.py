@@ -1,6 +1,6 @@
 r"""The mathematics of Large-Margin Softmax on tensors: no modules, no state.
 
-For a sample with feature :math:`x` and class :math:`y`, only the logit of its own class changes:
+For a sample with feature :math:`x` and class :math:`y`, only the target logit changes:
 
 .. math::
     z_y = w_y^\top x, \quad n = \|w_y\|\,\|x\|, \quad c = \cos\theta_y = z_y / n
@@ -45,10 +45,10 @@ def check_margin(margin: int) -> int:
 
 
 def cos_multiple(cosine: Tensor, m: int) -> Tensor:
-    """Cosine of the m-fold angle from that of the angle, by the Chebyshev polynomial T_m.
+    """Return cos(m theta) from cos(theta), by the Chebyshev polynomial T_m.
 
-    A polynomial has the true, finite derivative everywhere (m^2 at theta = 0), where ``acos`` gives NaN. It is not
-    clamped: outside [-1, 1] by a rounding error it extrapolates, while a clamp would kill the gradient.
+    The polynomial has a finite derivative everywhere, m^2 at theta = 0, where ``acos`` gives NaN. The cosine is not
+    clamped: the polynomial extrapolates beyond [-1, 1] after a rounding error, while a clamp would have no gradient.
 
     Args:
         cosine: cos(theta), any shape.
@@ -92,19 +92,19 @@ def psi(cosine: Tensor, margin: int) -> Tensor:
 def margin_target_logit(
     target_logit: Tensor, feature_norm: Tensor, weight_norm: Tensor, margin: int, lambda_: float | Tensor
 ) -> Tensor:
-    """The logit of a sample's own class under the margin, annealed by lambda (section 4).
+    """The target logit with the margin, annealed by lambda (section 4).
 
-    Row by row and free of any N x C tensor, so that a head sharded over processes can call it on its own rows.
+    It needs no N x C tensor, so that each rank of a sharded head can compute it for its own classes.
 
     Args:
-        target_logit: z_y, [N], float32 or float64.
-        feature_norm: ``|x|``, [N].
-        weight_norm: ``|w_y|``, [N].
+        target_logit: z_y, (N,), float32 or float64.
+        feature_norm: ``|x|``, (N,).
+        weight_norm: ``|w_y|``, (N,).
         margin: m, an integer >= 1.
         lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax); a number or a 0-d tensor.
 
     Returns:
-        f_y, [N].
+        f_y, (N,).
     """
     norm = feature_norm * weight_norm
     # Far below any norm met in training, far above the square root of underflow, where the norm itself is wrong.
@@ -140,14 +140,14 @@ def target_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_target(target: Tensor, size: int) -> Tensor:
-    """Returns ``target`` as int64.
+    """Check the type and shape of ``target``, and return it as int64.
 
     Args:
-        target: Class of each sample, [N], an integer type.
+        target: Class of each sample, (N,), an integer type.
         size: N.
 
     Raises:
-        InputError: If ``target`` is not [N] of an integer type.
+        InputError: If ``target`` is not (N,) of an integer type.
     """
     if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise InputError(f"target must hold class numbers of an integer type, got {target.dtype}; call target.long().")
@@ -162,7 +162,7 @@ def is_in_range(target: Tensor, num_classes: int) -> Tensor:
 
 
 def out_of_range(target: Tensor, num_classes: int) -> InputError:
-    """The error for a target that holds a class outside 0 .. C-1."""
+    """Return the error for a target with a class outside 0 .. C-1."""
     return InputError(
         f"target must hold classes 0 to {num_classes - 1}, got {int(target.min())} to {int(target.max())}; "
         "check num_classes and the labels."
@@ -170,23 +170,23 @@ def out_of_range(target: Tensor, num_classes: int) -> InputError:
 
 
 def promote(*tensors: Tensor) -> list[Tensor]:
-    """Converts tensors to float32, or to float64 if one of them is float64."""
+    """Convert tensors to float32, or to float64 if one of them is float64."""
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    # Exported graphs show every call of Tensor.to, also one that does nothing.
+    # An exported graph contains every call of Tensor.to, even one that does nothing.
     return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
 
 
 def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
-    """Disables autocast on the type of ``device``; a null context, which exported graphs do not show, if it is off."""
-    kind = device.type
-    enabled = _autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
+    """Disable autocast for the type of ``device``; a null context, absent from exported graphs, if it is off."""
+    device_type = device.type
+    enabled = _autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _autocast_available(kind: str) -> bool:
-    """Return whether a type of device has autocast; some releases of ``torch.compile`` cannot trace the question."""
-    return torch.amp.is_autocast_available(kind)
+def _autocast_available(device_type: str) -> bool:
+    """Return whether a type of device has autocast; some releases of ``torch.compile`` cannot trace the call."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def plain_logits(features: Tensor, weight: Tensor) -> Tensor:
@@ -208,22 +208,22 @@ def plain_logits(features: Tensor, weight: Tensor) -> Tensor:
 def margin_logits(
     logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, margin: int, lambda_: float | Tensor = 0.0
 ) -> Tensor:
-    """Logits with the margin on each sample's own class: feed them to any cross-entropy.
+    """Logits with the margin on each sample's target class, for any cross-entropy.
 
     With a margin above 1 the result is computed in float32, or in float64 if an input is float64. The margin amplifies
-    the rounding of the target logit by up to m^2. Logits of a lower precision than that therefore only supply the other
-    classes, and the target logit is computed anew from ``features`` and ``weight``.
+    the rounding of the target logit by up to m^2, so that with logits of a lower precision the target logit is computed
+    again from ``features`` and ``weight``.
 
     Args:
-        logits: Plain logits ``features @ weight.T``, [N, C].
-        features: x, [N, D].
-        weight: W, [C, D].
-        target: Class of each sample, [N], an integer type.
+        logits: Plain logits ``features @ weight.T``, (N, C).
+        features: x, (N, D).
+        weight: W, (C, D).
+        target: Class of each sample, (N,), an integer type.
         margin: m, an integer >= 1. With 1 the logits come back untouched.
         lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax); a number or a 0-d tensor.
 
     Returns:
-        Logits, [N, C]; float32 for half-precision input when ``margin`` > 1.
+        Logits, (N, C); float32 for half-precision input when ``margin`` > 1.
 
     Raises:
         InputError: If ``margin`` is not an integer >= 1, or as :func:`target_logits`.

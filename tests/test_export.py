@@ -58,7 +58,7 @@ def test_for_batches_of_any_size(format: Format, pixels: Pixels) -> None:
         given = images[:size] if pixels == "uint8" else images[:size] / 255
         metadata, (embedding, logits) = run(path, given)
         with torch.no_grad():
-            features = model.embed(data.normalize(images[:size]))
+            features = model.forward_features(data.normalize(images[:size]))
             torch.testing.assert_close(embedding, features, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(logits, model.head(features), rtol=1e-4, atol=1e-4)
     assert json.loads(metadata["class_names"]) == ["nw", "ne", "sw", "se"]
@@ -123,7 +123,7 @@ def test_mirrored_faces() -> None:
     export(model, data, "faces.pt2", "torch_export")
     images = data.test_data.images
     with torch.no_grad():
-        expected = model.represent(data.normalize(images))
+        expected = model.embed(data.normalize(images))
     torch.testing.assert_close(run("faces.pt2", images)[1][0], expected, rtol=1e-4, atol=1e-4)
 
 

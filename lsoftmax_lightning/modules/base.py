@@ -1,4 +1,4 @@
-"""What every module of ours shares: parts, loss, training step, optimiser, annealing."""
+"""Base of the modules: backbone and head, loss, training step, optimiser, annealing."""
 
 from __future__ import annotations
 
@@ -42,41 +42,41 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotun
 
 
 class LSoftmaxModule(LightningModule):
-    """A backbone under an L-Softmax head, and its training.
+    """A backbone with an L-Softmax head, and its training.
 
     ``__init__`` calls :meth:`configure_model_parts`, :meth:`configure_losses` and :meth:`configure_metrics`, in this
-    order: override one of them, :meth:`embed` or :meth:`configure_optimizers` to change one thing; a step need never
-    be rewritten. They find ``num_classes``, ``margin``, ``image_shape``, ``backbone_args`` and ``label_smoothing`` as
-    attributes. What ``__init__`` was given is in ``self.hparams``, but for objects, which a checkpoint cannot keep
-    safely: arguments that a subclass adds should be numbers, strings, or lists and dicts of these. On the command line
-    ``self.hparams`` has the arguments of the subclass alone, unless it takes ``**kwargs``.
+    order. Override one of them, :meth:`forward_features` or :meth:`configure_optimizers` to change one thing; the steps
+    need not be rewritten. ``num_classes``, ``margin``, ``image_shape``, ``backbone_args`` and ``label_smoothing`` are
+    attributes by then. ``self.hparams`` has the arguments of ``__init__`` except objects, which a checkpoint cannot
+    store safely, so arguments that a subclass adds should be numbers, strings, or lists and dicts of these. On the
+    command line ``self.hparams`` has only the arguments of the subclass, unless it takes ``**kwargs``.
 
-    :meth:`forward` and :meth:`embed` know no margin; only training does. lambda is annealed by
-    :class:`~lsoftmax_lightning.callbacks.LambdaAnnealing`, brought along unless the Trainer has one.
+    :meth:`forward` and :meth:`forward_features` do not apply the margin; only training does.
+    :class:`~lsoftmax_lightning.callbacks.LambdaAnnealing` anneals lambda; a Trainer without it gets it from the module.
 
     Args:
         num_classes: C, at least 2. The command line takes it from the data.
         backbone: Name of a network (see :func:`~lsoftmax_lightning.backbones.list_backbones`), or any module from
-            images to features [N, D] with D as its ``num_features``. A checkpoint keeps a name; a module has to be
-            given again: ``load_from_checkpoint(path, backbone=...)``.
+            images to features (N, D) with D as its ``num_features``. A checkpoint stores a name; a module must be
+            passed again: ``load_from_checkpoint(path, backbone=...)``.
         margin: m, an integer >= 1; 1 is plain softmax.
         image_shape: Channels, height and width of the images, for a backbone by name or with lazy layers. The command
             line takes it from the data.
-        backbone_args: Further arguments of a backbone by name.
+        backbone_args: Further arguments of a backbone given by name.
         lambda_schedule: Schedule of lambda. By default lambda follows the training accuracy, see
             :class:`~lsoftmax_lightning.schedules.AccuracyFeedback`.
-        optimizer: Makes the optimiser from parameter groups; by default the paper's SGD (section 5). Weight decay
-            is kept off biases, normalisation layers and PReLU slopes.
-        lr_scheduler: Makes the learning rate scheduler from the optimiser. The milestones of a
+        optimizer: Function from parameter groups to an optimiser. Default: the paper's SGD (section 5). Biases,
+            normalisation layers and PReLU slopes have no weight decay.
+        lr_scheduler: Function from the optimiser to a learning rate scheduler. The milestones of a
             :class:`~lsoftmax_lightning.lr_schedulers.FractionalMultiStepLR` are fractions of the run.
-        lr_scheduler_interval: Whether the scheduler moves with the optimiser, as in the paper, or by epoch. A
-            ``ReduceLROnPlateau`` of a validation metric moves after each validation epoch.
+        lr_scheduler_interval: Whether the scheduler is stepped after each optimiser step, as in the paper, or after
+            each epoch. A ``ReduceLROnPlateau`` of a validation metric is stepped after each validation epoch.
         label_smoothing: As in :class:`torch.nn.CrossEntropyLoss`.
-        channels_last: Whether images and weights lie in memory pixel by pixel, which some devices prefer.
-        compile: Whether :func:`torch.compile` is applied to the backbone in training: True, or its mode. Evaluation,
-            whose batches differ in size, stays eager. A checkpoint does not keep it.
-        warm_start: File of the weights to begin with, of a network trained with plain softmax: a checkpoint of
-            Lightning, or the state dict of a bare module. See :func:`~lsoftmax_lightning.checkpoints.warm_start`.
+        channels_last: Whether images and weights have the channels-last memory format.
+        compile: Whether to apply :func:`torch.compile` to the backbone in training: True, or its mode. Evaluation, with
+            batches of different sizes, stays eager. A checkpoint does not store it.
+        warm_start: File of initial weights, of a network trained with plain softmax: a Lightning checkpoint, or the
+            state dict of a bare module. See :func:`~lsoftmax_lightning.checkpoints.warm_start`.
 
     Attributes:
         data_spec: Specification of the training data, which ``fit`` takes from the Trainer's datamodule and a
@@ -109,10 +109,10 @@ class LSoftmaxModule(LightningModule):
     ) -> None:
         super().__init__()
         self.data_spec: DataSpec | None = None
-        # nor where a run began, as its checkpoints go on without that file, nor what a machine was good for
-        objects = ["lambda_schedule", "optimizer", "lr_scheduler", "compile", "warm_start"]
-        self.save_hyperparameters(ignore=objects if isinstance(backbone, str) else [*objects, "backbone"])
-        # not read from hparams: under LightningCLI they have the arguments of the subclass alone
+        # A run resumes without the file of warm_start, and compile depends on the machine.
+        ignored = ["lambda_schedule", "optimizer", "lr_scheduler", "compile", "warm_start"]
+        self.save_hyperparameters(ignore=ignored if isinstance(backbone, str) else [*ignored, "backbone"])
+        # Not read from hparams: under LightningCLI these have only the arguments of the subclass.
         self.num_classes, self.margin, self.label_smoothing = num_classes, margin, label_smoothing
         self.image_shape, self.backbone_args = image_shape, backbone_args
         self.lr_scheduler_interval = lr_scheduler_interval
@@ -133,10 +133,10 @@ class LSoftmaxModule(LightningModule):
             self.backbone.compile(mode="default" if compile is True else compile)
 
     def configure_model_parts(self, backbone: str | nn.Module) -> None:
-        """Sets ``self.backbone`` and ``self.head``.
+        """Set ``self.backbone`` and ``self.head``.
 
         Args:
-            backbone: As ``__init__`` was given it.
+            backbone: The argument of ``__init__``.
 
         Raises:
             InputError: If the parts do not fit together.
@@ -163,7 +163,7 @@ class LSoftmaxModule(LightningModule):
             return
         try:
             with torch.no_grad(), evaluation_mode(self):
-                self.embed(torch.zeros(1, *self.image_shape))
+                self.forward_features(torch.zeros(1, *self.image_shape))
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"the backbone {type(self.backbone).__name__} does not take images of "
@@ -174,7 +174,7 @@ class LSoftmaxModule(LightningModule):
         return any(is_lazy(value) for value in (*self.parameters(), *self.buffers()))
 
     def configure_losses(self) -> None:
-        """Sets ``self.criterion``, which takes logits [N, C] (margin logits in training) and classes [N].
+        """Set ``self.criterion``, a function of logits (N, C), with the margin in training, and classes (N,).
 
         Its tensors, such as the ``weight`` of :class:`torch.nn.CrossEntropyLoss`, stay in float32 with ``bf16-true``
         and ``16-true``, as the logits do.
@@ -201,48 +201,48 @@ class LSoftmaxModule(LightningModule):
         return [*criterion.parameters(), *criterion.buffers()] if isinstance(criterion, nn.Module) else []
 
     def configure_metrics(self) -> None:
-        """Sets ``self.train_metrics``, which reads what :meth:`margin_loss` gives, and classes [N]."""
+        """Set ``self.train_metrics``, metrics of the second result of :meth:`margin_loss` and classes (N,)."""
         self.train_metrics = MetricCollection(
             # the head checks the classes, and this check would wait for the device
             {"acc": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)},
             prefix="train/",
         )
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Features [N, D] of images [N, channels, height, width]."""
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Features (N, D) of images (N, channels, height, width)."""
         if self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.training or not self._compiled:
             features: Tensor = self.backbone(x)
-        else:  # or it would be compiled again, for this mode and for each size of a batch
+        else:  # eager, or it would be compiled again for this mode and for each batch size
             with torch.compiler.set_stance("force_eager"):
                 features = self.backbone(x)
         return features
 
-    def represent(self, images: Tensor) -> Tensor:
-        """Embeddings [N, D] to compare, predict and export with, of images [N, channels, height, width]."""
-        return self.embed(images)
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings (N, D) for verification, prediction and export; the features unless overridden."""
+        return self.forward_features(images)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Plain logits [N, C] of images [N, channels, height, width]."""
-        logits: Tensor = self.head(self.embed(x))
+        """Plain logits (N, C) of images (N, channels, height, width)."""
+        logits: Tensor = self.head(self.forward_features(x))
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of the margin logits; metrics of the plain ones."""
+        """Return the loss of the margin logits; update the metrics of the plain ones."""
         x, target = batch
-        loss, guess = self.margin_loss(self.embed(x), target)
+        loss, plain = self.margin_loss(self.forward_features(x), target)
         self.log("train/loss", loss)
         if not any(metric.update_called for metric in self.train_metrics.values(copy_state=False)):
-            # once an epoch, at the end of which Lightning reads and resets them: each call costs half a millisecond
+            # Once an epoch: Lightning computes and resets them at its end, and a call costs half a millisecond.
             self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
-        self.train_metrics.update(guess, target)
+        self.train_metrics.update(plain, target)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Shows the loss on the progress bar, every ``log_every_n_steps`` steps and at the end of an epoch.
+        """Show the loss on the progress bar, every ``log_every_n_steps`` steps and at the end of an epoch.
 
-        By ``prog_bar=True`` it would be read, and the device waited for, at every step.
+        With ``prog_bar=True`` the host would wait for the device at every step.
         """
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.trainer.is_last_batch or (every and self.trainer.global_step % every == 0):
@@ -251,7 +251,7 @@ class LSoftmaxModule(LightningModule):
                 self.trainer.progress_bar_metrics["train/loss"] = float(metrics["train/loss"])
 
     def margin_loss(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of the margin logits, and what ``train_metrics`` reads of the plain ones.
+        """Compute the loss of the margin logits, and the input of ``train_metrics``.
 
         Args:
             features: x, (N, D).
@@ -268,15 +268,15 @@ class LSoftmaxModule(LightningModule):
         return self.criterion(logits, target.long()), plain
 
     def compared_data(self, training: bool) -> DataSpec:
-        """Return what data must be like to resume the training, or to evaluate the network."""
+        """Return the specification of data to resume the training on (``training``), or to evaluate the network on."""
         return self.data_spec or DataSpec()
 
     def check_data(self, datamodule: Any, training: bool = False) -> None:
-        """Check that data are like those that the network was trained on.
+        """Check that data match those of the training.
 
         Args:
-            datamodule: A datamodule. Without one, or without its attributes, nothing is compared.
-            training: Whether the training is to be resumed on them.
+            datamodule: A datamodule. Attributes that it lacks are not compared; None is not checked.
+            training: Whether the training resumes on them.
 
         Raises:
             InputError: If they differ.
@@ -284,27 +284,27 @@ class LSoftmaxModule(LightningModule):
         self.compared_data(training).check(DataSpec.from_datamodule(datamodule))
 
     def on_fit_start(self) -> None:
-        """Takes the specification of the training data."""
-        self._take_data_spec()
+        """Store the specification of the training data."""
+        self._store_data_spec()
 
-    def _take_data_spec(self) -> None:
-        """Take the specification of the Trainer's data, unless that says nothing."""
+    def _store_data_spec(self) -> None:
+        """Store the specification of the Trainer's data, unless it is empty."""
         spec = DataSpec.from_datamodule(self._trainer and self._trainer.datamodule)  # type: ignore[attr-defined]
         if any(spec):
             self.data_spec = spec
 
     def on_validation_start(self) -> None:
-        """Checks that the data are like those of the training."""
+        """Check that the data match those of the training."""
         if self.trainer.state.fn != "fit":
             self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     on_test_start = on_predict_start = on_validation_start
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimiser over two parameter groups, with and without weight decay, and the scheduler if there is one.
+        """Return the optimiser of two parameter groups, with and without weight decay, and the scheduler if any.
 
         Raises:
-            InputError: If they do not take their settings, or lazy layers have no shapes yet.
+            InputError: If their settings are invalid, or lazy layers have no shapes yet.
         """
         if self._has_lazy_layers():
             raise InputError(
@@ -374,20 +374,20 @@ class LSoftmaxModule(LightningModule):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes the release, the format and the specification of the data."""
-        if self.data_spec is None:  # where the training ran in other processes
-            self._take_data_spec()
+        """Add the release, the format and the specification of the data to the checkpoint."""
+        if self.data_spec is None:  # the training ran in other processes
+            self._store_data_spec()
         stamp(checkpoint, self.data_spec)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of a later release, or of other data than those of the training to resume."""
+        """Reject a checkpoint of a later format, or of other data than those that the training resumes on."""
         check_format(checkpoint)
         self.data_spec = saved_data_spec(checkpoint) or self.data_spec
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.check_data(self.trainer.datamodule, training=True)  # type: ignore[attr-defined]
 
     def configure_callbacks(self) -> list[Callback]:
-        """Annealing of lambda, unless the Trainer has its own."""
+        """Return LambdaAnnealing, unless the Trainer has one."""
         configured = any(isinstance(callback, LambdaAnnealing) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if configured else [LambdaAnnealing()]
 

@@ -48,18 +48,18 @@ class ClassificationModule(LSoftmaxModule):
             raise InputError("these data validate on pairs of images: train a VerificationModule on them.")
 
     def configure_metrics(self) -> None:
-        """Adds ``val_metrics`` and ``test_metrics``, which read plain logits [N, C] and classes [N], and the losses."""
+        """Add ``val_metrics`` and ``test_metrics``, of plain logits (N, C) and classes (N,), and the mean losses."""
         super().configure_metrics()
         self.val_metrics = self.train_metrics.clone(prefix="val/")
         self.test_metrics = self.train_metrics.clone(prefix="test/")
         self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Updates the validation metrics."""
+        """Update the validation metrics."""
         self._evaluate(batch, "val/loss", self.val_loss, self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Updates the test metrics."""
+        """Update the test metrics."""
         self._evaluate(batch, "test/loss", self.test_loss, self.test_metrics)
 
     def _evaluate(
@@ -74,13 +74,13 @@ class ClassificationModule(LSoftmaxModule):
         self.log_dict(metrics, prog_bar=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Predictions for images or (images, classes), N of each.
+        """Return predictions for images or (images, classes), N of each.
 
         Returns:
-            ``prediction``, the class; its ``probability``; ``angle`` of the sample to the weight of this class, in
-            degrees; and ``embedding``, [N, D].
+            ``prediction``, the predicted class; its ``probability``; ``angle`` of the sample to the weight of this
+            class, in degrees; and ``embedding``, (N, D).
         """
-        embedding = self.represent(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        embedding = self.embed(batch[0] if isinstance(batch, (tuple, list)) else batch)
         probability, prediction = self.head(embedding).softmax(dim=1).max(dim=1)
         angle = target_angles(embedding, self.head.full_weight[prediction])
         return {"prediction": prediction, "probability": probability, "angle": angle, "embedding": embedding}
@@ -93,7 +93,7 @@ class ClassificationModule(LSoftmaxModule):
         and after the call. Class names and normalisation are those of ``data_spec``, which a checkpoint holds.
 
         Args:
-            images: Images, uint8, ``(N, channels, height, width)``, of the size that the network was trained on;
+            images: Images, uint8, (N, channels, height, width), of the size of the training images;
                 :func:`~lsoftmax_lightning.datamodules.images.read_image` reads one from a file.
 
         Raises:
@@ -104,7 +104,7 @@ class ClassificationModule(LSoftmaxModule):
             >>> names, probabilities = model.classify(images)  # doctest: +SKIP
         """
         if self.data_spec is None:
-            self._take_data_spec()
+            self._store_data_spec()
         spec = self.data_spec or DataSpec()
         spec.require("class_names", "image_shape", "mean", "std")
         normalized = spec.normalize(images.to(self.head.weight.device)).to(self.head.weight.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..data_spec import DataSpec
 from ..errors import InputError
@@ -14,18 +15,18 @@ from .base import LSoftmaxModule
 
 
 class VerificationModule(LSoftmaxModule):
-    """Trains as a classifier of identities; validates and tests on pairs of images of people it may never have seen.
+    """Face verification: trains as a classifier of identities, validates and tests on pairs of images.
 
-    Validation and test batches are (images, image indices), each image once. The Trainer's datamodule offers the
+    Validation and test batches are (images, image indices), each image once. The Trainer's datamodule has the
     :class:`~lsoftmax_lightning.pairs.Pairs` of these indices as ``val_pairs`` and ``test_pairs``. The metrics of
     :class:`~lsoftmax_lightning.metrics.PairVerification` are logged as ``val/acc``, ``val/auc`` and so on, and
     likewise for test. There is no ``val/loss``, because the people belong to no class.
 
     Args:
         num_classes: Number of identities. The command line takes it from the data.
-        backbone: Name of a network, or any module from images to features [N, D] with D as its ``num_features``.
-        pca_components: Width to which PCA brings the embeddings, if any (the paper's choice, section 5).
-        mirror: Whether the embedding is the mean of those of the image and its mirror image.
+        backbone: Name of a network, or any module from images to features (N, D) with D as its ``num_features``.
+        pca_components: Width of the embeddings after PCA, as in the paper (section 5). Default: no PCA.
+        mirror: Whether to average the embeddings of an image and its mirror image.
         **kwargs: As :class:`LSoftmaxModule`.
 
     Raises:
@@ -46,7 +47,7 @@ class VerificationModule(LSoftmaxModule):
             raise InputError(f"pca_components must be 1 to {self.head.in_features}, got {pca_components}.")
 
     def compared_data(self, training: bool) -> DataSpec:
-        """Leave the classes out of an evaluation, whose people are others."""
+        """Return the specification without classes for an evaluation, which is on other people."""
         spec = super().compared_data(training)
         return spec if training else spec._replace(class_names=())
 
@@ -54,51 +55,51 @@ class VerificationModule(LSoftmaxModule):
         """Return the metric of an evaluation on ``pairs``."""
         return PairVerification(pairs, self.pca_components)
 
-    def represent(self, images: Tensor) -> Tensor:
-        """Embeddings [N, D] that are compared, of images [N, channels, height, width]."""
-        features = self.embed(images)
-        return (features + self.embed(images.flip(3))) / 2 if self.mirror else features
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings (N, D) of images (N, channels, height, width), averaged with the mirror image if ``mirror``."""
+        features = self.forward_features(images)
+        return (features + self.forward_features(images.flip(3))) / 2 if self.mirror else features
 
+    @override
     def on_validation_epoch_start(self) -> None:
-        """Asks the data for the pairs."""
-        self._begin("val")
+        self._create_metric("val")
 
+    @override
     def on_test_epoch_start(self) -> None:
-        """Asks the data for the pairs."""
-        self._begin("test")
+        self._create_metric("test")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Embeds images."""
+        """Store the embeddings of the images in the metric."""
         images, image_ids = batch
-        self.verification.update(self.represent(images), image_ids)
+        self.verification.update(self.embed(images), image_ids)
 
     test_step = validation_step
 
+    @override
     def on_validation_epoch_end(self) -> None:
-        """Compares the pairs."""
-        self._end("val")
+        self._log_metric("val")
 
+    @override
     def on_test_epoch_end(self) -> None:
-        """Compares the pairs."""
-        self._end("test")
+        self._log_metric("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Embeddings, [N, D], for images or (images, image indices)."""
+        """Return the ``embedding`` (N, D) for images or (images, image indices)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return {"embedding": self.represent(images)}
+        return {"embedding": self.embed(images)}
 
-    def _begin(self, stage: str) -> None:
+    def _create_metric(self, stage: str) -> None:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         pairs = pairs_of(datamodule, stage)
         if pairs is None:
             raise InputError(
-                f"VerificationModule needs a datamodule that offers {stage}_pairs, as LFWDataModule does; got "
+                f"VerificationModule needs a datamodule that has {stage}_pairs, as LFWDataModule does; got "
                 f"{type(datamodule).__name__}."
             )
         self.verification = self.configure_verification(pairs).to(self.device)
 
-    def _end(self, stage: str) -> None:
-        if self.trainer.sanity_checking:  # which embeds some images alone
+    def _log_metric(self, stage: str) -> None:
+        if self.trainer.sanity_checking:  # only some images have embeddings
             return
         for name, value in self.verification.compute().items():
             self.log(f"{stage}/{name}", value.float().to(self.device), prog_bar=name == "acc", sync_dist=True)

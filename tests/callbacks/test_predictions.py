@@ -62,7 +62,7 @@ def test_a_row_has_what_the_module_says_of_an_image() -> None:
     data, model = Blobs(), make_model(margin=4).eval()
     data.setup("test")
     with torch.no_grad():
-        features = model.embed(data.normalize(data.test_data.images))
+        features = model.forward_features(data.normalize(data.test_data.images))
         logits = model.head(features)
     rows = read("out/here.csv")
     assert list(rows[0]) == ["index", "prediction", "probability", "angle", "sure"]

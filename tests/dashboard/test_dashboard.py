@@ -99,7 +99,7 @@ def test_the_projector_has_features_names_and_images() -> None:
     kept = [*range(5), *range(20, 25)]  # of two batches of 20 images
     assert metadata[1:] == [[data.class_names[number], str(number)] for number in targets[kept].tolist()]
     with torch.inference_mode():
-        features = model.eval().embed(data.normalize(images[kept]))
+        features = model.eval().forward_features(data.normalize(images[kept]))
     torch.testing.assert_close(torch.tensor([[float(x) for x in row] for row in rows]), features, rtol=1e-3, atol=1e-3)
     sprite = Image.open(paths["image"])
     assert sprite.size == (4 * 8, 4 * 8)  # ten images in a square of four by four
@@ -170,7 +170,7 @@ def test_everything_drawn_can_be_saved() -> None:
     images, target = data.val_data
     with torch.inference_mode():
         logits = model.eval()(data.normalize(images))
-        cosines = torch.cosine_similarity(model.embed(data.normalize(images)), model.head.weight[target])
+        cosines = torch.cosine_similarity(model.forward_features(data.normalize(images)), model.head.weight[target])
     wrong = logits.argmax(1) != target
     counts = [[int(row[name]) for name in data.class_names] for row in table(folder, "val_confusion_000008")]
     assert counts == confusion_matrix(target, logits.argmax(1)).tolist()
@@ -524,7 +524,7 @@ def test_pairs_of_images_have_their_own_plots(tmp_path: Path) -> None:
     metric = PairVerification(data.test_pairs)
     with torch.inference_mode():
         images = data.normalize(data.test_data.images[torch.arange(len(data.test_files.paths))])
-        metric.update(model.eval().embed(images), torch.arange(len(images)))
+        metric.update(model.eval().forward_features(images), torch.arange(len(images)))
     metric.compute()
     assert metric.cosines is not None
     rows = table(folder, "test_roc")

@@ -58,7 +58,7 @@ def test_the_figures_are_those_of_the_images() -> None:
     found = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
     images, target = data.val_data
     with torch.inference_mode():
-        features, weight = model.eval().embed(data.normalize(images)), model.head.weight
+        features, weight = model.eval().forward_features(data.normalize(images)), model.head.weight
         theta = torch.arccos(torch.cosine_similarity(features, weight[target]))
         loss = F.cross_entropy(margin_logits(features @ weight.T, features, weight, target, 3, 2.0), target)
     assert found["val/angle"] == pytest.approx(torch.rad2deg(theta).mean().item(), rel=1e-4)
@@ -76,7 +76,7 @@ def test_a_test_tells_the_angles_too() -> None:
     assert set(results) == {f"test/{name}" for name in FIGURES | SEPARATION | {"loss", "acc"}}
     images, target = data.test_data
     with torch.inference_mode():
-        cosines = torch.cosine_similarity(model.embed(data.normalize(images)), model.head.weight[target])
+        cosines = torch.cosine_similarity(model.forward_features(data.normalize(images)), model.head.weight[target])
     assert results["test/angle"] == pytest.approx(torch.rad2deg(torch.arccos(cosines)).mean().item(), rel=1e-4)
     (validated,) = trainer.validate(model, data, verbose=False)
     assert "val/angle" in validated
@@ -156,7 +156,7 @@ def test_a_module_without_our_head_is_left_alone() -> None:
             del self.head
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.classifier(self.embed(x))
+            return self.classifier(self.forward_features(x))
 
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             return F.cross_entropy(self(batch[0]), batch[1])
@@ -173,7 +173,7 @@ def test_a_subclass_may_ask_the_head_for_margin_logits_alone() -> None:
     class Bare(ClassificationModule):
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             x, target = batch
-            return self.criterion(self.head(self.embed(x), target=target), target)
+            return self.criterion(self.head(self.forward_features(x), target=target), target)
 
     torch.manual_seed(0)
     bare = Bare(4, "digits", margin=2, image_shape=(1, 8, 8))

@@ -46,8 +46,8 @@ def test_forward_and_embed_know_no_margin() -> None:
     models = [make_model(margin=margin).eval() for margin in (1, 4)]
     x = torch.randn(5, 1, 8, 8)
     assert torch.equal(models[0](x), models[1](x))
-    assert models[0].embed(x).shape == (5, models[0].head.in_features)
-    assert torch.equal(models[0](x), F.linear(models[0].embed(x), models[0].head.weight))
+    assert models[0].forward_features(x).shape == (5, models[0].head.in_features)
+    assert torch.equal(models[0](x), F.linear(models[0].forward_features(x), models[0].head.weight))
 
 
 def test_a_module_pickles_copies_and_saves() -> None:

@@ -50,9 +50,9 @@ def test_the_metrics_are_those_of_the_embeddings(settings: dict[str, Any], data:
     metric = PairVerification(data.test_pairs, settings.get("pca_components"))
     with torch.inference_mode():
         images = data.normalize(data.test_data.images[torch.arange(len(data.test_files.paths))])
-        features = model.embed(images)
+        features = model.forward_features(images)
         if settings:
-            features = features + model.embed(images.flip(-1))
+            features = features + model.forward_features(images.flip(-1))
     metric.update(features, torch.arange(len(features)))
     assert results == pytest.approx(
         {f"test/{name}": value.item() for name, value in metric.compute().items()}, abs=1e-5
@@ -63,10 +63,10 @@ def test_each_image_is_embedded_once(data: LFWFoldDataModule) -> None:
     counted = 0
 
     class Counting(VerificationModule):
-        def embed(self, x: Tensor) -> Tensor:
+        def forward_features(self, x: Tensor) -> Tensor:
             nonlocal counted
             counted += len(x)
-            return super().embed(x)
+            return super().forward_features(x)
 
     model = Counting(data.num_classes, "digits", image_shape=data.image_shape)
     make_trainer().test(model, data, verbose=False)
@@ -105,7 +105,7 @@ def test_predict_gives_embeddings_in_order(data: LFWFoldDataModule) -> None:
     found = torch.cat([batch["embedding"] for batch in batches])
     with torch.inference_mode():
         images = data.test_data.images[torch.arange(len(data.test_files.paths))]
-        torch.testing.assert_close(found, model.embed(data.normalize(images)))
+        torch.testing.assert_close(found, model.forward_features(data.normalize(images)))
 
 
 def test_a_checkpoint_rebuilds_it(data: LFWFoldDataModule, tmp_path: Path) -> None:
