@@ -54,7 +54,7 @@ def losses(width: int, classes: int, m: int) -> dict[str, tuple[Loss, nn.Module]
         return F.cross_entropy(head(x, target), target)
 
     def ours(x: Tensor, target: Tensor) -> Tensor:
-        return head.cross_entropy(x, target).loss if head.prefers_chunks else logits(x, target)
+        return head.cross_entropy(x, target).loss if head.uses_chunked_loss else logits(x, target)
 
     def plain(x: Tensor, target: Tensor) -> Tensor:
         return autograd(x, head.weight, target, m)

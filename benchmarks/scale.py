@@ -99,7 +99,7 @@ def step_of_head(size: int, width: int, classes: int, plain: bool = False) -> fl
         optimizer.zero_grad()
         if plain:
             loss = F.cross_entropy(head(x), target)
-        elif head.prefers_chunks:
+        elif head.uses_chunked_loss:
             loss = head.cross_entropy(x, target).loss
         else:
             loss = F.cross_entropy(head(x, target), target)

@@ -31,7 +31,7 @@ class ClassShard(NamedTuple):
         dist.all_gather(list(gathered.chunk(self.world_size)), rows.contiguous(), group=self.group)
         return gathered
 
-    def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    def all_reduce_(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduce ``x`` over all ranks, in place, and return it."""
         if self.group is not None:
             dist.all_reduce(x, op, group=self.group)

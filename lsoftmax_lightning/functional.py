@@ -84,20 +84,20 @@ def psi(cosine: Tensor, margin: int) -> Tensor:
     multiple = cos_multiple(cosine, check_margin(margin))
     if margin == 1:
         return multiple
-    # psi is C1 in the cosine, so a rounding that picks the neighbouring segment k does no harm.
+    # Value and slope agree at the knots, so that a rounding to the neighbouring segment does no harm.
     k = (cosine.detach().clamp(-1, 1).arccos() * (margin / math.pi)).floor().clamp_max(margin - 1)
     return torch.addcmul(-2 * k, 1 - 2 * (k % 2), multiple)
 
 
 def margin_target_logit(
-    target_logit: Tensor, feature_norm: Tensor, weight_norm: Tensor, margin: int, lambda_: float | Tensor
+    plain: Tensor, feature_norm: Tensor, weight_norm: Tensor, margin: int, lambda_: float | Tensor
 ) -> Tensor:
     """The target logit with the margin, annealed by lambda (section 4).
 
     It needs no N x C tensor, so that each rank of a sharded head can compute it for its own classes.
 
     Args:
-        target_logit: z_y, (N,), float32 or float64.
+        plain: Plain target logit z_y, (N,), float32 or float64.
         feature_norm: ``|x|``, (N,).
         weight_norm: ``|w_y|``, (N,).
         margin: m, an integer >= 1.
@@ -107,13 +107,13 @@ def margin_target_logit(
         f_y, (N,).
     """
     norm = feature_norm * weight_norm
-    # Far below any norm met in training, far above the square root of underflow, where the norm itself is wrong.
-    cosine = target_logit / norm.clamp_min(torch.finfo(norm.dtype).eps ** 2)
+    # The bound, 1e-14 in float32, is far below the norms of a training, and far above those whose squares underflow.
+    cosine = plain / norm.clamp_min(torch.finfo(norm.dtype).eps ** 2)
     fraction = 1 / (1 + lambda_)
-    return target_logit + fraction * (norm * psi(cosine, margin) - target_logit)
+    return plain + fraction * (norm * psi(cosine, margin) - plain)
 
 
-def target_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def gather_target_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The logit of each sample's target class, and the checked target.
 
     Args:
@@ -125,8 +125,8 @@ def target_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         InputError: If ``target`` is not (N,) of an integer type, or has a class outside 0 .. C-1. The classes are
-            checked on the CPU outside ``torch.compile``; a GPU, which the check would have to wait for, fails an
-            assertion instead.
+            checked on the CPU outside ``torch.compile``; on a GPU an invalid class fails a device-side assertion, which
+            needs no synchronisation.
     """
     target = check_target(target, len(logits))
     if torch.compiler.is_compiling():
@@ -135,7 +135,7 @@ def target_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return logits.gather(1, target.unsqueeze(1)).squeeze(1), target
     except (RuntimeError, IndexError) as error:
         if not is_in_range(target, logits.shape[1]).all():
-            raise out_of_range(target, logits.shape[1]) from error
+            raise out_of_range_error(target, logits.shape[1]) from error
         raise
 
 
@@ -150,7 +150,7 @@ def check_target(target: Tensor, size: int) -> Tensor:
         InputError: If ``target`` is not (N,) of an integer type.
     """
     if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise InputError(f"target must hold class numbers of an integer type, got {target.dtype}; call target.long().")
+        raise InputError(f"target must hold class indices of an integer type, got {target.dtype}; call target.long().")
     if target.shape != (size,):
         raise InputError(f"target must have one class for each of the {size} rows, got shape {tuple(target.shape)}.")
     return target.long()
@@ -161,7 +161,7 @@ def is_in_range(target: Tensor, num_classes: int) -> Tensor:
     return (target >= 0) & (target < num_classes)
 
 
-def out_of_range(target: Tensor, num_classes: int) -> InputError:
+def out_of_range_error(target: Tensor, num_classes: int) -> InputError:
     """Return the error for a target with a class outside 0 .. C-1."""
     return InputError(
         f"target must hold classes 0 to {num_classes - 1}, got {int(target.min())} to {int(target.max())}; "
@@ -226,17 +226,17 @@ def margin_logits(
         Logits, (N, C); float32 for half-precision input when ``margin`` > 1.
 
     Raises:
-        InputError: If ``margin`` is not an integer >= 1, or as :func:`target_logits`.
+        InputError: If ``margin`` is not an integer >= 1, or as :func:`gather_target_logits`.
     """
     check_margin(margin)
-    plain, target = target_logits(logits, target)
+    plain, target = gather_target_logits(logits, target)
     if margin == 1:
         return logits
     logits, features, weight = promote(logits, features, weight)
     if plain.dtype != logits.dtype:  # too inexact for the margin
         plain = (features * weight[target]).sum(dim=1)
     feature_norm = torch.linalg.vector_norm(features, dim=1)
-    if len(weight) <= len(target):  # the cheaper order
+    if len(weight) <= len(target):  # norms of all C rows, or of the N gathered ones, whichever are fewer
         weight_norm = torch.linalg.vector_norm(weight, dim=1)[target]
     else:
         weight_norm = torch.linalg.vector_norm(weight[target], dim=1)

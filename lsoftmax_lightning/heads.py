@@ -19,7 +19,7 @@ from .functional import check_margin, margin_logits, plain_logits
 
 
 class HeadCall(NamedTuple):
-    """What a call of the head has read and computed, for forward hooks on its ``calls``."""
+    """Inputs and outputs of a call of the head, for forward hooks on its ``observed``."""
 
     features: Tensor
     """x, (N, D)."""
@@ -28,7 +28,7 @@ class HeadCall(NamedTuple):
     target: Tensor | None = None
     """Class of each sample, (N,), in training."""
     correct: Tensor | None = None
-    """Whether the target logit with the margin is the highest, bool (N,); None where ``margin_logits`` are given."""
+    """Whether the target logit with the margin is the highest, bool (N,); None if ``margin_logits`` is given."""
     margin_logits: Tensor | None = None
     """(N, C)."""
 
@@ -36,10 +36,10 @@ class HeadCall(NamedTuple):
 class LSoftmaxLinear(nn.Module):
     """A linear classifier without bias whose training logits carry the large margin (Liu et al., ICML 2016).
 
-    ``head(x)`` is ``F.linear(x, head.weight)``, bit for bit: use it to predict and to measure. ``head(x, target)``
-    has the margin on each sample's target class: feed it to any cross-entropy. With many classes :meth:`cross_entropy`
-    is faster and takes less memory. The state dict holds ``weight`` (num_classes, in_features) and nothing else, as
-    ``nn.Linear(bias=False)``.
+    ``head(x)`` is ``F.linear(x, head.weight)``, bit for bit in float32: use it to predict and to measure.
+    ``head(x, target)`` has the margin on each sample's target class: feed it to any cross-entropy. With many classes
+    :meth:`cross_entropy` is faster and takes less memory. The state dict holds ``weight`` (num_classes, in_features)
+    and nothing else, as that of ``nn.Linear(bias=False)``.
 
     Logits are computed in float32 and returned in float32, with autocast disabled and also for half-precision features
     or weight: the margin amplifies the rounding of the target logit by up to m^2. They are float64 if an input is
@@ -55,8 +55,8 @@ class LSoftmaxLinear(nn.Module):
         dtype: Type of the weight.
 
     Attributes:
-        calls: Identity that every call passes a :class:`HeadCall` through: register a forward hook on it to observe
-            features and logits without computing them twice.
+        observed: Identity that gets a :class:`HeadCall` from each call of the head and of :meth:`cross_entropy`.
+            Register a forward hook on it to observe features and logits without computing them twice.
 
     Raises:
         InputError: If a size, the margin or lambda is out of range.
@@ -69,7 +69,7 @@ class LSoftmaxLinear(nn.Module):
         >>> loss = F.cross_entropy(head(features, target), target)
     """
 
-    _warn_if_trained = False  # default for heads unpickled from an earlier release
+    _lambda_unset = False  # default for heads unpickled from an earlier release
 
     def __init__(
         self,
@@ -87,15 +87,16 @@ class LSoftmaxLinear(nn.Module):
         self.in_features = in_features
         self.num_classes = num_classes
         self.margin = check_margin(margin)
-        # A plain tensor on the CPU: as an input of the graph it moves without a recompile, a GPU kernel takes it as a
-        # number without a copy, and what averages, broadcasts, casts or saves buffers leaves it alone.
+        # A plain tensor on the CPU, not a buffer: a compiled graph takes it as an input, without a recompile when its
+        # value changes; a GPU kernel takes it as a number, without a copy; weight averaging, DDP, casts and state dicts
+        # ignore it.
         self._lambda = torch.zeros((), dtype=torch.float64, device="cpu")
         if lambda_ is not None:
             self.lambda_ = lambda_
-        self._warn_if_trained = lambda_ is None
+        self._lambda_unset = lambda_ is None
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
-        self.calls = nn.Identity()
-        self._gathered: Tensor | None = None
+        self.observed = nn.Identity()
+        self._full_weight: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -112,7 +113,7 @@ class LSoftmaxLinear(nn.Module):
         if math.isnan(value) or value < 0:
             raise InputError(f"lambda must be 0 (the pure loss) to infinity (plain softmax), got {value}.")
         self._lambda.fill_(value)
-        self._warn_if_trained = False
+        self._lambda_unset = False
 
     @property
     def sharded(self) -> bool:
@@ -120,8 +121,8 @@ class LSoftmaxLinear(nn.Module):
         return isinstance(self.weight, DTensor)
 
     @property
-    def prefers_chunks(self) -> bool:
-        """Whether to train by :meth:`cross_entropy`: with many classes it is faster, and if sharded it is required."""
+    def uses_chunked_loss(self) -> bool:
+        """Whether :meth:`cross_entropy` should compute the loss: faster with many classes, and required if sharded."""
         return self.sharded or self.num_classes >= CHUNKED_FROM
 
     def shard(self, mesh: DeviceMesh) -> None:
@@ -133,8 +134,9 @@ class LSoftmaxLinear(nn.Module):
         Args:
             mesh: Mesh of one dimension; the weight must be the same on all its ranks.
         """
-        start = self._rows_per_rank(mesh) * mesh.get_local_rank()
-        local = self.weight.detach()[start:][: self._rows_per_rank(mesh)].to(mesh.device_type, copy=True)
+        rows = self._rows_per_rank(mesh)
+        start = rows * mesh.get_local_rank()
+        local = self.weight.detach()[start : start + rows].to(mesh.device_type, copy=True)
         shape, stride = self.weight.shape, self.weight.stride()
         sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         self.weight = nn.Parameter(sharded, requires_grad=self.weight.requires_grad)
@@ -157,7 +159,7 @@ class LSoftmaxLinear(nn.Module):
             self._check_lambda(stacklevel=5)  # the caller of head(...)
             return self._margin_and_plain_logits(x, target)[0]
         logits = plain_logits(x, self.full_weight)
-        self.calls(HeadCall(x, logits))
+        self.observed(HeadCall(x, logits))
         return logits
 
     def margin_and_plain_logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,11 +182,11 @@ class LSoftmaxLinear(nn.Module):
         weight = self.full_weight
         plain = plain_logits(x, weight)
         logits = margin_logits(plain, x, weight, target, self.margin, self._lambda)
-        self.calls(HeadCall(x, plain, target, margin_logits=logits))
+        self.observed(HeadCall(x, plain, target, margin_logits=logits))
         return logits, plain
 
     def cross_entropy(self, x: Tensor, target: Tensor, label_smoothing: float = 0.0) -> ChunkedLoss:
-        """The loss of the margin logits and the predictions of the plain ones, without holding either.
+        """The loss of the margin logits and the predictions of the plain logits, over chunks of samples.
 
         See :func:`~lsoftmax_lightning.chunked_loss.chunked_cross_entropy`. If the head is sharded, each rank passes its
         own samples, equally many on each rank.
@@ -198,10 +200,10 @@ class LSoftmaxLinear(nn.Module):
             InputError: If ``target`` does not fit ``x`` and ``num_classes``.
         """
         self._check_lambda(stacklevel=3)
-        self.release()  # the weight is about to be updated
+        self.free_full_weight()  # the weight is about to be updated
         weight, shard = self._local_weight()
         loss: ChunkedLoss = chunked_cross_entropy(x, weight, target, self.margin, self._lambda, label_smoothing, shard)
-        self.calls(HeadCall(x, None, target, loss.correct))
+        self.observed(HeadCall(x, None, target, loss.correct))
         return loss
 
     def apply_margin(self, logits: Tensor, x: Tensor, target: Tensor) -> Tensor:
@@ -225,8 +227,8 @@ class LSoftmaxLinear(nn.Module):
         """Warn once if the head trains with a margin and lambda was never set."""
         if torch.compiler.is_compiling():  # no graph break, and no guard on the flag
             return
-        if self._warn_if_trained and self.margin > 1 and self.training and torch.is_grad_enabled():
-            self._warn_if_trained = False
+        if self._lambda_unset and self.margin > 1 and self.training and torch.is_grad_enabled():
+            self._lambda_unset = False
             warnings.warn(
                 f"lambda_: not set, so training starts with the full margin {self.margin}, which often costs accuracy; "
                 "add LambdaAnnealing() to the callbacks of the Lightning Trainer, or set head.lambda_ before each step "
@@ -239,7 +241,7 @@ class LSoftmaxLinear(nn.Module):
         """W, (num_classes, in_features); for a sharded head a copy without gradients.
 
         For a sharded head it is a collective: read it on all ranks. The copy is kept until the next training step or
-        :meth:`release`.
+        :meth:`free_full_weight`.
 
         Raises:
             InputError: If the head is sharded and gradients are enabled.
@@ -248,14 +250,14 @@ class LSoftmaxLinear(nn.Module):
             return self.weight
         if torch.is_grad_enabled():
             raise InputError("a sharded head has no logits to train on: use head.cross_entropy(x, target).")
-        if self._gathered is None:
+        if self._full_weight is None:
             with torch.inference_mode(False), torch.no_grad():  # DTensor does not support inference mode
-                self._gathered = self.weight.full_tensor()
-        return self._gathered
+                self._full_weight = self.weight.full_tensor()
+        return self._full_weight
 
-    def release(self) -> None:
+    def free_full_weight(self) -> None:
         """Free the copy that :attr:`full_weight` made."""
-        self._gathered = None
+        self._full_weight = None
 
     @torch.no_grad()
     def class_weights(self, target: Tensor) -> Tensor:
@@ -271,13 +273,13 @@ class LSoftmaxLinear(nn.Module):
         is_local = (local_target >= 0) & (local_target < len(weight))
         rows = weight.new_zeros(len(local_target), self.in_features)
         rows[is_local] = weight[local_target[is_local]]
-        return shard.local_rows(shard.all_reduce(rows))
+        return shard.local_rows(shard.all_reduce_(rows))
 
     @torch.no_grad()
     def plain_cross_entropy(self, x: Tensor, target: Tensor) -> Tensor:
         """The loss without a margin and without gradients.
 
-        Computed in the wider of the dtypes of ``x`` and the weight; with few classes in at least float32.
+        Computed as by :func:`~lsoftmax_lightning.chunked_loss.lsoftmax_cross_entropy`.
 
         Args:
             x: Features, (N, in_features).
@@ -295,7 +297,7 @@ class LSoftmaxLinear(nn.Module):
         return self.weight.to_local(), ClassShard(mesh.get_group(), start, self.num_classes)
 
     def _rows_per_rank(self, mesh: DeviceMesh) -> int:
-        """Return the classes of each rank but the last ones, which may have fewer, as DTensor shards them."""
+        """Return the classes per rank, ceil(C / ranks), as DTensor shards them; the last ranks may have fewer."""
         return math.ceil(self.num_classes / mesh.size())
 
     @override

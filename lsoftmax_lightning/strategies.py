@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from .checkpoints import read
-from .chunked_loss import is_cross_entropy
+from .chunked_loss import is_plain_cross_entropy
 from .errors import InputError
 from .heads import LSoftmaxLinear
 
@@ -102,7 +102,7 @@ class ClassShardedStrategy(ModelParallelStrategy):
     def on_validation_end(self) -> None:
         for part in self._module.children():
             if isinstance(part, LSoftmaxLinear):
-                part.release()
+                part.free_full_weight()
             elif isinstance(part, FSDPModule):
                 part.reshard()
 
@@ -163,7 +163,7 @@ def _check_sharding(module: LightningModule, parts: Sequence[nn.Module]) -> None
             "(pytorch#162338): a sharded head on CPUs needs torch 2.9 or later."
         )
     criterion = getattr(module, "criterion", None)
-    if criterion is not None and not is_cross_entropy(criterion):
+    if criterion is not None and not is_plain_cross_entropy(criterion):
         raise InputError(
             f"a sharded head trains by cross-entropy: nn.CrossEntropyLoss with at most a label_smoothing, not "
             f"{criterion}."

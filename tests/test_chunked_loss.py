@@ -1,12 +1,20 @@
 """The loss by chunks against that of the logits."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsoftmax_lightning import LSoftmaxLinear
-from lsoftmax_lightning.chunked_loss import CHUNKED_FROM, chunked_cross_entropy, lsoftmax_cross_entropy
+from lsoftmax_lightning.chunked_loss import (
+    CHUNKED_FROM,
+    chunked_cross_entropy,
+    is_plain_cross_entropy,
+    lsoftmax_cross_entropy,
+)
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.functional import margin_logits
 
@@ -56,6 +64,35 @@ def test_gradients_are_to_be_had_once() -> None:
     loss = chunked_cross_entropy(x, weight, target, 3).loss
     with pytest.raises(RuntimeError, match="no second derivatives"):  # which would be left out in silence
         torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_computes_none(context: Callable[[], AbstractContextManager[None]]) -> None:
+    x, _, target = batch(70, 16, CHUNKED_FROM, torch.float32)
+    head = LSoftmaxLinear(16, CHUNKED_FROM, margin=3, lambda_=0.3)
+    expected = chunked_cross_entropy(x, head.weight, target, 3, 0.3)
+    with context(), torch.profiler.profile() as profile:
+        found = head.cross_entropy(x, target)
+        plain = head.plain_cross_entropy(x, target)
+    assert torch.equal(found.loss, expected.loss.detach())
+    assert torch.equal(found.prediction, expected.prediction)
+    assert not found.loss.requires_grad
+    torch.testing.assert_close(plain, F.cross_entropy(F.linear(x, head.weight), target).detach())
+    assert not {"aten::addmm_", "aten::index_add_"} & {event.name for event in profile.events()}
+
+
+def test_a_weighted_or_ignoring_criterion_is_not_replaced() -> None:
+    assert is_plain_cross_entropy(nn.CrossEntropyLoss(label_smoothing=0.1))
+    for settings in ({"weight": torch.ones(4)}, {"reduction": "sum"}, {"ignore_index": 0}):
+        assert not is_plain_cross_entropy(nn.CrossEntropyLoss(**settings))  # type: ignore[arg-type]
+
+
+def test_settings_that_it_would_ignore_are_refused() -> None:
+    x, weight, target = batch(4, 16, 5)
+    with pytest.raises(InputError, match="lambda_: must not require gradients"):
+        chunked_cross_entropy(x, weight, target, 3, torch.tensor(1.0, requires_grad=True))
+    with pytest.raises(InputError, match="label_smoothing: must be from 0 to 1, got 2"):
+        chunked_cross_entropy(x, weight, target, 3, label_smoothing=2.0)
 
 
 def test_logits_far_apart() -> None:
@@ -116,7 +153,7 @@ def test_it_is_the_default_of_many_classes() -> None:
         x, weight, target = batch(70, 16, classes, torch.float32)
         loss = lsoftmax_cross_entropy(x, weight, target, 3, 1.0, 0.1)
         assert ("Chunked" in str(loss.grad_fn)) == (classes == CHUNKED_FROM)
-        assert LSoftmaxLinear(16, classes, 3).prefers_chunks == (classes == CHUNKED_FROM)
+        assert LSoftmaxLinear(16, classes, 3).uses_chunked_loss == (classes == CHUNKED_FROM)
 
 
 def test_a_module_of_many_classes_takes_it() -> None:

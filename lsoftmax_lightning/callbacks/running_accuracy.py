@@ -57,7 +57,7 @@ class RunningAccuracy:
         """
         self.detach()
         self._device = device
-        self._hook = head.calls.register_forward_hook(self._forward_hook)
+        self._hook = head.observed.register_forward_hook(self._forward_hook)
 
     def detach(self) -> None:
         """Stop to count."""

@@ -23,7 +23,7 @@ from ..heads import HeadCall, LSoftmaxLinear
 def head_of(pl_module: LightningModule) -> LSoftmaxLinear | None:
     """Return the ``head`` of a module; None unless it is an :class:`LSoftmaxLinear`, perhaps compiled."""
     head: LSoftmaxLinear | None = getattr(pl_module, "head", None)
-    return head if hasattr(head, "calls") else None
+    return head if hasattr(head, "observed") else None
 
 
 class HeadObserver(Callback):
@@ -73,7 +73,7 @@ class HeadObserver(Callback):
                 f"{type(self).__name__} shows nothing: {type(pl_module).__name__} has no LSoftmaxLinear as its `head`."
             )
         else:
-            self._hook = head.calls.register_forward_hook(self._forward_hook)
+            self._hook = head.observed.register_forward_hook(self._forward_hook)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

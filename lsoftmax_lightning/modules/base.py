@@ -30,7 +30,7 @@ from ..callbacks import LambdaAnnealing
 from ..callbacks.run_length import run_length
 from ..checkpoints import check_format, saved_data_spec, stamp
 from ..checkpoints import warm_start as start_from
-from ..chunked_loss import is_cross_entropy
+from ..chunked_loss import is_plain_cross_entropy
 from ..data_spec import DataSpec
 from ..errors import InputError, first_line
 from ..heads import LSoftmaxLinear
@@ -261,7 +261,7 @@ class LSoftmaxModule(LightningModule):
             The loss; and the plain logits (N, C), or the predicted classes (N,) of the chunked loss, which is used with
             many classes if ``criterion`` is cross-entropy.
         """
-        if self.head.prefers_chunks and is_cross_entropy(self.criterion):
+        if self.head.uses_chunked_loss and is_plain_cross_entropy(self.criterion):
             chunked = self.head.cross_entropy(features, target, self.criterion.label_smoothing)
             return chunked.loss, chunked.prediction
         logits, plain = self.head.margin_and_plain_logits(features, target)

@@ -11,7 +11,7 @@ from torchmetrics import MetricCollection
 from ..backbones.modes import evaluation_mode
 from ..data_spec import DataSpec
 from ..errors import InputError
-from ..functional import target_logits
+from ..functional import gather_target_logits
 from ..geometry import target_angles
 from ..metrics import MeanLoss
 from ..pairs import pairs_of
@@ -67,7 +67,7 @@ class ClassificationModule(LSoftmaxModule):
     ) -> None:
         x, target = batch
         logits = self(x)
-        _, target = target_logits(logits, target)
+        _, target = gather_target_logits(logits, target)
         loss.update(self.criterion(logits, target), len(target))
         metrics.update(logits, target)
         self.log(loss_name, loss, prog_bar=True)

@@ -54,7 +54,7 @@ def record(model: Any, recorder: Recorder, trainer: Trainer) -> None:
             correct = int((logits.argmax(1) == call.target).sum())
             recorder.count(trainer.global_step, correct, len(call.target))
 
-    model.head.calls.register_forward_hook(hook)
+    model.head.observed.register_forward_hook(hook)
 
 
 def expected(correct: dict[int, list[int]], decay: float = 0.95, delay: int = 2) -> list[float]:
@@ -95,7 +95,7 @@ def test_the_chunked_loss_gives_the_same_lambda(monkeypatch: pytest.MonkeyPatch)
         model, recorder = make_model(margin=3, lambda_schedule=FEEDBACK), Recorder()
         seed_everything(0)
         make_trainer(callbacks=[recorder], max_epochs=4).fit(model, BlobsDataModule())
-        runs[model.head.prefers_chunks] = list(recorder.lambdas.values())
+        runs[model.head.uses_chunked_loss] = list(recorder.lambdas.values())
     assert runs[True] == pytest.approx(runs[False])
     assert runs[True][-1] < 1000
 
