@@ -82,7 +82,7 @@ def test_a_partial_evaluation_gives_nan(data: LFWFoldDataModule) -> None:
 
 def test_data_without_pairs_are_asked_for_them() -> None:
     model = VerificationModule(4, "digits", image_shape=(1, 8, 8))
-    with pytest.raises(InputError, match="offers test_pairs, as LFWDataModule does; got BlobsDataModule"):
+    with pytest.raises(InputError, match="has test_pairs, as LFWDataModule does; got BlobsDataModule"):
         make_trainer().test(model, BlobsDataModule())
 
 
