@@ -16,7 +16,7 @@ from ..errors import DataError, InputError
 from ..seeds import global_seed
 from ..transforms import Augmentation, Normalize, RandomCropFlip
 from .images import ImageFiles, ImageStore, ImageSubset, files_in, select
-from .loader import DRAWS, BatchLoader, BatchSampler, seeded_generator
+from .loader import DRAW_SCALE, BatchLoader, GlobalBatchSampler, seeded_generator
 from .subsets import check_size, random_labels, stratified_subset, subset_length
 
 
@@ -248,7 +248,7 @@ class BatchDataModule(LightningDataModule):
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         seed = global_seed() or 0
-        sampler = BatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, seed)
+        sampler = GlobalBatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, seed)
         store = data.images.store if isinstance(data.images, ImageSubset) else data.images
         num_workers = 0 if isinstance(store, Tensor) else self.num_workers
         memory = self.device_memory_gib * 2**30
@@ -261,7 +261,7 @@ class BatchDataModule(LightningDataModule):
         """Augments training images and normalises all, on the device."""
         images, targets, *draws = batch
         if self.augment and draws:
-            images = self.augment(images, draws[0].to(torch.float32).div_(DRAWS))
+            images = self.augment(images, draws[0].to(torch.float32).div_(DRAW_SCALE))
         images = self.normalize(images)
         # the Trainer's precision (bf16-true, say) was applied before the images were floats
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images, targets
