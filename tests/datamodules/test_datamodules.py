@@ -223,15 +223,21 @@ def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
 
 @pytest.mark.parametrize("val_size", [2, 198, 500])  # fewer than one of each class, on either side
 def test_a_split_that_cannot_be_is_refused(val_size: int) -> None:
-    with pytest.raises(InputError, match=f"val_size {val_size} does not split 200 images"):
+    with pytest.raises(InputError, match=f"val_size: must leave .* of every class, got {val_size} for 200 images: "):
         BlobsDataModule(val_size=val_size).setup("fit")
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 4])), "labels 0 to 3, but labels 0 to 4"),
-        (Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, -1, 1])), "labels -1 to 1"),
+        (
+            Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 4])),
+            "labels must be 0 to 3 for its 4 classes, got 0 to 4",
+        ),
+        (
+            Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, -1, 1])),
+            "labels must be 0 to 3 for its 4 classes, got -1 to 1",
+        ),
         (Images(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1, 2])), "2 images and 3 labels"),
         (Images(torch.zeros(0, 1, 8, 8), torch.zeros(0)), "0 images"),
     ],
