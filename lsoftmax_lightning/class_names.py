@@ -1,4 +1,4 @@
-"""Names of classes as text, whatever a datamodule holds them in."""
+"""Class names of any datamodule as printable text."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Collection, Mapping
 from numbers import Integral
 from typing import Any
 
-_NOT_PRINTED = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are not UTF-8, and separators of lines
+_NOT_PRINTED = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are not UTF-8, line and paragraph separators
 
 
 def names_by_index(datamodule: Any) -> dict[int, str]:
-    r"""Return the name of each class that the ``class_names`` of a datamodule name, as printable text on one line.
+    r"""Return the ``class_names`` of a datamodule by class index, each as printable text on one line.
+
+    A control character is escaped, such as a tab as ``\t``. A class with an empty name is omitted.
 
     Args:
         datamodule: Its ``class_names`` may be a sequence, an array, a tensor or a series of names of any type, or a
-            mapping from index to name or from name to index. A tab becomes ``\t``, and so on; a class with an empty
-            name is left out.
+            mapping from index to name or from name to index.
 
     Example:
         >>> from types import SimpleNamespace
@@ -37,9 +38,9 @@ def _by_index(names: Any) -> dict[int, Any]:
         ):
             return {int(index): name for name, index in names.items()}
         return {int(index): name for index, name in names.items() if str(index).isdecimal()}
-    if hasattr(names, "tolist"):  # of NumPy, pandas and torch
+    if hasattr(names, "tolist"):  # NumPy, pandas and torch
         names = names.tolist()
-    if not isinstance(names, Collection) or isinstance(names, set | frozenset):  # without an order
+    if not isinstance(names, Collection) or isinstance(names, set | frozenset):  # a set has no order
         return {}
     return dict(enumerate(names))
 

@@ -1,4 +1,4 @@
-"""Specification of the training data, as a checkpoint holds it."""
+"""Specification of the training data, stored in a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .transforms import Normalize
 
 
 class DataSpec(NamedTuple):
-    """The attributes of a datamodule that decide what a network's input and output mean.
+    """The attributes of a datamodule that define the input and output of a network.
 
-    A checkpoint of an :class:`~lsoftmax_lightning.LSoftmaxModule` holds those of the training data. An attribute that
-    the datamodule does not have, or not in this form, is empty and is not compared.
+    A checkpoint of an :class:`~lsoftmax_lightning.LSoftmaxModule` contains the specification of the training data. An
+    attribute that the datamodule does not have, or not in this form, is empty and is not compared.
 
     Args:
         class_names: Name of each class.
         image_shape: Channels, height and width.
         mean: Mean of each channel, within 0 .. 1.
         std: Standard deviation of each channel, above 0 and at most 1.
-        resize: How an image of another size gets ``image_shape``; our datamodules know ``cover``: it is scaled to cover
-            this size, and its middle cut out.
+        resize: How images of other sizes are resized to ``image_shape``. The datamodules of this package use ``cover``:
+            they scale the image to cover this size and crop its centre.
 
     Example:
         >>> from lsoftmax_lightning.data_spec import DataSpec
@@ -45,8 +45,8 @@ class DataSpec(NamedTuple):
     def from_datamodule(cls, datamodule: Any) -> DataSpec:
         """Read the attributes of a datamodule; all are empty without one.
 
-        Class names may be in any form that :func:`~lsoftmax_lightning.class_names.names_by_index` reads. If a class
-        has none, all are empty.
+        Class names may have any form that :func:`~lsoftmax_lightning.class_names.names_by_index` reads. If a class has
+        no name, ``class_names`` is empty.
         """
         names = names_by_index(datamodule)
         values = {name: _attribute(datamodule, name) for name in cls._fields}
@@ -56,10 +56,10 @@ class DataSpec(NamedTuple):
 
     @classmethod
     def from_json(cls, text: Any) -> DataSpec:
-        """Read what :meth:`to_json` wrote.
+        """Read a text written by :meth:`to_json`.
 
         Raises:
-            InputError: If the text is something else.
+            InputError: If the text is not valid.
         """
         try:
             values = dict(json.loads(text))
@@ -68,7 +68,10 @@ class DataSpec(NamedTuple):
         return cls._from_values(values)
 
     def to_json(self) -> str:
-        """Return the specification as one text: torch reads 100,000 separate texts in 0.2 s, and one in 1 ms."""
+        """Return the specification as one text.
+
+        torch loads 100,000 separate texts in 0.2 s, and a single text in 1 ms.
+        """
         return json.dumps(self._asdict())
 
     @classmethod
@@ -84,28 +87,28 @@ class DataSpec(NamedTuple):
         )
 
     def require(self, *names: str) -> None:
-        """Check that attributes are known.
+        """Check that attributes are not empty.
 
         Raises:
-            InputError: If one of them is empty.
+            InputError: If one of them is.
         """
-        if absent := [name for name in names if not getattr(self, name)]:
+        if missing := [name for name in names if not getattr(self, name)]:
             raise InputError(
-                f"data_spec: must have {', '.join(absent)} of the training data, which checkpoints of earlier releases "
-                "do not; set model.data_spec = DataSpec.from_datamodule(datamodule)."
+                f"data_spec: must have {', '.join(missing)} of the training data, which checkpoints of earlier "
+                "releases do not; set model.data_spec = DataSpec.from_datamodule(datamodule)."
             )
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Scale the bytes of images to 0 .. 1 and normalise them, as the datamodules do.
+        """Scale uint8 images to 0 .. 1 and normalise them, as the datamodules do.
 
         Args:
-            images: Images, uint8, ``(N, channels, height, width)``.
+            images: uint8, ``(N, C, H, W)``.
 
         Returns:
             Images, float32, of the same shape.
 
         Raises:
-            InputError: If mean or standard deviation are not known, or the images are not of this form.
+            InputError: If ``image_shape``, ``mean`` or ``std`` is empty, or the images do not have this shape and type.
         """
         self.require("image_shape", "mean", "std")
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
@@ -116,10 +119,10 @@ class DataSpec(NamedTuple):
         return Normalize(self.mean, self.std)(images)
 
     def check(self, data: DataSpec) -> None:
-        """Check that data are like these.
+        """Check that a specification is equal to this one, apart from empty attributes.
 
         Args:
-            data: Specification of the data that the network gets.
+            data: Specification of the data that the network is used on.
 
         Raises:
             InputError: If they differ; the message names the differences.
@@ -137,10 +140,10 @@ class DataSpec(NamedTuple):
 
 
 def _attribute(datamodule: Any, name: str) -> Any:
-    """Return an attribute of a datamodule; None if it is not there, or not before ``setup``."""
+    """Return an attribute of a datamodule; None if it does not exist, or not before ``setup``."""
     try:
         return getattr(datamodule, name, None)
-    except Exception:  # whatever a property raises
+    except Exception:  # a property may raise any error
         return None
 
 
@@ -158,16 +161,16 @@ def _difference(name: str, trained: Any, got: Any) -> str | None:
     if name == "class_names":
         return _class_difference(trained, got)
     numeric = name in ("mean", "std") and len(trained) == len(got)
-    if numeric and np.allclose(trained, got, rtol=0, atol=1e-6):  # computed on another machine
+    if numeric and np.allclose(trained, got, rtol=0, atol=1e-6):  # the values may be computed on another machine
         return None
     return f"{name} {got} instead of {trained}"
 
 
 def _class_difference(trained: tuple[str, ...], got: tuple[str, ...]) -> str:
-    wrong = [index for index, (a, b) in enumerate(zip(trained, got, strict=False)) if a != b]
+    changed = [index for index, (a, b) in enumerate(zip(trained, got, strict=False)) if a != b]
     count = f"{len(got)} classes instead of {len(trained)}" if len(trained) != len(got) else ""
-    if not wrong:
+    if not changed:
         return count
-    first = f"class {wrong[0]} {got[wrong[0]]!r} instead of {trained[wrong[0]]!r}"
-    more = f" and {len(wrong) - 1} more class names" if len(wrong) > 1 else ""
+    first = f"class {changed[0]} {got[changed[0]]!r} instead of {trained[changed[0]]!r}"
+    more = f" and {len(changed) - 1} more class names" if len(changed) > 1 else ""
     return f"{count}, {first}{more}" if count else first + more

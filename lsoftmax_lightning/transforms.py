@@ -1,4 +1,4 @@
-"""Augmentation and normalisation of whole batches, on whatever device they are."""
+"""Augmentation and normalisation of whole batches, on the device of the images."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ from .errors import InputError
 
 
 class Augmentation(Protocol):
-    """What training may do to a whole batch; it is a function of images and draws alone."""
+    """Augmentation of a whole batch in training, a pure function of images and draws."""
 
     num_draws: int
-    """How many draws a sample takes."""
+    """Number of random draws per sample."""
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Augmented images like ``images`` [N, C, H, W], uint8, for draws uniform on [0, 1), [N, num_draws]."""
+        """Augment a batch.
+
+        Args:
+            images: uint8, ``(N, C, H, W)``.
+            draws: Uniform on [0, 1), float32, ``(N, num_draws)``.
+
+        Returns:
+            Images of the same shape and type.
+        """
 
 
 class RandomCropFlip:
-    """Pads images with black, crops them back at a random place, and mirrors half of them.
+    """Pad images with black, crop them back to their size at a random position, and mirror half of them.
 
-    With ``padding=4, flip=True`` this is the "+" of the paper's CIFAR10+ (section 5). It is a pure function of images
-    and draws: who gives the draws decides on seed, order and processes.
+    With ``padding=4, flip=True`` this is the "+" of the paper's CIFAR10+ (section 5). The result is a pure function of
+    images and draws, so the caller controls the seed.
 
     Args:
-        padding: Pixels of black on each side; 0 leaves the place of the image alone.
-        flip: Whether to mirror left and right, each sample with probability 1/2.
+        padding: Pixels of black on each side. 0 disables the crop.
+        flip: Whether to mirror each sample left to right with probability 1/2.
 
     Raises:
         InputError: If ``padding`` is negative.
@@ -42,45 +50,52 @@ class RandomCropFlip:
 
     def __init__(self, padding: int = 0, flip: bool = False) -> None:
         if padding < 0:
-            raise InputError(f"padding must be 0 pixels or more, got {padding}.")
+            raise InputError(
+                f"padding: must be 0 pixels or more, got {padding}; the paper uses 4 for images of 32 pixels."
+            )
         self.padding = padding
         self.flip = flip
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Crops and mirrors.
+        """Crop and mirror a batch.
 
         Args:
-            images: [N, C, H, W], any type.
-            draws: Uniform on [0, 1), float32 [N, 3]: for row, column and mirroring.
+            images: Images of any type, ``(N, C, H, W)``.
+            draws: Uniform on [0, 1), float32, ``(N, 3)``, for row, column and mirroring.
 
         Returns:
-            Images like ``images``.
+            Images of the same shape and type.
         """
         height, width = images.shape[2:]
         top, left = (draws[:, :2] * (2 * self.padding + 1)).long().unbind(dim=1)
-        mirrored = (draws[:, 2] < 0.5 * self.flip).long()
+        mirrored = (draws[:, 2] < (0.5 if self.flip else 0)).long()
         corner = top * (width + 2 * self.padding) + left
-        # one gather over the flattened pixels does both
-        pixels = _pixels(height, width, self.padding, images.device)[mirrored] + corner[:, None]
+        # one gather over the flattened pixels crops and mirrors
+        pixels = _pixel_offsets(height, width, self.padding, images.device)[mirrored] + corner[:, None]
         padded = F.pad(images, (self.padding,) * 4).flatten(2)
         return padded.gather(2, pixels[:, None].expand(-1, images.shape[1], -1)).view_as(images)
 
 
 @lru_cache
-def _pixels(height: int, width: int, padding: int, device: torch.device) -> Tensor:
-    """Positions of an image's pixels in the flattened padded one, from the corner of the crop; plain and mirrored."""
+def _pixel_offsets(height: int, width: int, padding: int, device: torch.device) -> Tensor:
+    """Return the offsets of the pixels of a crop from its corner in the flattened padded image.
+
+    Returns:
+        int64, ``(2, H * W)``: the offsets of the plain and of the mirrored crop.
+    """
     plain = torch.arange(height)[:, None] * (width + 2 * padding) + torch.arange(width)
     return torch.stack([plain, plain.flip(1)]).flatten(1).to(device)
 
 
 class Normalize:
-    """Normalises the channels of uint8 images as torchvision's ``ToDtype`` and ``Normalize`` do, in one operation.
+    """Normalise uint8 images as torchvision's ``ToDtype`` and ``Normalize`` do, in one operation.
 
-    Those copy mean and standard deviation to the device for each batch, which makes it wait.
+    torchvision copies mean and standard deviation to the device for each batch, which synchronises the device. This
+    class copies them once.
 
     Args:
         mean: Mean of each channel, in 0 .. 1.
-        std: Standard deviation of each channel.
+        std: Standard deviation of each channel, in 0 .. 1.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -88,13 +103,13 @@ class Normalize:
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return normalised images.
+        """Normalise a batch.
 
         Args:
-            images: [N, C, H, W], uint8; of another type, as ``ToDtype`` scales it.
+            images: uint8, ``(N, C, H, W)``. Another type is first scaled to 0 .. 1 by ``ToDtype``.
 
         Returns:
-            Images, float32.
+            Images, float32, of the same shape.
         """
         if images.device not in self._constants:
             constants = (-self._mean / self._std, 1 / (255 * self._std))

@@ -132,7 +132,7 @@ def test_bad_requests_are_refused() -> None:
         create_backbone("resnet19", (3, 32, 32))
     with pytest.raises(InputError, match="wdith"):
         create_backbone("mnist", (1, 28, 28), wdith=3)
-    with pytest.raises(InputError, match="kernel_size must be odd"):
+    with pytest.raises(InputError, match="kernel_size: must be odd"):
         create_backbone("mnist", (1, 28, 28), kernel_size=4)
     for probability in (-0.1, 1.0):
         with pytest.raises(InputError, match=f"dropout: must be at least 0 and below 1, got {probability}"):

@@ -192,7 +192,10 @@ def test_forked_and_spawned_processes_are_as_launched_ones() -> None:
 def test_a_batch_that_does_not_divide_is_one_error() -> None:
     done = run(2, "--data.batch_size=65")
     assert done.returncode != 0
-    assert "error: batch_size is global and must divide over the devices: 65 does not over 2; take 64." in done.stderr
+    assert (
+        "error: batch_size: is global and must be divisible by the number of devices (2), got 65; use 64."
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -200,7 +203,10 @@ def test_a_batch_that_does_not_divide_is_one_error() -> None:
 def test_an_error_of_a_forked_or_spawned_process_is_one_error(strategy: str) -> None:
     done = launch(2, "--data.batch_size=65", f"--trainer.strategy={strategy}")
     assert done.returncode == 1
-    assert "error: batch_size is global and must divide over the devices: 65 does not over 2; take 64." in done.stderr
+    assert (
+        "error: batch_size: is global and must be divisible by the number of devices (2), got 65; use 64."
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Networks that turn images into features, by name."""
+"""Networks from images to features, by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .paper import PaperNet
 
 __all__ = ["PaperNet", "create_backbone", "list_backbones"]
 
-# Table 1 of the paper; `digits` is ours, of the same make, for scikit-learn's 8x8 digits.
+# Table 1 of the paper; `digits` is our addition, of the same design, for scikit-learn's 8x8 digits
 _PAPER: dict[str, dict[str, Any]] = {
     "digits": {"stem": 32, "blocks": [(32, 1), (64, 1)], "num_features": 64},
     "mnist": {"stem": 64, "blocks": [(64, 3), (64, 3), (64, 3)], "num_features": 256},
@@ -27,27 +27,32 @@ _PAPER: dict[str, dict[str, Any]] = {
 
 
 def list_backbones() -> list[str]:
-    """The names that :func:`create_backbone` takes: the paper's networks, then torchvision's classifiers."""
+    """Return the names for :func:`create_backbone`: the paper's networks, then torchvision's classifiers."""
     return [*_PAPER, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any) -> nn.Module:
-    """Builds a network without a classifier.
+    """Build a network without its classifier.
 
-    A torchvision model loses its classifier, and its first convolution is made anew where the images do not have
-    three channels. Models of one image size (``vit_b_16``, ``maxvit_t``) are made for that of ``image_shape``.
+    The first convolution of a torchvision model is replaced if the images do not have three channels. Models with a
+    fixed image size (``vit_b_16``, ``maxvit_t``) are built for the size in ``image_shape``.
 
     Args:
         name: One of :func:`list_backbones`.
         image_shape: Channels, height and width of the images.
-        **kwargs: Settings of the network, over those of its name: arguments of :class:`PaperNet`, or of the
-            torchvision model (``weights``, for one).
+        **kwargs: Arguments of :class:`PaperNet` or of the torchvision model, such as ``weights``. They override the
+            defaults of ``name``.
 
     Returns:
-        A module from images [N, C, H, W] to features [N, D], with D as its ``num_features``.
+        A module from images ``(N, C, H, W)`` to features ``(N, D)``, with D in its attribute ``num_features``.
 
     Raises:
-        InputError: If no network has this name, or the settings or the images do not fit it.
+        InputError: If the name is unknown, or the settings or the image shape do not fit the network.
+
+    Example:
+        >>> from lsoftmax_lightning.backbones import create_backbone
+        >>> create_backbone("cifar10", (3, 32, 32)).num_features
+        256
     """
     if name not in list_backbones():
         raise InputError(
@@ -71,17 +76,21 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
 
 
 def _size_arguments(name: str, size: tuple[int, ...]) -> dict[str, Any]:
-    """Return the argument by which a torchvision model takes the height and width of its images, if it has one."""
+    """Return the argument of a torchvision model that sets its image size, if the model has one."""
     if name.startswith("vit_"):
         return {"image_size": size[0]}
     return {"input_size": size} if name.startswith("maxvit_") else {}
 
 
 def _check_image_shape(name: str, backbone: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Check that a network takes images of a shape, without computing anything."""
+    """Check on the meta device, without any computation, that a network accepts images of a shape.
+
+    Raises:
+        InputError: If it does not.
+    """
     state = {key: value.to("meta") for key, value in [*backbone.named_parameters(), *backbone.named_buffers()]}
     try:
-        with evaluation_mode(backbone):  # batch normalisation in training takes no single value
+        with evaluation_mode(backbone):  # in training mode, batch normalisation rejects a single value per channel
             functional_call(backbone, state, torch.empty(1, *image_shape, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(
@@ -92,13 +101,13 @@ def _check_image_shape(name: str, backbone: nn.Module, image_shape: tuple[int, i
 
 def _torchvision_backbone(name: str, channels: int, **kwargs: Any) -> nn.Module:
     if name in ("googlenet", "inception_v3") and not kwargs.get("weights"):
-        # the auxiliary classifiers of these two would come along, and turn the output into a tuple in training
+        # auxiliary classifiers would turn the output into a tuple in training
         kwargs = {"aux_logits": False, "init_weights": True} | kwargs
     model: nn.Module = torchvision.models.get_model(name, **kwargs)
-    if name == "inception_v3":  # which keeps them with pretrained weights
+    if name == "inception_v3":  # pretrained weights enable its auxiliary classifier
         model.aux_logits, model.AuxLogits = False, None  # type: ignore[assignment]
 
-    # The last layer is the classifier: linear, but for SqueezeNet's 1x1 convolution.
+    # the last layer is the classifier: linear, except for SqueezeNet's 1x1 convolution
     classifier_name, classifier = [
         (path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ][-1]
@@ -111,5 +120,5 @@ def _torchvision_backbone(name: str, channels: int, **kwargs: Any) -> nn.Module:
         first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.kernel_size))
         first.reset_parameters()
         if hasattr(model, "transform_input"):
-            model.transform_input = False  # type: ignore[assignment] # a matter of three colours
+            model.transform_input = False  # type: ignore[assignment] # it requires three channels
     return model

@@ -1,4 +1,4 @@
-"""Modes of modules."""
+"""Training and evaluation mode of modules."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Set a module and its parts to evaluation mode, and back to the mode that each had."""
-    training = [part for part in module.modules() if part.training]
+    """Set a module to evaluation mode, then restore the mode of each of its submodules."""
+    training = [submodule for submodule in module.modules() if submodule.training]
     module.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for submodule in training:
+            submodule.training = True

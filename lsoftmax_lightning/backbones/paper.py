@@ -1,4 +1,4 @@
-"""The paper's networks, one class described by data (Table 1)."""
+"""The networks of the paper (Table 1) as one configurable class."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from ..errors import InputError
 
 
 class PaperNet(nn.Module):
-    """Stacks of conv-BN-PReLU, 2x2 max pooling after each of the first three, then one linear layer: the feature.
+    """Convolutional network of the paper (Table 1).
+
+    It is a stack of blocks of conv-BN-PReLU layers. A 2x2 max pooling follows each of the first three blocks. A linear
+    layer at the end returns the features.
 
     Args:
         image_shape: Channels, height and width of the input.
-        num_features: Width of the feature.
-        blocks: Width and number of convolutions of each block.
-        stem: Width of a first convolution before the blocks, if any.
+        num_features: Number of features D.
+        blocks: Number of channels and number of convolutions of each block.
+        stem: Number of channels of a convolution before the blocks. None for no such convolution.
         stem_stride: Stride of that convolution.
-        kernel_size: Side of the convolutions, odd.
+        kernel_size: Kernel size of all convolutions, odd.
         feature_norm: Whether batch normalisation follows the linear layer.
         dropout: Probability of dropout before the linear layer, from 0 to below 1. The paper uses none.
 
     Attributes:
-        num_features: Width of the feature.
+        num_features: Number of features D.
 
     Raises:
-        InputError: If the image is too small for the poolings to mean anything, ``kernel_size`` is even, or ``dropout``
-            is out of range.
+        InputError: If the image is too small for the poolings, ``kernel_size`` is even, or ``dropout`` is out of range.
     """
 
     def __init__(
@@ -47,32 +49,36 @@ class PaperNet(nn.Module):
             raise InputError(f"dropout: must be at least 0 and below 1, got {dropout}; the usual value is 0.5.")
         if kernel_size % 2 == 0:
             raise InputError(
-                f"kernel_size must be odd, so that the padding is the same on both sides, got {kernel_size}."
+                f"kernel_size: must be odd, so that the padding is the same on both sides, got {kernel_size}; the "
+                "paper uses 3 and 5."
             )
         channels, height, width = image_shape
         poolings = min(len(blocks), 3)
         shrink = (1 if stem is None else stem_stride) * 2**poolings
         if min(height, width) < shrink:
-            raise InputError(f"this network needs images of at least {shrink} pixels, got {height}x{width}.")
+            raise InputError(
+                f"image_shape: height and width must be at least {shrink} pixels, got {height}x{width}; use larger "
+                "images or fewer blocks."
+            )
         layers: list[nn.Module] = []
 
         def convolution(out_channels: int, stride: int = 1) -> None:
             nonlocal channels
-            # no bias: the normalisation that follows would take it away again
+            # no bias, since the batch normalisation that follows would cancel it
             conv = nn.Conv2d(channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
             layers.extend([conv, nn.BatchNorm2d(out_channels), nn.PReLU(out_channels)])
             channels = out_channels
 
         if stem is not None:
             convolution(stem, stem_stride)
-        for number, (block_width, depth) in enumerate(blocks):
+        for block_index, (block_width, depth) in enumerate(blocks):
             for _ in range(depth):
                 convolution(block_width)
-            if number < poolings:
+            if block_index < poolings:
                 layers.append(nn.MaxPool2d(2, ceil_mode=True))  # as Caffe rounds
         flat = channels * math.ceil(height / shrink) * math.ceil(width / shrink)
         layers.append(nn.Flatten())
-        if dropout:  # a layer only if it is used: the names of the others are part of checkpoints
+        if dropout:  # added only if used, since checkpoints contain the indices of the layers after it
             layers.append(nn.Dropout(dropout))
         layers.append(nn.Linear(flat, num_features))
         if feature_norm:
@@ -86,6 +92,6 @@ class PaperNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [N, num_features] of normalised images [N, C, H, W]."""
+        """Return features ``(N, D)`` of normalised images ``(N, C, H, W)``."""
         features: Tensor = self.layers(x)
         return features

@@ -1,4 +1,4 @@
-"""What the datamodules share: split, loaders, augmentation and normalisation on the device."""
+"""Base classes of the datamodules: split, loaders, augmentation and normalisation on the device."""
 
 from __future__ import annotations
 
@@ -11,74 +11,82 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import DataError, InputError
 from ..seeds import global_seed
 from ..transforms import Augmentation, Normalize, RandomCropFlip
 from .images import ImageFiles, ImageStore, ImageSubset, files_in, select
-from .loader import DRAWS, BatchLoader, BatchSampler, seeded_generator
+from .loader import DRAW_SCALE, BatchLoader, GlobalBatchSampler, seeded_generator
 from .subsets import check_size, random_labels, stratified_subset, subset_length
 
 
 class Images(NamedTuple):
-    """Images, uint8 [N, channels, height, width], and their classes, int64 [N]."""
+    """Images, uint8, ``(N, C, H, W)``, and their classes, int64, ``(N,)``."""
 
     images: ImageStore
     targets: Tensor
 
 
 def stratified_split(targets: Tensor, val_size: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on and of those to validate on, with the classes in proportion.
+    """Split images into training and validation images, stratified by class.
 
     Args:
-        targets: The classes, [N].
-        val_size: How many images to validate on: a number, or a share below 1.
-        seed: Of the split.
+        targets: Class of each image, ``(N,)``.
+        val_size: Number of validation images, or a fraction below 1.
+        seed: Seed of the split.
+
+    Returns:
+        Indices of the training images and indices of the validation images.
 
     Raises:
-        InputError: If a class is left out of a part.
+        InputError: If a class would have no training or no validation image.
     """
     try:
         train, val = train_test_split(
             torch.arange(len(targets)), test_size=val_size, stratify=targets, random_state=seed
         )
     except ValueError as error:
-        raise InputError(f"val_size {val_size} does not split {len(targets)} images: {error}") from error
+        raise InputError(
+            f"val_size: must leave training and validation images of every class, got {val_size} for {len(targets)} "
+            f"images: {error}"
+        ) from error
     return train, val
 
 
 class BatchDataModule(LightningDataModule):
-    """Images served by the batch as uint8, augmented and normalised on the device.
+    """Datamodule of uint8 images that are loaded in batches and augmented and normalised on the device.
 
-    A subclass states the attributes below but ``augment``, on the class or before it calls this ``__init__``;
-    :meth:`load_train_val` and :meth:`load_test`; and a download in ``prepare_data``.
+    A subclass defines ``class_names``, ``image_shape``, ``mean`` and ``std`` on the class or before it calls this
+    ``__init__``, and implements :meth:`load_train_val` and :meth:`load_test`. It may download files in
+    ``prepare_data``.
 
     Args:
-        batch_size: Global batch size in training: with four devices each takes a quarter. Training leaves out a last
-            batch that is not whole.
-        crop_padding: In training, pixels of black around an image, which is then cropped back at a random place.
-        flip: In training, whether half of the images are mirrored left and right.
-        predict_folder: Folder of images to predict, in folders or not, in the place of the test images. Each is scaled
-            to cover ``image_shape`` and its middle cut out.
-        train_size: Training images to keep, stratified by class: a number, or a fraction below 1 of those left after
-            the validation split. Subsets of one seed are nested. None keeps all images.
+        batch_size: Global batch size: with four devices, each gets a quarter. Training drops an incomplete last batch.
+        crop_padding: In training, pixels of black around an image, which is then cropped back to its size at a random
+            position.
+        flip: Whether to mirror half of the training images left to right.
+        predict_folder: Folder of images to predict instead of the test images. Images in its subfolders are included.
+            They are scaled to cover ``image_shape`` and their centre is cropped.
+        train_size: Training images to keep, stratified by class: a number, or a fraction below 1 of the images left
+            after the validation split. Subsets with one seed are nested. None keeps all images.
         label_noise: Fraction of the training labels, after ``train_size``, that are replaced by labels drawn uniformly
             over all classes. A drawn label may equal the one it replaces. Validation and test labels do not change.
         train_seed: Seed of the subset and of the label noise. None uses the seed of ``seed_everything``, so that runs
             with one seed train on the same images and labels.
-        device_memory_gib: Images in memory are kept on the GPU, uint8, where a set of them (training, validation, test)
-            takes no more than this, in GiB: CIFAR-10 takes 0.15. 0 keeps them in the memory of the host.
+        device_memory_gib: Largest size in GiB of a set of images (training, validation or test) that is kept on the
+            GPU, as uint8. CIFAR-10 takes 0.15. 0 keeps all images in host memory.
 
     Attributes:
         class_names: Name of each class.
         image_shape: Channels, height and width.
         mean: Mean of each channel over the training images, in 0 .. 1.
-        std: Likewise the standard deviation.
-        resize: How an image of another size gets ``image_shape``: ``cover``, it is scaled to cover this size and its
-            middle cut out.
-        num_workers: Processes that read batches of images that are not in memory; by default one for each of torch's
-            threads, up to 8.
-        augment: What training does to uint8 images on the device, or None; a subclass may set any
+        std: Standard deviation of each channel over the training images, in 0 .. 1.
+        resize: How images of other sizes are resized to ``image_shape``. ``cover`` scales an image to cover this size
+            and crops its centre.
+        num_workers: Number of processes that read batches of images that are not in memory. The default is the number
+            of torch's threads, at most 8.
+        augment: Augmentation of the training images, or None. A subclass may set any
             :class:`~lsoftmax_lightning.transforms.Augmentation`.
 
     Raises:
@@ -106,13 +114,12 @@ class BatchDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}.")
-        if crop_padding > 0 and crop_padding > max(
-            self.image_shape[1:]
-        ):  # some crops would be black, and padded images fill the memory
+            raise InputError(f"batch_size: must be at least 1, got {batch_size}; use, e.g., 256.")
+        side = max(self.image_shape[1:])
+        if crop_padding > side:  # some crops would be black, and padded images fill the memory
             raise InputError(
-                f"crop_padding: must be at most the image's side of {max(self.image_shape[1:])} pixels, got "
-                f"{crop_padding}; the paper uses 4 for images of 32 pixels."
+                f"crop_padding: must be at most the image's side of {side} pixels, got {crop_padding}; the paper uses "
+                "4 for images of 32 pixels."
             )
         if not 0 <= label_noise <= 1:
             raise InputError(
@@ -120,7 +127,7 @@ class BatchDataModule(LightningDataModule):
                 "training labels."
             )
         if not device_memory_gib >= 0:
-            raise InputError(f"device_memory_gib: must be 0 or more, got {device_memory_gib}.")
+            raise InputError(f"device_memory_gib: must be 0 or more, got {device_memory_gib}; use 0 for host memory.")
         self.batch_size = batch_size
         self.device_memory_gib = device_memory_gib
         self.predict_folder = predict_folder
@@ -135,25 +142,27 @@ class BatchDataModule(LightningDataModule):
 
     @property
     def batch_size(self) -> int:
-        """Global batch size in training; once the images are read, a larger one is reduced to their number."""
+        """Global batch size, at most the number of training images once they are read."""
         return self._batch_size
 
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
-        # set again by Lightning's BatchSizeFinder, which doubles it beyond the data
-        most = len(self.train_data.targets) if hasattr(self, "train_data") else batch_size
-        if batch_size > most:
-            rank_zero_info(f"batch_size: must be at most the {most} training images, got {batch_size}; {most} is used.")
-        self._batch_size = min(batch_size, most)
+        # Lightning's BatchSizeFinder sets it to more than the number of images
+        limit = len(self.train_data.targets) if hasattr(self, "train_data") else batch_size
+        if batch_size > limit:
+            rank_zero_info(
+                f"batch_size: must be at most the {limit} training images, got {batch_size}; {limit} is used."
+            )
+        self._batch_size = min(batch_size, limit)
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of classes C."""
         return len(self.class_names)
 
     @abstractmethod
     def load_train_val(self) -> tuple[Images, Images]:
-        """Reads the images to train on and those to validate on.
+        """Read the training and the validation images.
 
         Raises:
             DataError: If they are missing or damaged.
@@ -161,14 +170,18 @@ class BatchDataModule(LightningDataModule):
 
     @abstractmethod
     def load_test(self) -> Images:
-        """Reads the test images.
+        """Read the test images.
 
         Raises:
             DataError: If they are missing or damaged.
         """
 
     def setup(self, stage: str) -> None:
-        """Reads, once; ``stage`` is that of the Trainer."""
+        """Read the images of a stage, unless they were read before.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        """
         if stage in ("fit", "validate") and not hasattr(self, "train_data"):
             train_data, self.val_data = self.load_train_val()
             self.train_data = self._apply_train_settings(train_data)
@@ -176,8 +189,8 @@ class BatchDataModule(LightningDataModule):
             rank_zero_info(self._train_summary)
         if stage == "predict" and self.predict_folder is not None:
             paths = files_in(self.predict_folder)
-            unknown = torch.zeros(len(paths), dtype=torch.int64)
-            self.predict_data = Images(ImageFiles(paths, self.image_shape), unknown)
+            targets = torch.zeros(len(paths), dtype=torch.int64)  # a placeholder
+            self.predict_data = Images(ImageFiles(paths, self.image_shape), targets)
             return
         if stage in ("test", "predict") and not hasattr(self, "test_data"):
             self.test_data = self.load_test()
@@ -210,35 +223,36 @@ class BatchDataModule(LightningDataModule):
             subset_length(torch.tensor(targets), self.train_size)
 
     def _checked(self, data: Images) -> Images:
+        """Return the data if every image has a valid label; raise a DataError otherwise."""
         if len(data.images) != len(data.targets) or len(data.targets) == 0:
             raise DataError(
-                f"{type(self).__name__} read {len(data.images)} images and {len(data.targets)} labels; it takes as "
-                "many of the one as of the other, and at least one."
+                f"{type(self).__name__}: must load as many images as labels, and at least one, got {len(data.images)} "
+                f"images and {len(data.targets)} labels; check the files."
             )
         low, high = int(data.targets.min()), int(data.targets.max())
         if low < 0 or high >= self.num_classes:
             raise DataError(
-                f"{type(self).__name__} has {self.num_classes} classes, so labels 0 to {self.num_classes - 1}, but "
-                f"labels {low} to {high} were read."
+                f"{type(self).__name__}: labels must be 0 to {self.num_classes - 1} for its {self.num_classes} "
+                f"classes, got {low} to {high}; check labels and class_names."
             )
         return data
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled batches of (uint8 images, classes), with draws where the images are to be augmented."""
+        """Return shuffled batches (uint8 images, classes), with draws if there is an augmentation."""
         overfit = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
         num_draws = self.augment.num_draws if self.augment else None
         return self._loader(self.train_data, shuffle=not overfit, drop_last=True, num_draws=num_draws)
 
     def val_dataloader(self) -> BatchLoader:
-        """Batches of (uint8 images, classes), in order."""
+        """Return batches (uint8 images, classes) in order."""
         return self._loader(self.val_data)
 
     def test_dataloader(self) -> BatchLoader:
-        """Batches of (uint8 images, classes), in order."""
+        """Return batches (uint8 images, classes) in order."""
         return self._loader(self.test_data)
 
     def predict_dataloader(self) -> BatchLoader:
-        """The images of ``predict_folder``, or the test images, in order."""
+        """Return batches of the images of ``predict_folder``, or of the test images, in order."""
         return self._loader(self.predict_data)
 
     def _loader(
@@ -248,37 +262,37 @@ class BatchDataModule(LightningDataModule):
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         seed = global_seed() or 0
-        sampler = BatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, seed)
+        sampler = GlobalBatchSampler(len(data.targets), self.batch_size, shuffle, drop_last, rank, world_size, seed)
         store = data.images.store if isinstance(data.images, ImageSubset) else data.images
         num_workers = 0 if isinstance(store, Tensor) else self.num_workers
-        memory = self.device_memory_gib * 2**30
-        loader = BatchLoader(data.images, data.targets, sampler, num_draws, num_workers, device, memory)
+        device_memory = self.device_memory_gib * 2**30
+        loader = BatchLoader(data.images, data.targets, sampler, num_draws, num_workers, device, device_memory)
         if not (trainer and trainer.overfit_batches):  # type: ignore[attr-defined]
-            loader.dataset = data.targets  # to overfit, Lightning would make another loader of it
+            loader.dataset = data.targets  # with overfit_batches, Lightning would build another loader from it
         return loader
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augments training images and normalises all, on the device."""
+        """Augment training images and normalise all images, on the device."""
         images, targets, *draws = batch
         if self.augment and draws:
-            images = self.augment(images, draws[0].to(torch.float32).div_(DRAWS))
+            images = self.augment(images, draws[0].to(torch.float32).div_(DRAW_SCALE))
         images = self.normalize(images)
-        # the Trainer's precision (bf16-true, say) was applied before the images were floats
+        # the Trainer applied its precision, such as bf16-true, while the images were uint8
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images, targets
 
 
 class ImageDataModule(BatchDataModule):
-    """A set of training images, from which those for validation are split off, and one of test images.
+    """Datamodule of training and test images that splits the validation images off the training images.
 
-    A subclass states the attributes of :class:`BatchDataModule`, and :meth:`load`.
+    A subclass defines the attributes of :class:`BatchDataModule` and implements :meth:`load`.
 
     Args:
-        batch_size: As :class:`BatchDataModule`.
-        val_size: Training images held out for validation, stratified by class: a number, or a share below 1. The
-            paper's choice is a tenth (section 5).
-        split_seed: Seed of that split; it does not follow ``seed_everything``, so that every run validates on the
-            same images.
-        **kwargs: As :class:`BatchDataModule`: ``crop_padding``, ``flip``, ``predict_folder``, ``train_size``,
+        batch_size: Global batch size, as in :class:`BatchDataModule`.
+        val_size: Number of training images held out for validation, stratified by class, or a fraction below 1. The
+            paper uses a tenth (section 5).
+        split_seed: Seed of that split. It does not follow ``seed_everything``, so that every run validates on the same
+            images.
+        **kwargs: Arguments of :class:`BatchDataModule`: ``crop_padding``, ``flip``, ``predict_folder``, ``train_size``,
             ``label_noise``, ``train_seed``.
 
     Raises:
@@ -292,27 +306,26 @@ class ImageDataModule(BatchDataModule):
 
     @abstractmethod
     def load(self, train: bool) -> Images:
-        """Reads the training or the test images.
+        """Read the training or the test images.
+
+        Args:
+            train: Whether to read the training images.
 
         Raises:
             DataError: If they are missing or damaged.
         """
 
     def load_train_val(self) -> tuple[Images, Images]:
-        """Reads the training images and splits them.
+        """Read the training images and split them.
 
         Raises:
             DataError: If they are missing or damaged.
-            InputError: If ``val_size`` does not split them.
+            InputError: If a class would have no training or no validation image.
         """
         images, targets = self._checked(self.load(train=True))
         train, val = stratified_split(targets, self.val_size, self.split_seed)
         return Images(images[train], targets[train]), Images(images[val], targets[val])
 
+    @override
     def load_test(self) -> Images:
-        """Reads the test images.
-
-        Raises:
-            DataError: If they are missing or damaged.
-        """
         return self._checked(self.load(train=False))

@@ -1,4 +1,4 @@
-"""Where images are kept: in memory, or in files of any kind and size."""
+"""Storage of images: in memory, or in files of any format and size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import DataError
 
-_TURNS: dict[object, Image.Transpose] = {
+_TRANSPOSES: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -27,17 +27,17 @@ _TURNS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its EXIF orientation."""
+"""Transposition that turns an image upright, by EXIF orientation."""
 
 
 class ImageStore(Protocol):
-    """What images may be kept in: a tensor, or anything that an index tensor makes into one."""
+    """Interface of image storage: a tensor, or an object that returns a tensor for indices."""
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Return the number of images."""
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Images [N, C, H, W] for an index [N]."""
+        """Return the images ``(N, C, H, W)`` at indices ``(N,)``."""
 
 
 class ImageSubset:
@@ -46,11 +46,13 @@ class ImageSubset:
     Args:
         store: All images, ``(M, ...)``.
         rows: Indices of the subset's images in the store, ``(N,)``.
-        paths: File of each image of the subset, where there are files.
+        paths: File of each image of the subset; empty if the images are not from files.
     """
 
     def __init__(self, store: ImageStore, rows: Tensor, paths: Sequence[str | Path] = ()) -> None:
-        self.store, self.rows, self.paths = store, rows, paths
+        self.store = store
+        self.rows = rows
+        self.paths = paths
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,32 +62,32 @@ class ImageSubset:
 
 
 def read_image(path: str | Path, size: tuple[int, int], channels: int = 3) -> Tensor:
-    """Reads a file, turned as its EXIF data say, scaled to cover ``size`` and cropped to its middle.
+    """Read an image, turn it upright by its EXIF orientation, scale it to cover ``size`` and crop its centre.
 
-    Grey images and palettes become colours, or all become grey; what is transparent loses its transparency; an
-    animation gives its first frame. Damaged EXIF data are ignored.
+    Grey images and palettes are converted to RGB, or all images to grey. Transparency is removed. Of an animation, the
+    first frame is read. Damaged EXIF data are ignored.
 
     Args:
         path: A file of any format that Pillow reads.
         size: Height and width.
-        channels: 3 for colours, 1 for grey.
+        channels: 3 for RGB, 1 for grey.
 
     Returns:
-        uint8 [channels, height, width].
+        uint8, ``(channels, height, width)``.
 
     Raises:
-        ValueError: If a pixel has more than 8 bits a channel, of which Pillow would keep the wrong ones; or if the path
-            is a FIFO, a socket or a device.
-        Exception: Whatever the decoder raises on a damaged file.
+        ValueError: If the image has more than 8 bits per channel, which Pillow would convert wrongly, or the path is a
+            FIFO, a socket or a device.
+        Exception: Any error of the decoder on a damaged file.
     """
     if kind := special_kind(path):
         raise ValueError(f"it is {kind}")
     with _without_metadata_warnings(), Image.open(path) as image:
-        image.draft("RGB", (2 * max(size),) * 2)  # a JPEG much larger than that is decoded at a fraction of its size
+        image.draft("RGB", (2 * max(size),) * 2)  # decodes a much larger JPEG at a fraction of its size
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
         upright = _upright(image)
-        if "transparency" in upright.info:  # of a palette, which Pillow converts in two steps
+        if "transparency" in upright.info:  # a palette, which Pillow must convert in two steps
             upright = upright.convert("RGBA")
         pixels: Tensor = pil_to_tensor(ImageOps.fit(upright.convert("RGB" if channels == 3 else "L"), size[::-1]))
     return pixels
@@ -93,32 +95,33 @@ def read_image(path: str | Path, size: tuple[int, int], channels: int = 3) -> Te
 
 @contextmanager
 def _without_metadata_warnings() -> Iterator[None]:
-    """Ignore what Pillow warns of in EXIF data, of which only the orientation matters."""
+    """Ignore Pillow's warnings about EXIF data, since only the orientation is used."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
         yield
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as the orientation in its EXIF data says; damaged EXIF data leave it as it is stored."""
-    image.load()  # a TIFF is turned here, and its orientation removed
+    """Turn an image upright by its EXIF orientation; return it unchanged if the EXIF data are damaged."""
+    image.load()  # turns a TIFF and removes its orientation
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # the parser raises whatever it meets
+        transpose = _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # the parser may raise any error
         return image
-    return image if turn is None else image.transpose(turn)
+    return image if transpose is None else image.transpose(transpose)
 
 
 class ImageFiles:
-    """Images read from their files whenever a batch asks for them.
+    """Images that are read from their files each time they are indexed.
 
     Args:
-        paths: The files.
-        image_shape: Channels, height and width of the images, as :func:`read_image` makes them.
+        paths: File of each image.
+        image_shape: Channels, height and width to which :func:`read_image` converts the images.
     """
 
     def __init__(self, paths: Sequence[str | Path], image_shape: tuple[int, int, int]) -> None:
-        self.paths, self.image_shape = paths, image_shape
+        self.paths = paths
+        self.image_shape = image_shape
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -127,11 +130,11 @@ class ImageFiles:
         return torch.stack([self._read(self.paths[i]) for i in index.tolist()])
 
     def _read(self, path: str | Path) -> Tensor:
-        channels, *size = self.image_shape
+        channels, height, width = self.image_shape
         try:
-            return read_image(path, (size[0], size[1]), channels)
-        except Exception as error:  # decoders raise whatever they meet in a damaged file
-            raise DataError(f"{path} is no readable image: {error or type(error).__name__}") from error
+            return read_image(path, (height, width), channels)
+        except Exception as error:  # decoders may raise any error on a damaged file
+            raise DataError(f"{path} is not a readable image: {error or type(error).__name__}") from error
 
 
 def select(images: ImageStore, index: Tensor) -> ImageStore:
@@ -152,9 +155,9 @@ def select(images: ImageStore, index: Tensor) -> ImageStore:
 
 
 def files_in(folder: str | Path) -> list[str]:
-    """List the files in a folder and in the folders below it, sorted; hidden ones are left out.
+    """List the files in a folder and its subfolders, sorted, without hidden ones.
 
-    Links to folders are followed. Each folder is visited once, under its own path if it is not reached by links alone.
+    Links to folders are followed. Each folder is visited once, under its direct path unless only links lead to it.
 
     Raises:
         DataError: If there are no files, a folder cannot be read, an entry is not a file, or a name is not UTF-8.
@@ -163,13 +166,13 @@ def files_in(folder: str | Path) -> list[str]:
     folders, links = [os.fspath(folder)], deque[str]()
     visited: set[tuple[int, int]] = set()
     while folders or links:
-        place = folders.pop() if folders else links.popleft()
+        path = folders.pop() if folders else links.popleft()
         try:
-            status = os.stat(place)
+            status = os.stat(path)
             if (status.st_dev, status.st_ino) in visited:
                 continue
             visited.add((status.st_dev, status.st_ino))
-            for entry in visible_entries(place):
+            for entry in visible_entries(path):
                 if not entry.is_dir():
                     files.append(entry.path)
                 elif entry.is_symlink():
@@ -179,12 +182,12 @@ def files_in(folder: str | Path) -> list[str]:
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
     if not files:
-        raise DataError(f"there is no image in {Path(folder).absolute()}, nor in a folder in it.")
+        raise DataError(f"there is no image in {Path(folder).absolute()} or its subfolders; add images.")
     return sorted(files)
 
 
 def visible_entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """List the files, folders and links in a folder, sorted by name; hidden ones are left out.
+    """List the files, folders and links in a folder, sorted by name, without hidden ones.
 
     Raises:
         DataError: If a name is not UTF-8, or an entry is a FIFO, a socket or a device.
@@ -206,8 +209,12 @@ _SPECIAL_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCH
 
 
 def special_kind(path: str | Path) -> str | None:
-    """Return what ``path`` is if it is neither a file nor a folder; opening it could block forever."""
+    """Return the kind of a path that is neither a file nor a folder, which could block forever when opened.
+
+    Returns:
+        Such as "a FIFO"; None for a file, a folder or a broken link.
+    """
     try:
         return _SPECIAL_KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
-    except OSError:  # a broken link, which opening reports
+    except OSError:  # a broken link: opening it raises the error
         return None

@@ -1,8 +1,9 @@
-"""Whole batches out of images in memory or in files, divided over the processes of a run."""
+"""Batches of images in memory or in files, distributed over the ranks of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from ..seeds import hashed_seed
 from ..signals import ignore_signals
 from .images import ImageStore, ImageSubset
 
-DRAWS = 2**24
-"""A draw over this is exact in float32, and uniform on [0, 1)."""
+DRAW_SCALE = 2**24
+"""Upper bound of draws, exclusive. A draw divided by it is exact in float32 and uniform on [0, 1)."""
 
 
 def seeded_generator(key: str) -> torch.Generator:
@@ -24,62 +25,59 @@ def seeded_generator(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(hashed_seed(key))
 
 
-class BatchSampler:
-    """Index tensors of this process's share of every global batch.
+@dataclass(eq=False)
+class GlobalBatchSampler:
+    """Sampler of the rows of every global batch that belong to this rank, as index tensors.
 
-    The global batches are a function of (seed, epoch) alone, so a run is the same on one process and on several, and
-    no sample is repeated to fill a process up.
+    The global batches depend only on seed and epoch, so they are the same for any number of ranks. No sample is
+    repeated to fill a rank.
 
     Args:
-        num_samples: How many samples there are.
+        num_samples: Number of samples.
         batch_size: Global batch size.
-        shuffle: Whether each epoch has an order of its own.
-        drop_last: Whether to leave out a last batch that is not whole, as training does: its mean gradient over
-            several processes would not be that of one.
-        rank: This process.
-        world_size: Number of processes.
+        shuffle: Whether to shuffle the samples, in a different order each epoch.
+        drop_last: Whether to drop an incomplete last batch, as training does. Its mean gradient over several ranks
+            would differ from that on one.
+        rank: Global rank.
+        world_size: Number of ranks.
         seed: Seed of the shuffle.
 
     Raises:
-        InputError: If a batch does not divide over the processes, or there are fewer samples than a whole batch (with
-            ``drop_last``) or than processes.
+        InputError: If ``batch_size`` is not divisible by ``world_size``, or there are fewer samples than ``batch_size``
+            (with ``drop_last``) or than ranks.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        shuffle: bool,
-        drop_last: bool,
-        rank: int,
-        world_size: int,
-        seed: int,
-    ) -> None:
-        if batch_size % world_size:
+    num_samples: int
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    rank: int
+    world_size: int
+    seed: int
+    epoch: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world_size:
             raise InputError(
-                f"batch_size is global and must divide over the devices: {batch_size} does not over {world_size}; "
-                f"take {batch_size // world_size * world_size or world_size}."
+                f"batch_size: is global and must be divisible by the number of devices ({self.world_size}), got "
+                f"{self.batch_size}; use {self.batch_size // self.world_size * self.world_size or self.world_size}."
             )
-        if num_samples < (batch_size if drop_last else world_size):
-            raise InputError(
-                f"{num_samples} samples are too few for "
-                + (f"batch_size {batch_size}; lower it." if drop_last else f"{world_size} devices; use fewer.")
-            )
-        self.num_samples, self.batch_size, self.shuffle, self.drop_last = num_samples, batch_size, shuffle, drop_last
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.epoch = 0
+        if self.drop_last and self.num_samples < self.batch_size:
+            raise InputError(f"{self.num_samples} samples are too few for batch_size {self.batch_size}; lower it.")
+        if not self.drop_last and self.num_samples < self.world_size:
+            raise InputError(f"{self.num_samples} samples are too few for {self.world_size} devices; use fewer.")
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the shuffle of an epoch; the Trainer calls it."""
+        """Set the epoch, which selects the shuffle; the Trainer calls this before each epoch."""
         self.epoch = epoch
 
     def generator(self, purpose: str = "") -> torch.Generator:
-        """A generator for this epoch and purpose, the same on every process."""
+        """Return a generator for this epoch and a purpose, the same on every rank."""
         return seeded_generator(f"{self.seed} {self.epoch}{purpose}")
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.num_samples, self.batch_size)
-        return whole + (not self.drop_last and self.rank < rest)
+        num_full_batches, remainder = divmod(self.num_samples, self.batch_size)
+        return num_full_batches + (not self.drop_last and self.rank < remainder)
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.shuffle:
@@ -91,54 +89,62 @@ class BatchSampler:
 
 
 class BatchLoader:
-    """An iterable of (images, targets) batches, or of (images, targets, draws) for an augmentation.
+    """Iterable of batches (images, targets), or (images, targets, draws) for an augmentation.
 
-    Images in memory are kept on the device and indexed by the whole batch there, so that a training step copies
-    nothing; those in files are read by ``num_workers`` processes. The draws belong to seed, epoch and sample, so an
-    augmented image depends on neither the processes, nor the workers, nor the device.
+    Images in memory are copied to the device once and indexed there by the batch, so that a training step copies
+    nothing. Images in files are read by ``num_workers`` processes. The draws depend only on seed, epoch and sample, so
+    an augmented image is the same for any number of ranks and workers and on any device.
 
-    Its state, which the Trainer keeps in a checkpoint, is how much of an epoch it has served: a run that is resumed
-    amid an epoch goes on with the batch that comes next.
+    The Trainer saves the state of the loader in a checkpoint: the number of batches served in the epoch. A run resumed
+    within an epoch continues with the next batch.
 
     Args:
-        images: All images, [N, ...].
-        targets: Their classes, [N].
-        sampler: Which samples make which batch.
-        num_draws: How many draws go with each sample, or None where there is no augmentation. They are integers,
-            uniform below :data:`DRAWS`, since the Trainer's precision may round whatever is a float.
-        num_workers: Processes that read batches ahead.
-        device: Device of the batches. Batches of images that are read from files, or that take more than
-            ``device_memory``, stay in pinned memory of the host, from where the Trainer copies them.
-        device_memory: Bytes that the images may take on a device other than the CPU.
+        images: Images, ``(N, C, H, W)``.
+        targets: Class of each image, ``(N,)``.
+        sampler: Sampler of the indices of each batch.
+        num_draws: Number of draws per sample; None without an augmentation. The draws are integers, uniform from 0 to
+            below :data:`DRAW_SCALE`, since the Trainer's precision may round floating-point tensors.
+        num_workers: Number of processes that read batches ahead.
+        device: Device of the batches. If the images are in files, or take more than ``device_memory``, the batches stay
+            in pinned memory of the host, from which the Trainer copies them.
+        device_memory: Limit in bytes of the images on a device other than the CPU.
     """
 
-    batch_sampler = None  # where there is a sampler, Lightning looks for this too
-    dataset: Tensor  # Lightning's BatchSizeFinder stops at its length
+    batch_sampler = None  # Lightning reads this of a loader with a sampler
+    dataset: Tensor  # its length limits Lightning's BatchSizeFinder
 
     def __init__(
         self,
         images: ImageStore,
         targets: Tensor,
-        sampler: BatchSampler,
+        sampler: GlobalBatchSampler,
         num_draws: int | None = None,
         num_workers: int = 0,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (a constant)
         device_memory: float = 0,
     ) -> None:
-        self.images, self.targets, self.sampler = images, targets, sampler
-        self.num_draws, self.num_workers = num_draws, num_workers
-        self.device, self.device_memory = device, device_memory
-        self._served = 0  # batches of this epoch
-        self._resumed: dict[str, int] = {}
+        self.images = images
+        self.targets = targets
+        self.sampler = sampler
+        self.num_draws = num_draws
+        self.num_workers = num_workers
+        self.device = device
+        self.device_memory = device_memory
+        self._num_served = 0  # batches of this epoch
+        self._resume_state: dict[str, int] = {}
         self._on_device: Tensor | None = None
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, how many batches of it were served, and their size."""
-        return {"epoch": self.sampler.epoch, "served": self._served, "batch_size": self.sampler.batch_size}
+        """Return the epoch, the number of batches served in it, and the batch size."""
+        return {"epoch": self.sampler.epoch, "served": self._num_served, "batch_size": self.sampler.batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Has that epoch, should it come, begin behind those batches."""
-        self._resumed = state
+        """Skip the batches that a state counts as served if its epoch is iterated next.
+
+        Args:
+            state: Result of :meth:`state_dict`.
+        """
+        self._resume_state = state
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -147,25 +153,26 @@ class BatchLoader:
         return self.images[index], self.targets[index], index
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        self._served = 0
-        if self._resumed.get("epoch") == self.sampler.epoch:
-            self._served, batch_size = self._resumed["served"], self._resumed["batch_size"]
+        self._num_served = 0
+        if self._resume_state.get("epoch") == self.sampler.epoch:
+            self._num_served = self._resume_state["served"]
+            batch_size = self._resume_state["batch_size"]
             if batch_size != self.sampler.batch_size:
                 raise InputError(
-                    f"the run stopped amid an epoch of batches of {batch_size} and cannot go on with "
-                    f"{self.sampler.batch_size}; set batch_size back."
+                    f"batch_size: must be {batch_size} to resume this run within an epoch, got "
+                    f"{self.sampler.batch_size}; use {batch_size}."
                 )
         shape = (len(self.targets), self.num_draws or 0)
-        draws = torch.randint(DRAWS, shape, dtype=torch.int32, generator=self.sampler.generator(" draws"))
-        indices = list(self.sampler)[self._served :]
-        images = self._in_memory()
-        batches = self._by_reading(indices, draws) if images is None else self._by_index(images, indices, draws)
+        draws = torch.randint(DRAW_SCALE, shape, dtype=torch.int32, generator=self.sampler.generator(" draws"))
+        indices = list(self.sampler)[self._num_served :]
+        images = self._images_on_device()
+        batches = self._read_batches(indices, draws) if images is None else self._index_batches(images, indices, draws)
         for batch in batches:
-            self._served += 1
+            self._num_served += 1
             yield batch if self.num_draws is not None else batch[:2]
 
-    def _in_memory(self) -> ImageStore | None:
-        """Return the images in the memory of the device, copied once; None if they are in files or too many."""
+    def _images_on_device(self) -> ImageStore | None:
+        """Return the images on the device, copied there once; None if they are in files or too large."""
         store = self.images.store if isinstance(self.images, ImageSubset) else self.images
         if not isinstance(store, Tensor):
             return None
@@ -175,8 +182,8 @@ class BatchLoader:
             self._on_device = self.images[torch.arange(len(self.images))].to(self.device)
         return self._on_device
 
-    def _by_index(self, images: ImageStore, indices: list[Tensor], draws: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Index images on the device; what else a batch needs is put in order, and copied, once an epoch."""
+    def _index_batches(self, images: ImageStore, indices: list[Tensor], draws: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Index images on the device; indices, targets and draws are sorted into batches and copied once per epoch."""
         if not indices:
             return
         index = torch.cat(indices)
@@ -185,9 +192,9 @@ class BatchLoader:
         for batch, targets, batch_draws in zip(*(torch.split(column, sizes) for column in columns), strict=True):
             yield images[batch], targets, batch_draws
 
-    def _by_reading(self, indices: list[Tensor], draws: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def _read_batches(self, indices: list[Tensor], draws: Tensor) -> Iterator[tuple[Tensor, ...]]:
         pin = self.device.type == "cuda"
-        # with a generator of its own the loader takes no draw from the model's
+        # the generator keeps the loader from drawing from the global one
         loader: DataLoader[Any] = DataLoader(
             self,  # type: ignore[arg-type] # indexed by batch, not by sample
             batch_size=None,
@@ -201,5 +208,5 @@ class BatchLoader:
             for images, targets, index in loader:
                 batch_draws = draws[index]
                 yield images, targets, batch_draws.pin_memory() if pin else batch_draws
-        except DataError as error:  # a worker's comes with its traceback in the message
+        except DataError as error:  # the message from a worker contains its traceback
             raise DataError(worker_message(error)) from error

@@ -10,7 +10,7 @@ from .downloaded import DownloadedDataModule
 class MNISTDataModule(DownloadedDataModule):
     """60,000 + 10,000 handwritten digits of 28x28 pixels, read and downloaded by torchvision.
 
-    Arguments are those of :class:`DownloadedDataModule`.
+    The arguments are those of :class:`DownloadedDataModule`.
     """
 
     reader = MNIST
@@ -25,8 +25,8 @@ class MNISTDataModule(DownloadedDataModule):
 class FashionMNISTDataModule(DownloadedDataModule):
     """60,000 + 10,000 grey images of clothing of 28x28 pixels in ten classes, read and downloaded by torchvision.
 
-    Xiao et al., "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms", 2017. Arguments
-    are those of :class:`DownloadedDataModule`.
+    Source: Xiao et al., "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms", 2017. The
+    arguments are those of :class:`DownloadedDataModule`.
     """
 
     reader = FashionMNIST

@@ -178,7 +178,7 @@ def test_what_cannot_be_written_is_an_error() -> None:
         predict(None)
     write_folder(Path("photos"))
     Path("photos/broken.png").write_text("no image")
-    with pytest.raises(DataError, match=r"^photos/broken\.png is no readable image"):
+    with pytest.raises(DataError, match=r"^photos/broken\.png is not a readable image"):
         predict("x.csv", predict_folder="photos")
     assert not list(Path().glob("x.*"))
     with pytest.raises(DataError, match=r"^nowhere cannot be read: No such file or directory\."):

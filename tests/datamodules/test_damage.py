@@ -85,7 +85,7 @@ def refuses(module: Any, path: Path, content: bytes) -> bool:
     path.write_bytes(content)
     problem = said(lambda: module.setup("fit")) or said(lambda: module.setup("test"))
     path.write_bytes(whole)
-    assert not problem or problem.startswith(("cannot read", f"{type(module).__name__} "))
+    assert not problem or problem.startswith(("cannot read", f"{type(module).__name__}: "))
     return bool(problem)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lsoftmax_lightning.datamodules import DigitsDataModule, MNISTDataModule
 from lsoftmax_lightning.datamodules.base import Images
-from lsoftmax_lightning.datamodules.loader import BatchSampler
+from lsoftmax_lightning.datamodules.loader import GlobalBatchSampler
 from lsoftmax_lightning.errors import DataError, InputError
 from lsoftmax_lightning.transforms import RandomCropFlip
 
@@ -73,7 +73,7 @@ def batches(**settings: Any) -> list[list[int]]:
         "world_size": 1,
         "seed": 0,
     }
-    sampler = BatchSampler(**defaults | {k: v for k, v in settings.items() if k != "epoch"})
+    sampler = GlobalBatchSampler(**defaults | {k: v for k, v in settings.items() if k != "epoch"})
     sampler.set_epoch(settings.get("epoch", 0))
     found = [batch.tolist() for batch in sampler]
     assert len(found) == len(sampler)
@@ -104,11 +104,14 @@ def test_processes_share_the_batches_of_one(train: bool, world_size: int) -> Non
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"batch_size": 5, "world_size": 2}, "5 does not over 2; take 4"),
-        ({"batch_size": 1, "world_size": 2}, "1 does not over 2; take 2"),
+        ({"batch_size": 5, "world_size": 2}, r"divisible by the number of devices \(2\), got 5; use 4"),
+        ({"batch_size": 1, "world_size": 2}, r"divisible by the number of devices \(2\), got 1; use 2"),
         ({"batch_size": 11}, "10 samples are too few for batch_size 11"),
         ({"drop_last": False, "batch_size": 11, "world_size": 11}, "10 samples are too few for 11 devices"),
-        ({"drop_last": False, "batch_size": 1, "world_size": 2}, "1 does not over 2"),
+        (
+            {"drop_last": False, "batch_size": 1, "world_size": 2},
+            r"divisible by the number of devices \(2\), got 1; use 2",
+        ),
     ],
 )
 def test_batches_that_do_not_work_out_are_refused(settings: dict[str, int], said: str) -> None:
@@ -220,15 +223,21 @@ def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
 
 @pytest.mark.parametrize("val_size", [2, 198, 500])  # fewer than one of each class, on either side
 def test_a_split_that_cannot_be_is_refused(val_size: int) -> None:
-    with pytest.raises(InputError, match=f"val_size {val_size} does not split 200 images"):
+    with pytest.raises(InputError, match=f"val_size: must leave .* of every class, got {val_size} for 200 images: "):
         BlobsDataModule(val_size=val_size).setup("fit")
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 4])), "labels 0 to 3, but labels 0 to 4"),
-        (Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, -1, 1])), "labels -1 to 1"),
+        (
+            Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 4])),
+            "labels must be 0 to 3 for its 4 classes, got 0 to 4",
+        ),
+        (
+            Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, -1, 1])),
+            "labels must be 0 to 3 for its 4 classes, got -1 to 1",
+        ),
         (Images(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1, 2])), "2 images and 3 labels"),
         (Images(torch.zeros(0, 1, 8, 8), torch.zeros(0)), "0 images"),
     ],
@@ -335,6 +344,6 @@ def test_an_epoch_is_not_resumed_with_batches_of_another_size(tmp_path: Path) ->
     train(32)  # five batches an epoch
     with (
         pytest.warns(UserWarning, match="not empty"),
-        pytest.raises(InputError, match="amid an epoch of batches of 32 and cannot go on with 20"),
+        pytest.raises(InputError, match="batch_size: must be 32 to resume this run within an epoch, got 20"),
     ):
         train(20, tmp_path / "amid.ckpt")
