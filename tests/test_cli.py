@@ -428,7 +428,7 @@ def test_what_is_no_checkpoint_of_this_network_is_refused(capsys: pytest.Capture
     torch.save({"weight": torch.zeros(1)}, "bare.ckpt")
     assert "has weights alone: begin with them by --model.warm_start bare.ckpt" in fails(capsys, *test, "bare.ckpt")
     torch.save(Path("unsafe"), "unsafe.ckpt")
-    assert "to load it would run code (pathlib.PosixPath)" in fails(capsys, *test, "unsafe.ckpt")
+    assert "loading it would run code (pathlib.PosixPath)" in fails(capsys, *test, "unsafe.ckpt")
     assert "there is no file runs" in fails(capsys, *test, "runs")
 
 
