@@ -142,7 +142,7 @@ def test_what_differs_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> Non
         export(make_model(), BlobsDataModule(), "model.pt2", "torch_export", "int8")  # type: ignore[arg-type]
     monkeypatch.setattr("lsoftmax_lightning.export.find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match="^format: onnx requires the packages onnx, onnxscript, onnxruntime, .*; pip install"
+        InputError, match=r"^format: onnx requires the packages onnx, onnxscript, onnxruntime, .*; pip install"
     ):
         export(make_model(), BlobsDataModule(), "model.onnx")
 
@@ -190,7 +190,7 @@ export(make_model(), BlobsDataModule(), "out/model", "torch_export")
 """
 
 
-def test_a_killed_export_leaves_no_output_and_the_next_one_removes_its_parts() -> None:
+def test_a_killed_export_leaves_no_output_and_the_next_one_removes_its_temporary_files() -> None:
     # a forked process would wait for threads of torch.export that it does not have
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, timeout=120, check=False)
