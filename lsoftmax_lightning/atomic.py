@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whenever a process ends."""
+"""Atomic writing: a file is complete or absent, whenever the process ends."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ import torch
 from .errors import RunError
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
-_NAME_LENGTH = 50  # characters of the target's name in a part's name, which a file system limits
-_active: set[str] = set()  # names of the parts that this process is writing
+_NAME_LENGTH = 50  # characters of the target's name in a temporary name, whose length a file system limits
+_active: set[str] = set()  # temporary names that this process is writing to
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move the file or folder there when the block ends without an error.
 
-    The temporary name is unique, so that two writers never share it. Parts of killed writers are removed.
+    The temporary name is unique, so that two writers never share it. Temporary files of killed writers are removed.
 
     Args:
         path: The file to write. An existing file is replaced; missing parent folders are created.
@@ -37,43 +37,48 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             unchanged, and the error names ``path``.
     """
     path = Path(path)
-    with temporary_path(path) as part:
-        yield part
-        _sync(part)
-        part.replace(path)
+    with temporary_path(path) as temporary:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
 
 
 @contextmanager
 def temporary_path(path: str | Path) -> Iterator[Path]:
     """Yield a unique path beside ``path`` for a file or folder, which is removed when the block ends.
 
-    Parts of killed writers of ``path`` are removed. Missing parent folders are created.
+    Temporary files of killed writers of ``path`` are removed. Missing parent folders are created.
 
     Raises:
-        OSError: If nothing can be written there, as :func:`atomic_path`.
+        OSError: As in :func:`atomic_path`.
     """
     path = Path(path)
-    part = path.with_name(f"{_prefix(path)}{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}.part")
-    _active.add(part.name)
+    temporary = path.with_name(f"{_prefix(path)}{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}.part")
+    _active.add(temporary.name)
     try:
         if path.exists() and not path.is_file() and not path.is_dir():  # a move would replace /dev/null by a file
             raise OSError(errno.EINVAL, "Not a regular file", str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_parts(path)
-        yield part
+        remove_temporaries(path)
+        yield temporary
     except OSError as error:
-        if error.errno and (error.filename is None or str(error.filename).startswith(str(part))):
-            error.filename, error.filename2 = str(path), None  # a failed write names no file, a failed open the part
+        if error.errno and (error.filename is None or str(error.filename).startswith(str(temporary))):
+            # a failed write names no file, a failed open the temporary one
+            error.filename, error.filename2 = str(path), None
         raise
     finally:
-        _active.discard(part.name)
-        with suppress(OSError):  # the first error is the one to report
-            _remove(part)
+        _active.discard(temporary.name)
+        with suppress(OSError):  # report the first error only
+            _remove(temporary)
 
 
 @contextmanager
 def disk_errors(setting: str, path: Path) -> Iterator[None]:
-    """Report a full or read-only disk as an error of the setting that names the file.
+    """Report a full or read-only disk as an error that names the setting and the file.
+
+    Args:
+        setting: Name of the setting, such as ``output``.
+        path: File that the block writes.
 
     Raises:
         RunError: For an OSError in the block.
@@ -88,30 +93,30 @@ def disk_errors(setting: str, path: Path) -> Iterator[None]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file by :func:`atomic_path`."""
-    with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: str | Path, rows: Iterable[Iterable[Any]]) -> None:
     """Write a CSV file by :func:`atomic_path`, with the cells of :func:`csv_safe`."""
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(map(csv_safe, rows))
 
 
 def csv_safe(row: Iterable[Any]) -> list[Any]:
-    """Return the cells of a CSV row such that no spreadsheet takes a text for a formula.
+    """Return the cells of a CSV row with every formula quoted, so that no spreadsheet runs it.
 
-    Texts that begin like a formula get a ``'`` in front, as OWASP recommends against CSV injection. Numbers, and texts
-    that are numbers, do not change.
+    A string that begins like a formula gets a ``'`` in front, as OWASP recommends against CSV injection. Numbers, and
+    strings that are numbers, do not change.
 
     Args:
-        row: Cells; those that are not texts do not change.
+        row: Cells of the row. Only strings change.
     """
     return [f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell for cell in row]
 
 
 def from_csv_safe(cell: str) -> str:
-    """Return the text of a cell that :func:`csv_safe` wrote."""
+    """Return the original string of a cell that :func:`csv_safe` wrote."""
     text = cell.removeprefix("'")
     return text if _is_formula(text) else cell
 
@@ -128,21 +133,27 @@ def _is_formula(text: str) -> bool:
 
 def torch_save(content: object, path: str | Path) -> None:
     """Write by :func:`torch.save` and :func:`atomic_path`."""
-    with atomic_path(path) as part:
-        torch_save_part(content, part)
+    with atomic_path(path) as temporary:
+        torch_save_temporary(content, temporary)
 
 
-def torch_save_part(content: object, part: Path) -> None:
-    """Write the part of :func:`atomic_path` by :func:`torch.save`, which may abort the process on a full disk."""
-    with part.open("wb") as file:
+def torch_save_temporary(content: object, temporary: Path) -> None:
+    """Write the temporary file of :func:`atomic_path` by :func:`torch.save`.
+
+    On a full disk, :func:`torch.save` alone may abort the process.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    with temporary.open("wb") as file:
         deferred = _DeferredErrorFile(file)
-        torch.save(content, deferred)  # type: ignore[arg-type]  # it needs write and flush alone
+        torch.save(content, deferred)  # type: ignore[arg-type]  # it needs only write and flush
         if deferred.error is not None:
             raise deferred.error
 
 
 class _DeferredErrorFile:
-    """A file whose errors are kept: raised inside :func:`torch.save`, one would abort the process."""
+    """A file that stores its first error, because an error raised inside :func:`torch.save` would abort the process."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -152,7 +163,7 @@ class _DeferredErrorFile:
         try:
             if self.error is None:
                 self.file.write(data)
-        except BaseException as error:  # of the disk, or of a signal
+        except BaseException as error:  # a full disk, or a signal
             self.error = error
         return len(data)
 
@@ -164,8 +175,8 @@ class _DeferredErrorFile:
             self.error = error
 
 
-def remove_parts(path: Path) -> None:
-    """Remove what killed processes of this machine left of ``path``."""
+def remove_temporaries(path: Path) -> None:
+    """Remove the temporary files of ``path`` that killed processes of this machine left."""
     pattern = re.compile(re.escape(f"{_prefix(path)}{socket.gethostname()}-") + r"(\d+)-[0-9a-f]{8}\.part")
     if not path.parent.is_dir():
         return
@@ -179,21 +190,21 @@ def _prefix(path: Path) -> str:
     return f".{path.name[:_NAME_LENGTH]}."
 
 
-def _sync(part: Path) -> None:
+def _sync(temporary: Path) -> None:
     """Flush a file to the disk, so that a power failure after the move leaves no empty file."""
-    if part.is_file():
-        descriptor = os.open(part, os.O_RDWR)
+    if temporary.is_file():
+        descriptor = os.open(temporary, os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def _remove(part: Path) -> None:
-    if part.is_dir() and not part.is_symlink():
-        shutil.rmtree(part, ignore_errors=True)
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary, ignore_errors=True)
     else:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:
@@ -204,6 +215,6 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user
+    except PermissionError:  # it belongs to another user
         return True
     return True

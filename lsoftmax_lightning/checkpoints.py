@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, safe to load, and of use to a network other than their own."""
+"""Checkpoints: atomic writing, safe reading, and weights for the warm start of another network."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from typing_extensions import override
 
 from .atomic import torch_save, write_text
 from .compat import refused_code
@@ -25,28 +26,29 @@ from .data_spec import DataSpec
 from .errors import InputError, RunError, first_line
 
 FORMAT = 1
-"""Of the checkpoints written; what was written before they had a number counts as 0."""
+"""Format of the checkpoints that are written. A checkpoint without a format has format 0."""
 
 _KEY = "lsoftmax_lightning"
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there when all of it is on the disk.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint to a temporary file beside its path, and move it to the path when it is complete.
 
-    So a run that is killed, or out of space, amid a checkpoint leaves the one that was there before. Lightning writes
-    to the system's temporary folder, from where a move is a copy if that is another disk.
+    A run that is killed, or runs out of disk space, while it writes a checkpoint leaves the previous one unchanged.
+    Lightning writes to the system's temporary folder instead. If that is on another disk, the move is a copy.
     """
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint.
+        """Write a checkpoint.
 
         Args:
-            checkpoint: What to write.
-            path: Where; a URL is left to Lightning.
+            checkpoint: Content of the checkpoint.
+            path: Path of the file. Lightning writes to a URL.
             storage_options: None, as for Lightning.
 
         Raises:
-            RunError: If it cannot be written.
+            RunError: If the file cannot be written.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -59,21 +61,25 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 "free some space and continue from it with --ckpt_path."
             ) from error
 
+    @override
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint, or bare weights, as :func:`read` does, on the CPU, whatever the other arguments are.
+        """Read a checkpoint or bare weights to the CPU, like :func:`read`; the other arguments have no effect.
 
         Lightning reads a checkpoint at a URL with ``weights_only=False``, which runs code in it.
         """
         return _read_content(path)
 
 
+WholeCheckpointIO = AtomicCheckpointIO  # this name is in the config.yaml of earlier runs
+
+
 def stamp(checkpoint: dict[str, Any], data_spec: DataSpec | None = None) -> None:
-    """Notes in a checkpoint by which release and in which format it is written, and what data it was trained on.
+    """Add the release, the format and the specification of the training data to a checkpoint.
 
     Args:
-        checkpoint: As a module's ``on_save_checkpoint`` is given it.
+        checkpoint: The checkpoint, in a module's ``on_save_checkpoint``.
         data_spec: Specification of the training data, if it is known.
     """
     checkpoint[_KEY] = {"format": FORMAT, "version": version("lsoftmax-lightning")}
@@ -82,10 +88,10 @@ def stamp(checkpoint: dict[str, Any], data_spec: DataSpec | None = None) -> None
 
 
 def saved_data_spec(checkpoint: dict[str, Any]) -> DataSpec | None:
-    """Return the specification of the data that a checkpoint was trained on; None if it does not have one.
+    """Return the specification of the data that a checkpoint was trained on; None if it has no specification.
 
     Args:
-        checkpoint: As it was loaded.
+        checkpoint: A loaded checkpoint.
 
     Raises:
         InputError: If the specification is damaged.
@@ -95,19 +101,19 @@ def saved_data_spec(checkpoint: dict[str, Any]) -> DataSpec | None:
 
 
 def check_format(checkpoint: dict[str, Any]) -> None:
-    """Refuses a checkpoint of a later release than this one.
+    """Reject a checkpoint whose format is newer than this release.
 
     Args:
-        checkpoint: As it was loaded.
+        checkpoint: A loaded checkpoint.
 
     Raises:
-        InputError: If it is.
+        InputError: If the format is newer.
     """
-    made = checkpoint.get(_KEY, {"format": 0})
-    if made["format"] > FORMAT:
+    stamped = checkpoint.get(_KEY, {"format": 0})
+    if stamped["format"] > FORMAT:
         raise InputError(
-            f"the checkpoint was written by lsoftmax-lightning {made['version']} in format {made['format']}; this is "
-            f"{version('lsoftmax-lightning')}, which reads formats up to {FORMAT}: upgrade lsoftmax-lightning."
+            f"the checkpoint was written by lsoftmax-lightning {stamped['version']} in format {stamped['format']}; "
+            f"this is {version('lsoftmax-lightning')}, which reads formats up to {FORMAT}: upgrade lsoftmax-lightning."
         )
 
 
@@ -116,7 +122,7 @@ def local_file(path: str | Path) -> Iterator[Path]:
     """Yield the path of a local file: ``path`` itself, or the downloaded copy of a URL.
 
     Args:
-        path: A path, or a URL of any protocol that fsspec knows, such as ``https://`` or ``s3://``.
+        path: A path, or a URL of any protocol that fsspec supports, such as ``https://`` or ``s3://``.
 
     Raises:
         InputError: If there is no such file.
@@ -130,22 +136,22 @@ def local_file(path: str | Path) -> Iterator[Path]:
         copy = Path(folder, "remote.ckpt")
         try:
             get_filesystem(path).get_file(str(path), str(copy))
-        except Exception as error:  # of any file system and network library
+        except Exception as error:  # each file system and network library has its own exceptions
             raise InputError(f"{path} cannot be downloaded: {error or type(error).__name__}") from error
         yield copy
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a file of weights from an untrusted source: no code in it is run, and damage is found.
+    """Read a file of weights from an untrusted source, without running code in it, and detect damage.
 
     Args:
-        path: A path or URL of a checkpoint of Lightning, or of a state dict that :func:`torch.save` wrote.
+        path: Path or URL of a Lightning checkpoint, or of a state dict written by :func:`torch.save`.
 
     Returns:
-        Its content, always with ``state_dict``.
+        Content of the file, always with the key ``state_dict``.
 
     Raises:
-        InputError: If the file is missing, damaged, unsafe, or something else.
+        InputError: If the file is missing, damaged or unsafe, or contains no weights.
     """
     content = _read_content(path)
     return content if "state_dict" in content else {"state_dict": content}
@@ -163,12 +169,12 @@ def _read_content(path: str | Path) -> dict[str, Any]:
 
 
 def _load(path: str | Path, file: Path) -> Any:
-    """Load ``file``, called ``path`` in messages."""
+    """Load a file; messages show ``path``, from which it may have been downloaded."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            damaged = archive.testzip()  # torch itself does not look at the checksums
-        # torch maps the bytes of an entry, compressed or not, and takes the first of two entries of one name
+            damaged = archive.testzip()  # torch does not check the checksums
+        # torch maps the bytes of an entry, compressed or not, and reads the first of two entries with the same name
         stored = all(e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries)
         if damaged is None and (not stored or len({e.filename for e in entries}) < len(entries)):
             raise InputError(
@@ -180,19 +186,19 @@ def _load(path: str | Path, file: Path) -> Any:
     except UnpicklingError as error:
         code = refused_code(error)
         raise InputError(
-            f"{path} is refused: it holds more than weights and plain values, and to load it would run code"
+            f"{path} is refused: it contains more than weights and plain values, and loading it would run code"
             + (f" ({code})." if code else ".")
         ) from error
     except zipfile.BadZipFile as error:
         raise InputError(f"{path} is not a complete checkpoint: torch.save writes a complete zip file.") from error
-    except Exception as error:  # whatever a decoder meets in a damaged file
+    except Exception as error:  # a decoder may raise anything on a damaged file
         raise InputError(f"{path} is damaged: {first_line(error)}") from error
     if damaged:
-        raise InputError(f"{path} is damaged: {damaged} in it is not what was written.")
+        raise InputError(f"{path} is damaged: the checksum of {damaged} is wrong.")
     return content
 
 
-_INDEX = "index.json"  # beside the checkpoints of a run
+_INDEX = "index.json"  # file name, beside the checkpoints of a run
 
 
 def update_index(folder: str | Path, **names: str) -> None:
@@ -218,50 +224,55 @@ def indexed(folder: str | Path, word: str) -> Path:
 def _index(folder: str | Path) -> dict[str, str]:
     try:
         names: dict[str, str] = json.loads(Path(folder, _INDEX).read_text())
-    except (FileNotFoundError, ValueError):  # of an earlier release, or edited by hand
+    except (FileNotFoundError, ValueError):  # written by an earlier release, or edited by hand
         return {}
     return names
 
 
 def warm_start(model: Any, path: str | Path) -> None:
-    """Takes the weights of a network that was trained with plain softmax; says what was taken and what was not.
+    """Load the weights of a network that was trained with plain softmax, and log which ones were loaded.
 
-    The names of the layers need only end as they do here: what Lightning, DDP or ``torch.compile`` put in front of them
-    is left out. The weight of the classifier is the one matrix beside the backbone's that has the shape of the head's;
-    its bias is dropped, since L-Softmax has none (section 4 of the paper).
+    Prefixes that Lightning, DDP or ``torch.compile`` add to the names of the layers are ignored. The weight of the
+    classifier is the only other matrix with the shape of the head's weight. Its bias is dropped, because L-Softmax has
+    none (section 4 of the paper).
 
     Args:
-        model: What offers ``backbone`` and ``head``.
-        path: Of a checkpoint of Lightning, or of the state dict of a bare module.
+        model: Module with a ``backbone`` and a ``head``.
+        path: Path or URL of a Lightning checkpoint, or of the state dict of a bare module.
 
     Raises:
-        InputError: If the file is not to be had, is of another backbone, or has several matrices that may be the
-            classifier's.
+        InputError: If the file cannot be read, contains another backbone, or has several matrices that may be the
+            classifier's weight.
     """
     saved: dict[str, Tensor] = read(path)["state_dict"]
-    own = model.backbone.state_dict()
-    shape = {name: tuple(weight.shape) for name, weight in own.items()}
-    # what stands before the names there, by how many weights it explains
-    prefixes = Counter(there.removesuffix(name) for there in saved for name in own if f".{there}".endswith(f".{name}"))
+    backbone = model.backbone.state_dict()
+    # the prefix of the names in the file is the one that matches most weights
+    prefixes = Counter(key.removesuffix(name) for key in saved for name in backbone if f".{key}".endswith(f".{name}"))
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
-    found = {name: saved[prefix + name] for name in own if prefix + name in saved}
-    wrong = [name for name in own if name not in found or tuple(found[name].shape) != shape[name]]
+    loaded = {name: saved[prefix + name] for name in backbone if prefix + name in saved}
+    wrong = [name for name, weight in backbone.items() if name not in loaded or loaded[name].shape != weight.shape]
     if wrong:
         name = wrong[0]
-        there = tuple(found[name].shape) if name in found else "missing"
+        found = f"shape {tuple(loaded[name].shape)}" if name in loaded else "no weight"
         raise InputError(
-            f"{path} is not of this backbone: {name} is {there} there and {shape[name]} here"
-            + (f", and so on for {len(wrong)} of {len(own)} weights." if len(wrong) > 1 else ".")
+            f"warm_start: {path} must have the weights of this backbone, got {found} for {name} of shape "
+            f"{tuple(backbone[name].shape)}"
+            + (f" and a mismatch for {len(wrong)} of {len(backbone)} weights" if len(wrong) > 1 else "")
+            + "; set the backbone to that of the file."
         )
-    rest = {name: weight for name, weight in saved.items() if name not in {prefix + name for name in own}}
-    classifiers = [name for name, weight in rest.items() if weight.shape == model.head.weight.shape]
+    others = {name: weight for name, weight in saved.items() if name not in {prefix + name for name in backbone}}
+    classifiers = [name for name, weight in others.items() if weight.shape == model.head.weight.shape]
     if len(classifiers) > 1:
-        raise InputError(f"{path} has several weights that may be the classifier's: {', '.join(classifiers)}.")
-    model.backbone.load_state_dict(found)
+        raise InputError(
+            f"warm_start: {path} must have one weight with the shape of the head's, got several: "
+            f"{', '.join(classifiers)}; remove all but the classifier's from the file."
+        )
+    model.backbone.load_state_dict(loaded)
     with torch.no_grad():
         for name in classifiers:
-            model.head.weight.copy_(rest.pop(name))
-    taken = f"the backbone ({len(own)} weights)" + (f" and the classifier ({classifiers[0]})" if classifiers else "")
-    kept = "" if classifiers else f" The head of {tuple(model.head.weight.shape)} begins at random."
-    dropped = f" Dropped: {', '.join(rest)}." if rest else ""
-    rank_zero_info(f"Warm start from {path}: took {taken}.{kept}{dropped}")
+            model.head.weight.copy_(others.pop(name))
+    names = f"the backbone ({len(backbone)} weights)"
+    names += f" and the classifier ({classifiers[0]})" if classifiers else ""
+    initialized = "" if classifiers else f" The head of {tuple(model.head.weight.shape)} is randomly initialized."
+    dropped = f" Dropped: {', '.join(others)}." if others else ""
+    rank_zero_info(f"Warm start from {path}: loaded {names}.{initialized}{dropped}")

@@ -1,4 +1,4 @@
-"""A trained network on its own: from pixels to embedding and logits, for ONNX or torch.export."""
+"""Export of a trained network, from pixels to embedding and logits, by ONNX or torch.export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .atomic import atomic_path, disk_errors, temporary_path, torch_save_part
+from .atomic import atomic_path, disk_errors, temporary_path, torch_save_temporary
 from .checkpoints import read
 from .data_spec import DataSpec
 from .errors import InputError, RunError, first_line
@@ -21,19 +21,19 @@ from .errors import InputError, RunError, first_line
 Format = Literal["onnx", "torch_export", "state_dict"]
 Pixels = Literal["uint8", "float"]
 
-_TOLERANCE = 1e-3  # of the largest value; rounding leaves a thousandth of that
-_IMAGES = 64  # that a file is checked with
+_TOLERANCE = 1e-3  # relative to the largest value; rounding errors are a thousand times smaller
+_NUM_IMAGES = 64  # images that check the exported network
 _OUTPUTS = ("embedding", "logits")
 
 
-class Deployed(nn.Module):
-    """What is exported: images [N, channels, height, width] to their embeddings [N, D] and plain logits [N, C].
+class ExportWrapper(nn.Module):
+    """The exported network: maps images (N, channels, height, width) to embeddings (N, D) and plain logits (N, C).
 
     Args:
-        model: A module of ours.
-        mean: Mean of each channel, in 0 .. 1.
-        std: Likewise the standard deviation.
-        pixels: Whether images are uint8, or floats in 0 .. 1.
+        model: A module of this package.
+        mean: Mean of each channel, for pixels from 0 to 1.
+        std: Standard deviation of each channel, for pixels from 0 to 1.
+        pixels: ``"uint8"`` for images of uint8, ``"float"`` for images of floats from 0 to 1.
     """
 
     mean: Tensor
@@ -47,7 +47,7 @@ class Deployed(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedding and logits."""
+        """Return the embeddings (N, D) and the logits (N, C) of images."""
         embedding = self.model.embed((images.float() / self.scale - self.mean) / self.std)
         return embedding, self.model.head(embedding)
 
@@ -55,44 +55,46 @@ class Deployed(nn.Module):
 def export(
     model: Any, datamodule: Any | None, path: str | Path, format: Format = "onnx", pixels: Pixels = "uint8"
 ) -> dict[str, float]:
-    """Writes a network to a file, and checks what that gives for images.
+    """Write a network to a file, and compare the outputs of the file with those of the module.
 
-    ``onnx`` and ``torch_export`` are of :class:`Deployed`, for batches of any size, with ``class_names``, ``mean``,
-    ``std``, ``pixels`` and ``margin`` in the metadata: of ONNX each as JSON, of torch.export in the extra file
-    ``metadata.json``.
-    ``state_dict`` is that of the backbone alone.
+    ``onnx`` and ``torch_export`` write an :class:`ExportWrapper` for batches of any size. Its metadata are
+    ``class_names``, ``mean``, ``std``, ``pixels`` and ``margin``. ONNX stores each as JSON, torch.export stores them in
+    the extra file ``metadata.json``. ``state_dict`` writes the state dict of the backbone only, without a comparison.
 
     Args:
-        model: A module of ours, with the weights that are to be exported. It is put on the CPU, in evaluation mode.
-        datamodule: Of the data that it was trained on, whose test images check the file. With None, random images do,
-            and class names and normalisation are those of ``model.data_spec``, from the checkpoint.
-        path: Of the file.
-        format: What to write.
-        pixels: Whether the exported network is to be given uint8 images, or floats in 0 .. 1.
+        model: A module of this package with its trained weights. It is moved to the CPU and set to evaluation mode.
+        datamodule: Datamodule of the training data; its test images are compared. With None, random images are
+            compared, and class names and normalisation are those of ``model.data_spec``, from the checkpoint.
+        path: Path of the file.
+        format: Format of the file.
+        pixels: Input of the exported network: ``"uint8"`` for images of uint8, ``"float"`` for floats from 0 to 1.
 
     Returns:
-        Of embedding and logits, the largest difference between the exported network and the module.
+        The largest absolute difference of the embeddings and of the logits, by ``embedding`` and ``logits``.
 
     Raises:
-        InputError: If class names or normalisation are not known, the datamodule is of other data than those of the
-            training, or a package is missing.
-        RunError: If the network cannot be written so, what was written gives something else than the module, or the
-            disk is full or read-only. A file that was there before is unchanged.
+        InputError: If class names or normalisation are unknown, the datamodule has other data than the training, or a
+            package is missing.
+        RunError: If the format does not support the network, the outputs differ, or the disk is full or read-only. An
+            existing file is unchanged.
     """
     for name, value, known in (("format", format, get_args(Format)), ("pixels", pixels, get_args(Pixels))):
         if value not in known:
-            raise InputError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}.")
+            raise InputError(f"{name}: must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}.")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" and not find_spec(name)]
     if missing:
-        raise InputError(f"to export to ONNX takes {', '.join(missing)}: pip install 'lsoftmax-lightning[export]'.")
+        raise InputError(
+            f"format: onnx requires the packages {', '.join(missing)}, which are not installed; "
+            "pip install 'lsoftmax-lightning[export]'."
+        )
     path = Path(path)
     with disk_errors("output", path), temporary_path(path) as folder:
-        folder.mkdir()  # an error here comes before the work
+        folder.mkdir()  # report an unwritable output before the work
     model = model.cpu().eval()
     if format == "state_dict":
-        with disk_errors("output", path), atomic_path(path) as part:
-            torch_save_part(model.backbone.state_dict(), part)
-            read(part)
+        with disk_errors("output", path), atomic_path(path) as temporary:
+            torch_save_temporary(model.backbone.state_dict(), temporary)
+            read(temporary)
         return {}
 
     if datamodule is None:
@@ -103,8 +105,8 @@ def export(
         spec = DataSpec.from_datamodule(datamodule)
         if not (spec.class_names and spec.mean and spec.std):
             raise InputError(
-                f"{type(datamodule).__name__}: must have class_names, and mean and std of each channel in 0 .. 1, got "
-                f" {getattr(datamodule, 'class_names', None)!r:.200}, {getattr(datamodule, 'mean', None)} and "
+                f"{type(datamodule).__name__}: must have class_names, and mean and std of each channel from 0 to 1, "
+                f"got {getattr(datamodule, 'class_names', None)!r:.200}, {getattr(datamodule, 'mean', None)} and "
                 f"{getattr(datamodule, 'std', None)}; set them on the datamodule."
             )
         model.check_data(datamodule)
@@ -120,42 +122,42 @@ def export(
         "pixels": pixels,
         "margin": model.head.margin,
     }
-    deployed = Deployed(model, spec.mean, spec.std, pixels).eval()
-    two = torch.cat([images[:1], images[:1]])  # one would be taken for the only size there is
-    program = torch.export.export(deployed, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    wrapper = ExportWrapper(model, spec.mean, spec.std, pixels).eval()
+    two = torch.cat([images[:1], images[:1]])  # torch.export would fix a batch size of 1
+    program = torch.export.export(wrapper, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     write = _onnx if format == "onnx" else _torch_export
     with disk_errors("output", path), temporary_path(path) as folder:
         folder.mkdir()
         run = write(program, Path(folder, path.name), metadata)
         with torch.inference_mode():
-            found = run(images), run(images[:1])
+            batch, single = run(images), run(images[:1])
         differences = {}
-        for at, name in enumerate(_OUTPUTS):
-            difference = max(float((own[at] - expected[at][: len(own[at])]).abs().max()) for own in found)
-            if not difference <= _TOLERANCE * max(1.0, float(expected[at].abs().max())):
+        for name, reference, *outputs in zip(_OUTPUTS, expected, batch, single, strict=True):
+            difference = max(float((output - reference[: len(output)]).abs().max()) for output in outputs)
+            if not difference <= _TOLERANCE * max(1.0, float(reference.abs().max())):
                 raise RunError(f"{name} of the exported network differs by {difference:.3g} from that of the module.")
             differences[name] = difference
         external_data = [file for file in folder.iterdir() if file.name != path.name]
-        if external_data:  # in which ONNX keeps large weights; no model is left that would read those of another
+        if external_data:  # ONNX stores large weights there; an old model must not read those of the new one
             path.unlink(missing_ok=True)
         for file in [*external_data, folder / path.name]:
-            with atomic_path(path.parent / file.name) as part:
-                file.replace(part)
+            with atomic_path(path.parent / file.name) as temporary:
+                file.replace(temporary)
     return differences
 
 
 def _random_images(spec: DataSpec) -> tuple[Tensor, Tensor]:
-    """Return images, and the same normalised."""
+    """Return random images, and the normalised images."""
     spec.require("class_names", "image_shape")
-    images = torch.randint(256, (_IMAGES, *spec.image_shape), generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, (_NUM_IMAGES, *spec.image_shape), generator=torch.Generator().manual_seed(0))
     return images.byte(), spec.normalize(images.byte())
 
 
 def _test_images(datamodule: Any) -> tuple[Tensor, Tensor]:
-    """Return test images, and the same as the datamodule gives them to a network."""
+    """Return test images, and the images after the transforms and the normalisation of the datamodule."""
     datamodule.prepare_data()
     datamodule.setup("test")
-    images, targets, *_ = (part[:_IMAGES] for part in next(iter(datamodule.test_dataloader())))
+    images, targets, *_ = (column[:_NUM_IMAGES] for column in next(iter(datamodule.test_dataloader())))
     return images, datamodule.on_after_batch_transfer((images, targets), 0)[0]
 
 
@@ -166,8 +168,8 @@ def _torch_export(program: torch.export.ExportedProgram, path: Path, metadata: d
     buffer = io.BytesIO()  # on a full disk, torch reports no cause
     torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
     path.write_bytes(buffer.getbuffer())
-    read_again: Runner = torch.export.load(path).module()
-    return read_again
+    run: Runner = torch.export.load(path).module()
+    return run
 
 
 def _onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
@@ -178,12 +180,12 @@ def _onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str,
         assert onnx is not None
         onnx.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
         onnx.save(path)
-    except OSError:  # of the disk
+    except OSError:  # a full disk
         raise
-    except Exception as error:  # whatever their converters meet
+    except Exception as error:  # converters may raise anything
         raise RunError(
             f"torch {torch.__version__} and onnxscript {version('onnxscript')} cannot write this network as ONNX "
-            f"({first_line(error)}). Newer ones may; torch_export does without them."
+            f"({first_line(error)}). Upgrade them, or set the format to torch_export."
         ) from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 

@@ -110,7 +110,7 @@ class LSoftmaxCLI(CommandLine):
                     ExactResume(),
                     *callbacks,
                 ],
-                "plugins": {"class_path": "lsoftmax_lightning.checkpoints.WholeCheckpointIO"},
+                "plugins": {"class_path": "lsoftmax_lightning.checkpoints.AtomicCheckpointIO"},
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,

@@ -9,25 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from lsoftmax_lightning.atomic import atomic_path, remove_parts, temporary_path, torch_save, write_text
+from lsoftmax_lightning.atomic import atomic_path, remove_temporaries, temporary_path, torch_save, write_text
 
 from .helpers.forked import run_on
 from .helpers.training import file_size_limit
 
 
 def killed_while_writing(path: str, folder: bool = False) -> None:
-    with atomic_path(path) as part:
+    with atomic_path(path) as temporary:
         if folder:
-            part.mkdir()
-            part = part / "inner"
-        part.write_text("incomplete")
+            temporary.mkdir()
+            temporary = temporary / "inner"
+        temporary.write_text("incomplete")
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_an_error_leaves_the_existing_file_and_no_part() -> None:
+def test_an_error_leaves_the_existing_file_and_no_temporary_file() -> None:
     write_text("out/file.txt", "old")
-    with pytest.raises(ZeroDivisionError), atomic_path("out/file.txt") as part:
-        part.write_text(f"new {1 / 0}")
+    with pytest.raises(ZeroDivisionError), atomic_path("out/file.txt") as temporary:
+        temporary.write_text(f"new {1 / 0}")
     assert Path("out/file.txt").read_text() == "old"
     write_text("out/file.txt", "new")
     assert Path("out/file.txt").read_text() == "new"
@@ -35,20 +35,20 @@ def test_an_error_leaves_the_existing_file_and_no_part() -> None:
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_the_next_writer_removes_the_part_of_a_killed_one(folder: bool) -> None:
+def test_the_next_writer_removes_the_temporary_file_of_a_killed_one(folder: bool) -> None:
     write_text("out/file.txt", "old")
-    with temporary_path("out/file.txt") as own, temporary_path("out/other.txt") as other:
-        own.touch()
+    with temporary_path("out/file.txt") as active, temporary_path("out/other.txt") as other:
+        active.touch()
         other.touch()
         assert run_on(1, partial(killed_while_writing, "out/file.txt", folder)).returncode == -signal.SIGKILL
         assert Path("out/file.txt").read_text() == "old"
         assert len(os.listdir("out")) == 4
         write_text("out/file.txt", "new")
-        assert {path.name for path in Path("out").iterdir()} == {"file.txt", own.name, other.name}
+        assert {path.name for path in Path("out").iterdir()} == {"file.txt", active.name, other.name}
     assert os.listdir("out") == ["file.txt"]
 
 
-def test_parts_of_live_processes_and_of_other_hosts_are_kept() -> None:
+def test_temporary_files_of_live_processes_and_of_other_hosts_are_kept() -> None:
     names = [
         f".a.{socket.gethostname()}-{os.getppid()}-01234567.part",
         ".a.elsewhere-999999999-01234567.part",
@@ -57,7 +57,7 @@ def test_parts_of_live_processes_and_of_other_hosts_are_kept() -> None:
     for name in names:
         Path(name).touch()
     write_text("a", "")
-    remove_parts(Path("gone/a"))
+    remove_temporaries(Path("gone/a"))
     assert sorted(os.listdir()) == sorted(["a", *names])
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lsoftmax_lightning import ClassificationModule
-from lsoftmax_lightning.checkpoints import FORMAT, WholeCheckpointIO, read
+from lsoftmax_lightning.checkpoints import FORMAT, AtomicCheckpointIO, read
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.errors import InputError, RunError
@@ -46,11 +46,11 @@ def flipped(content: bytes) -> bytes:
         (lambda whole: b"", "not a complete checkpoint"),
         (lambda whole: b"text", "not a complete checkpoint"),
         (cut, "not a complete checkpoint"),
-        (flipped, "damaged: .* is not what was written"),
+        (flipped, "damaged: the checksum of .* is wrong"),
         (lambda whole: pickle.dumps(Call()), "not a complete checkpoint"),
     ],
 )
-def test_what_is_not_whole_is_refused(content: Callable[[bytes], bytes], said: str) -> None:
+def test_incomplete_or_damaged_files_are_refused(content: Callable[[bytes], bytes], said: str) -> None:
     path = Path("some.ckpt")
     torch.save({"state_dict": {"weight": torch.full((3,), 7.0)}}, path)
     assert read(path)["state_dict"]["weight"].tolist() == [7, 7, 7]
@@ -63,9 +63,9 @@ def test_what_is_not_whole_is_refused(content: Callable[[bytes], bytes], said: s
 @pytest.mark.parametrize(
     ("saved", "said"),
     [
-        (Call(), "to load it would run code"),
-        ({"state_dict": Call()}, "to load it would run code"),
-        (nn.Linear(2, 2), "to load it would run code .torch.nn.modules.linear.Linear"),
+        (Call(), "loading it would run code"),
+        ({"state_dict": Call()}, "loading it would run code"),
+        (nn.Linear(2, 2), "loading it would run code .torch.nn.modules.linear.Linear"),
         ([1, 2], "no state_dict"),
         ({}, "no state_dict"),
         ({"state_dict": {"weight": 1}}, "more than tensors"),
@@ -202,13 +202,25 @@ def test_a_checkpoint_says_by_whom_and_in_which_format_it_was_written() -> None:
 def test_what_cannot_be_written_is_said_and_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="File exists"):
-        WholeCheckpointIO().save_checkpoint({}, tmp_path / "file" / "some.ckpt")
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "some.ckpt")
     path = tmp_path / "some.ckpt"
-    WholeCheckpointIO().save_checkpoint({"a": 1}, path)
+    AtomicCheckpointIO().save_checkpoint({"a": 1}, path)
     with file_size_limit(100), pytest.raises(RunError, match=r"some.ckpt could not be written: File too large"):
-        WholeCheckpointIO().save_checkpoint({"a": 2}, path)
+        AtomicCheckpointIO().save_checkpoint({"a": 2}, path)
     assert torch.load(path, weights_only=True) == {"a": 1}
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "some.ckpt"]
+
+
+def test_the_config_of_an_earlier_run_with_the_former_name_of_the_plugin_is_read() -> None:
+    main(["fit", "--config=digits.yaml", *SHORT])
+    config = Path("runs/digits/version_0/config.yaml")
+    name = "lsoftmax_lightning.checkpoints.AtomicCheckpointIO"
+    former = config.read_text().replace(name, "lsoftmax_lightning.checkpoints.WholeCheckpointIO")
+    assert name not in former
+    Path("former.yaml").write_text(former)
+    cli = main(["fit", "--config=former.yaml"])
+    assert cli is not None
+    assert type(cli.trainer.strategy.checkpoint_io) is AtomicCheckpointIO
 
 
 class Plain(nn.Module):
@@ -248,7 +260,7 @@ def test_a_softmax_network_is_where_a_margin_begins(
         assert torch.equal(weight, plain.features.state_dict()[name])
     assert torch.equal(model.head.weight, plain.fc.weight)
     said = caplog.messages[-1]
-    assert "Warm start from softmax.pt: took the backbone" in said
+    assert "Warm start from softmax.pt: loaded the backbone" in said
     assert "and the classifier (" in said
     assert ("fc.bias" in said) == bias
     assert ("metric.total" in said) == (saved is of_lightning)
@@ -258,7 +270,7 @@ def test_a_backbone_alone_is_taken_and_a_head_begins_at_random(caplog: pytest.Lo
     torch.save(make_model(num_classes=7).state_dict(), "seven.pt")
     with caplog.at_level("INFO"):
         make_model(warm_start="seven.pt")
-    assert "The head of (4, 64) begins at random. Dropped: head.weight." in caplog.messages[-1]
+    assert "The head of (4, 64) is randomly initialized. Dropped: head.weight." in caplog.messages[-1]
 
 
 def test_torchvisions_weights_are_of_use() -> None:
@@ -274,10 +286,13 @@ def test_torchvisions_weights_are_of_use() -> None:
     ("change", "said"),
     [
         (lambda state: {}, "no state_dict"),
-        (lambda state: {"other.weight": torch.zeros(2)}, "missing there.*and so on for"),
-        (lambda state: {name: w for name, w in state.items() if "3" not in name}, "missing there"),
-        (lambda state: state | {"aux.weight": torch.zeros(4, 64)}, "several weights .* aux.weight"),
-        (lambda state: {name: w[:1] if w.ndim == 4 else w for name, w in state.items()}, r"is \(1, .* there and \("),
+        (lambda state: {"other.weight": torch.zeros(2)}, "got no weight for .* of shape .*a mismatch for"),
+        (lambda state: {name: w for name, w in state.items() if "3" not in name}, "got no weight for .*3.* of shape"),
+        (lambda state: state | {"aux.weight": torch.zeros(4, 64)}, "shape of the head's, got several: .*aux.weight"),
+        (
+            lambda state: {name: w[:1] if w.ndim == 4 else w for name, w in state.items()},
+            r"got shape \(1, .* for .* of shape \(",
+        ),
     ],
 )
 def test_what_is_of_another_network_is_refused(change: Callable[[Any], Any], said: str) -> None:

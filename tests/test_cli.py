@@ -428,7 +428,7 @@ def test_what_is_no_checkpoint_of_this_network_is_refused(capsys: pytest.Capture
     torch.save({"weight": torch.zeros(1)}, "bare.ckpt")
     assert "has weights alone: begin with them by --model.warm_start bare.ckpt" in fails(capsys, *test, "bare.ckpt")
     torch.save(Path("unsafe"), "unsafe.ckpt")
-    assert "to load it would run code (pathlib.PosixPath)" in fails(capsys, *test, "unsafe.ckpt")
+    assert "loading it would run code (pathlib.PosixPath)" in fails(capsys, *test, "unsafe.ckpt")
     assert "there is no file runs" in fails(capsys, *test, "runs")
 
 
@@ -504,7 +504,7 @@ def test_version_and_print_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_faces_are_predicted_as_embeddings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_lfw(tmp_path / "lfw", folds=10)
     args = ("--config", "lfw_fold.yaml", f"--data.root={tmp_path / 'lfw'}", "--data.num_workers=0", *QUIET[:3])
-    said = "VerificationModule predicts embeddings alone: ask for them by embeddings=true"
+    said = "predictions.embeddings: must be true for VerificationModule, which predicts only embeddings, got false; set"
     assert said in fails(capsys, "predict", *args)
     main(["predict", *args, "--predictions.output=faces.csv", "--predictions.embeddings=true"])
     _, *paths = Path("faces.csv").read_text().splitlines()

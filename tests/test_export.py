@@ -1,4 +1,4 @@
-"""A network that leaves this package gives what it gave in it."""
+"""Export: the outputs of the exported network are those of the module."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from .helpers.training import WRITES_ONNX, BlobsDataModule, file_size_limit, mak
 
 
 def run(path: str, images: Tensor) -> tuple[dict[str, str], list[Tensor]]:
-    """Metadata and outputs, without anything of ours."""
+    """Metadata and outputs of a file, read without this package."""
     if path.endswith("onnx"):
         session = onnxruntime.InferenceSession(path)
         assert [(x.name, x.shape[1:]) for x in session.get_inputs()] == [("images", [1, 8, 8])]
@@ -138,10 +138,12 @@ def test_what_differs_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RunError, match="embedding of the exported network differs by"):
         export(make_model(), Wrong(), "model.pt2", "torch_export")
     assert not list(Path().iterdir())
-    with pytest.raises(InputError, match="pixels must be uint8 or float, got 'int8'"):
+    with pytest.raises(InputError, match=r"^pixels: must be uint8 or float, got 'int8'"):
         export(make_model(), BlobsDataModule(), "model.pt2", "torch_export", "int8")  # type: ignore[arg-type]
     monkeypatch.setattr("lsoftmax_lightning.export.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="to export to ONNX takes onnx, onnxscript, onnxruntime: pip install"):
+    with pytest.raises(
+        InputError, match=r"^format: onnx requires the packages onnx, onnxscript, onnxruntime, .*; pip install"
+    ):
         export(make_model(), BlobsDataModule(), "model.onnx")
 
 
@@ -188,7 +190,7 @@ export(make_model(), BlobsDataModule(), "out/model", "torch_export")
 """
 
 
-def test_a_killed_export_leaves_no_output_and_the_next_one_removes_its_parts() -> None:
+def test_a_killed_export_leaves_no_output_and_the_next_one_removes_its_temporary_files() -> None:
     # a forked process would wait for threads of torch.export that it does not have
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""Predictions in a file, written as they come."""
+"""Predictions in a file, written batch by batch."""
 
 from __future__ import annotations
 
@@ -18,121 +18,136 @@ from ..atomic import atomic_path, csv_safe, disk_errors, temporary_path
 from ..class_names import names_by_index
 from ..errors import InputError, RunError
 
-_ROWS = 2**12  # taken at a time when files are put together
+_ROWS = 2**12  # rows in memory when the files of the ranks are merged
 
 
 class Predictions(Callback):
-    """Writes what a module predicts, a row for each image, in the order of the data, on any number of devices.
+    """Write the predictions of a module to a file, one row per image, in the order of the data.
 
-    A row has the path of the image (its number, where the data are not in files) and each figure that ``predict_step``
-    gives of it: of a :class:`~lsoftmax_lightning.ClassificationModule` ``prediction``, by the name of the class,
-    ``probability``, and ``angle`` to the weight of that class in degrees. Each process writes the rows of its images
-    batch by batch to a file beside the output; at the end the first process puts these together. They have to share the
-    folder, and nothing is held in memory but a batch. Call ``trainer.predict`` with ``return_predictions=False``, or
-    Lightning holds all of them.
+    The first column is the path of the image, or its index if the data are not in files. The other columns are the 1-D
+    outputs of ``predict_step``. For a :class:`~lsoftmax_lightning.ClassificationModule` they are ``prediction`` (the
+    name of the class), ``probability``, and ``angle`` to the weight of that class in degrees.
 
-    The output appears when it is complete. What a killed prediction leaves beside it is removed by the next one. In
-    CSV, texts that a spreadsheet would run as a formula have a ``'`` in front (``atomic.csv_safe``).
+    Each rank writes its rows batch by batch to a temporary file beside the output, and rank 0 merges the files at the
+    end. The ranks must share the folder. Only one batch is in memory if ``trainer.predict`` is called with
+    ``return_predictions=False``.
+
+    The output appears when it is complete. The next prediction removes the temporary files of a killed one. In CSV,
+    strings that a spreadsheet would run as a formula have a ``'`` in front (``atomic.csv_safe``).
 
     Args:
-        output: File to write, ``.csv`` or ``.parquet``; by default ``predictions.csv`` in the folder of the run.
-        embeddings: Whether to write the embeddings beside it as ``.npy``, float32 [N, D], in the same order.
+        output: File to write, ``.csv`` or ``.parquet``. Default: ``predictions.csv`` in the folder of the run.
+        embeddings: Whether to write the embeddings beside it as ``.npy``, float32 (N, D), in the same order.
 
     Raises:
-        InputError: When the Trainer starts, if a file cannot be written so.
+        InputError: If an argument is wrong for the module, or a package is missing.
         RunError: If the disk is full, or the folder is read-only.
     """
 
     def __init__(self, output: str | None = None, embeddings: bool = False) -> None:
         if output is not None and Path(output).suffix not in (".csv", ".parquet"):
-            raise InputError(f"predictions are written as .csv or .parquet, got {output}.")
+            raise InputError(f"predictions.output: must end in .csv or .parquet, got {output}; choose another name.")
         self.output, self.embeddings = output, embeddings
-        self._parts = ExitStack()  # the files of this process, which it removes when it is closed
+        self._temporary_files = ExitStack()  # the files of this rank; closing it removes them
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Finds the place."""
+        """Determine the path of the output and create its folder."""
         if stage != "predict":
             return
-        folder = trainer.log_dir if trainer.loggers else None  # to be asked on every process
+        folder = trainer.log_dir if trainer.loggers else None  # a collective: every rank must read it
         if self.output is None and folder is None:
-            raise InputError("without a logger there is no folder of the run: name a file for the predictions.")
+            raise InputError(
+                "predictions.output: without a logger there is no folder of the run, got None; name a file."
+            )
         self._path = Path(self.output or Path(str(folder), "predictions.csv"))
         if self._path.suffix == ".parquet" and not find_spec("pyarrow"):
-            raise InputError("to write .parquet takes pyarrow: pip install 'lsoftmax-lightning[parquet]'.")
+            raise InputError(
+                f"predictions.output: .parquet requires pyarrow, which is not installed, got {self._path}; pip install "
+                "'lsoftmax-lightning[parquet]'."
+            )
         with self._disk_errors():
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Opens the files of this process."""
+        """Open the temporary files of this rank."""
         data = getattr(trainer.datamodule, "predict_data", None)  # type: ignore[attr-defined]
         self._paths = getattr(getattr(data, "images", None), "paths", ())
-        self._names = names_by_index(trainer.datamodule)  # type: ignore[attr-defined]
-        self._count, self._columns, self._width = 0, {"path" if self._paths else "index": not self._paths}, 0
+        self._class_names = names_by_index(trainer.datamodule)  # type: ignore[attr-defined]
+        self._count = 0  # rows written by this rank
+        self._is_integer = {"path" if self._paths else "index": not self._paths}  # by column
+        self._width = 0  # of an embedding
         with self._disk_errors():
             paths = [self._path, self._embeddings_path] if self.embeddings else [self._path]
-            table, *arrays = [self._parts.enter_context(temporary_path(path)) for path in paths]
-            self._part_names = [str(part) for part in (table, *arrays)]
-            self._table: TextIO = self._parts.enter_context(table.open("w", newline="", encoding="utf-8"))
-            self._array: BinaryIO | None = self._parts.enter_context(arrays[0].open("wb")) if arrays else None
+            files = self._temporary_files
+            table, *arrays = [files.enter_context(temporary_path(path)) for path in paths]
+            self._temporary_names = [str(path) for path in (table, *arrays)]
+            self._table: TextIO = files.enter_context(table.open("w", newline="", encoding="utf-8"))
+            self._array: BinaryIO | None = files.enter_context(arrays[0].open("wb")) if arrays else None
         self._writer = csv.writer(self._table)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Writes the rows of a batch."""
+        """Write the rows of a batch."""
+        module_name = type(pl_module).__name__
         if not isinstance(outputs, dict):
             raise InputError(
-                f"Predictions takes a dict of tensors from predict_step; {type(pl_module).__name__} gives "
-                f"{type(outputs).__name__}."
+                f"predict_step: {module_name} must return a dict of tensors, got {type(outputs).__name__}; override "
+                "predict_step."
             )
-        figures = {name: value if value.is_floating_point() else value.long() for name, value in outputs.items()}
-        figures = {name: value.tolist() for name, value in figures.items() if value.ndim == 1}
-        if not figures and not self.embeddings:
+        tensors = {name: value for name, value in outputs.items() if value.ndim == 1}
+        if not tensors and not self.embeddings:
             raise InputError(
-                f"{type(pl_module).__name__} predicts embeddings alone: ask for them by embeddings=true, on the "
-                "command line --predictions.embeddings true."
+                f"predictions.embeddings: must be true for {module_name}, which predicts only embeddings, got false; "
+                "set --predictions.embeddings true (in Python, embeddings=True)."
             )
-        if self._names and "prediction" in figures:
-            figures["prediction"] = [self._names.get(index, str(index)) for index in figures["prediction"]]
+        self._is_integer |= {name: not value.is_floating_point() for name, value in tensors.items()}
+        columns = {
+            name: (value.long() if self._is_integer[name] else value).tolist() for name, value in tensors.items()
+        }
+        if self._class_names and "prediction" in columns:
+            columns["prediction"] = [self._class_names.get(index, str(index)) for index in columns["prediction"]]
         size = len(next(iter(outputs.values())))
-        numbers = [trainer.global_rank + trainer.world_size * (self._count + i) for i in range(size)]
+        indices = [trainer.global_rank + trainer.world_size * (self._count + i) for i in range(size)]
         self._count += size
-        self._columns |= {name: not outputs[name].is_floating_point() for name in figures}
-        first = [self._paths[number] for number in numbers] if self._paths else numbers
+        image_ids = [self._paths[index] for index in indices] if self._paths else indices
         with self._disk_errors():
-            for row in zip(first, *figures.values(), strict=True):
+            for row in zip(image_ids, *columns.values(), strict=True):
                 self._writer.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
         if self._array is not None:
             if "embedding" not in outputs:
-                raise InputError(f"predict_step of {type(pl_module).__name__} gives no embedding to write.")
+                raise InputError(
+                    f"predictions.embeddings: needs `embedding` from predict_step of {module_name}, got only "
+                    f"{', '.join(outputs)}; return it, or set embeddings to false."
+                )
             embedding = outputs["embedding"].float().cpu().numpy()
             self._width = embedding.shape[1]
             with self._disk_errors():
                 self._array.write(np.ascontiguousarray(embedding).data)  # tofile hides the cause of an error
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Puts the files of all processes together."""
+        """Merge the files of all ranks."""
         with self._disk_errors():
             self._table.close()
             if self._array is not None:
                 self._array.close()
-        # of each kind, the files of all processes; their names hold hosts and process ids
-        names = [trainer.strategy.broadcast(self._part_names, src=rank) for rank in range(trainer.world_size)]
-        rows, *embeddings = [[Path(name) for name in kind] for kind in zip(*names, strict=True)]
+        # the names contain host names and process ids, so each rank must send its own
+        names = [trainer.strategy.broadcast(self._temporary_names, src=rank) for rank in range(trainer.world_size)]
+        tables, *arrays = [[Path(name) for name in rank_names] for rank_names in zip(*names, strict=True)]
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             with self._disk_errors(), ExitStack() as complete:
-                self._write_rows(rows, complete.enter_context(atomic_path(self._path)))
-                if embeddings:
-                    self._write_embeddings(embeddings[0], complete.enter_context(atomic_path(self._embeddings_path)))
+                self._merge_tables(tables, complete.enter_context(atomic_path(self._path)))
+                if arrays:
+                    self._merge_embeddings(arrays[0], complete.enter_context(atomic_path(self._embeddings_path)))
             rank_zero_info(f"The predictions are in {self._path}")
         trainer.strategy.barrier()
-        self._parts.close()
+        self._temporary_files.close()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Leaves no part of this process."""
-        with suppress(OSError):  # of a full disk, on which a file that is closed cannot be written
-            self._parts.close()
+        """Remove the temporary files of this rank."""
+        with suppress(OSError):  # closing a file writes its buffer, which fails on a full disk
+            self._temporary_files.close()
 
     @property
     def _embeddings_path(self) -> Path:
@@ -141,59 +156,60 @@ class Predictions(Callback):
     def _disk_errors(self) -> AbstractContextManager[None]:
         return disk_errors("predictions.output", self._path)
 
-    def _write_rows(self, parts: list[Path], whole: Path) -> None:
+    def _merge_tables(self, rank_files: list[Path], path: Path) -> None:
         if self._path.suffix == ".parquet":
-            self._write_parquet(parts, whole)
+            self._write_parquet(rank_files, path)
             return
-        with whole.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(csv_safe(self._columns))
-            writer.writerows(map(csv_safe, _in_turn(parts)))
+            writer.writerow(csv_safe(self._is_integer))
+            writer.writerows(map(csv_safe, _interleaved_rows(rank_files)))
 
-    def _write_parquet(self, parts: list[Path], whole: Path) -> None:
+    def _write_parquet(self, rank_files: list[Path], path: Path) -> None:
         import pyarrow
         from pyarrow.parquet import ParquetWriter
 
-        rows = _in_turn(parts)
-        words = ("path", "prediction") if self._names else ("path",)
-        kind = {
-            name: pyarrow.string() if name in words else pyarrow.int64() if whole_numbers else pyarrow.float32()
-            for name, whole_numbers in self._columns.items()
+        rows = _interleaved_rows(rank_files)
+        strings = ("path", "prediction") if self._class_names else ("path",)
+        types = {
+            name: pyarrow.string() if name in strings else pyarrow.int64() if is_integer else pyarrow.float32()
+            for name, is_integer in self._is_integer.items()
         }
-        with ParquetWriter(whole, pyarrow.schema(kind)) as writer:
+        with ParquetWriter(path, pyarrow.schema(types)) as writer:
             while chunk := list(itertools.islice(rows, _ROWS)):
-                columns = zip(kind.items(), zip(*chunk, strict=True), strict=True)
+                columns = zip(types.items(), zip(*chunk, strict=True), strict=True)
                 writer.write_table(
                     pyarrow.table({name: pyarrow.array(column).cast(type_) for (name, type_), column in columns})
                 )
 
-    def _write_embeddings(self, parts: list[Path], whole: Path) -> None:
-        count = sum(part.stat().st_size for part in parts) // (4 * self._width)
-        kind = {"descr": "<f4", "fortran_order": False, "shape": (count, self._width)}
+    def _merge_embeddings(self, rank_files: list[Path], path: Path) -> None:
+        count = sum(file.stat().st_size for file in rank_files) // (4 * self._width)
+        header = {"descr": "<f4", "fortran_order": False, "shape": (count, self._width)}
         with ExitStack() as stack:
-            file, *files = (
-                stack.enter_context(path.open(mode))
-                for path, mode in ((whole, "wb"), *((part, "rb") for part in parts))
-            )
-            np.lib.format.write_array_header_1_0(file, kind)
+            files = [stack.enter_context(rank_file.open("rb")) for rank_file in rank_files]
+            output = stack.enter_context(path.open("wb"))
+            np.lib.format.write_array_header_1_0(output, header)
             while True:
-                each = [np.fromfile(own, "<f4", _ROWS * self._width).reshape(-1, self._width) for own in files]
-                block = np.empty((sum(map(len, each)), self._width), "<f4")
+                shards = [np.fromfile(file, "<f4", _ROWS * self._width).reshape(-1, self._width) for file in files]
+                block = np.empty((sum(map(len, shards)), self._width), "<f4")
                 if not len(block):
                     return
-                for rank, rows in enumerate(each):
-                    block[rank :: len(each)] = rows
-                file.write(block.data)
+                for rank, shard in enumerate(shards):
+                    block[rank :: len(shards)] = shard
+                output.write(block.data)
 
 
-def _in_turn(parts: list[Path]) -> Iterator[list[str]]:
-    """The rows of the whole, of which the n-th is the next one of process n modulo the number of processes."""
+def _interleaved_rows(rank_files: list[Path]) -> Iterator[list[str]]:
+    """Yield the rows of all ranks in the order of the data: row n is the next one of rank n modulo the world size."""
     with ExitStack() as stack:
-        readers = [csv.reader(stack.enter_context(part.open(newline="", encoding="utf-8"))) for part in parts]
+        readers = [csv.reader(stack.enter_context(file.open(newline="", encoding="utf-8"))) for file in rank_files]
         for reader in itertools.cycle(readers):
             row = next(reader, None)
             if row is None:
                 break
             yield row
         if any(next(reader, None) for reader in readers):
-            raise RunError("the processes predicted different numbers of images: their order is not known.")
+            raise RunError(
+                "predictions.output: the order of the images is unknown, got unequal shards from the ranks; give each "
+                "rank every world_size-th image, as the datamodules of this package do."
+            )

@@ -1,4 +1,4 @@
-"""Predictions in files: whole, in order, on any number of processes, and without being held."""
+"""Predictions in files: complete, in order, on any number of ranks, and not kept in memory."""
 
 import csv
 import gc
@@ -45,7 +45,7 @@ def predict(output: str | None, embeddings: bool = True, **settings: Any) -> Non
 
 
 class Sure(ClassificationModule):
-    """Says a little more."""
+    """A module with a boolean output."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         outputs = super().predict_step(batch, batch_idx)
@@ -57,7 +57,7 @@ def read(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_row_has_what_the_module_says_of_an_image() -> None:
+def test_a_row_has_the_outputs_of_predict_step() -> None:
     predict("out/here.csv")
     data, model = Blobs(), make_model(margin=4).eval()
     data.setup("test")
@@ -68,7 +68,7 @@ def test_a_row_has_what_the_module_says_of_an_image() -> None:
     assert list(rows[0]) == ["index", "prediction", "probability", "angle", "sure"]
     assert [int(row["index"]) for row in rows] == list(range(50))
     probability, prediction = logits.softmax(1).max(1)
-    assert [row["prediction"] for row in rows] == [data.class_names[number] for number in prediction]
+    assert [row["prediction"] for row in rows] == [data.class_names[index] for index in prediction]
     assert [float(row["probability"]) for row in rows] == pytest.approx(probability.tolist(), abs=1e-6)
     assert [int(row["sure"]) for row in rows] == (probability > 0.3).tolist()
     angle = F.cosine_similarity(features, model.head.weight[prediction]).arccos().rad2deg()
@@ -98,12 +98,12 @@ def test_class_names_of_any_kind_are_written(names: Any, expected: list[str]) ->
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_several_processes_write_what_one_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_write_the_file_of_one_rank(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsoftmax_lightning.callbacks.predictions._ROWS", 3)
     write_folder(Path("photos/more"), count=10)
     write_image(Path("photos/a.png"), (10, 200, 30))
     Path("photos/.hidden").write_text("no image")
-    for count in (1, 2, 4):  # 41 images in batches of 20: the last batch is of a single process
+    for count in (1, 2, 4):  # 41 images in batches of 20: one rank has the last batch alone
         done = run_on(count, partial(predict, f"{count}.{kind}", predict_folder="photos"))
         assert done.returncode == 0, done.stderr
     assert np.load("1.npy").shape == (41, 64)
@@ -125,8 +125,8 @@ def test_several_processes_write_what_one_does(kind: str, monkeypatch: pytest.Mo
     assert float(rows[3]["probability"]) == pytest.approx(float(probability), abs=1e-5)
 
 
-def test_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither what was predicted, nor the whole of a file when it is put together."""
+def test_predictions_are_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the outputs of predict_step, nor a complete file when the files of the ranks are merged."""
     monkeypatch.setattr("lsoftmax_lightning.callbacks.predictions._ROWS", 64)
     written: list[weakref.ref[Tensor]] = []
 
@@ -172,9 +172,9 @@ def test_embeddings_alone() -> None:
 
 
 def test_what_cannot_be_written_is_an_error() -> None:
-    with pytest.raises(InputError, match="got x"):
+    with pytest.raises(InputError, match=r"^predictions\.output: must end in .* got x"):
         Predictions("x.txt")
-    with pytest.raises(InputError, match="without a logger there is no folder of the run"):
+    with pytest.raises(InputError, match=r"^predictions\.output: without a logger there is no folder of the run"):
         predict(None)
     write_folder(Path("photos"))
     Path("photos/broken.png").write_text("no image")
@@ -195,7 +195,7 @@ def test_what_cannot_be_written_is_an_error() -> None:
             return 3
 
     trainer = make_trainer(callbacks=[Predictions("x.csv")])
-    with pytest.raises(InputError, match="takes a dict of tensors from predict_step; Other gives int"):
+    with pytest.raises(InputError, match=r"^predict_step: Other must return a dict of tensors, got int"):
         trainer.predict(Other(4, "digits", image_shape=(1, 8, 8)), Blobs(), return_predictions=False)
 
 
@@ -248,8 +248,8 @@ def test_a_read_only_folder_is_one_error() -> None:
 
 
 class KilledAtTheEnd(Predictions):
-    def _write_embeddings(self, parts: list[Path], whole: Path) -> None:
-        whole.touch()
+    def _merge_embeddings(self, rank_files: list[Path], path: Path) -> None:
+        path.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -262,7 +262,7 @@ class KilledInABatch(Predictions):
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("callback", [KilledInABatch, KilledAtTheEnd])
-def test_a_killed_prediction_leaves_no_output_and_the_next_one_removes_its_parts(
+def test_a_killed_prediction_leaves_no_output_and_the_next_one_removes_its_temporary_files(
     callback: type[Predictions], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lsoftmax_lightning import ClassificationModule, chunked_loss, heads
 from lsoftmax_lightning.callbacks import BestCheckpoint, Dashboard, ExactResume, LastCheckpoint, MarginMonitor
-from lsoftmax_lightning.checkpoints import WholeCheckpointIO
+from lsoftmax_lightning.checkpoints import AtomicCheckpointIO
 from lsoftmax_lightning.chunked_loss import chunked_cross_entropy
 from lsoftmax_lightning.transforms import RandomCropFlip
 
@@ -51,7 +51,7 @@ def fit(kind: str, precision: Any, *callbacks: Callback) -> dict[str, Any]:
     heads.CHUNKED_FROM = 2 if kind == "chunked" else 4000
     data, watch = BlobsDataModule(batch_size=8), Watch()
     data.augment = RandomCropFlip(2, flip=True)
-    plugins: list[Any] = [WholeCheckpointIO()]
+    plugins: list[Any] = [AtomicCheckpointIO()]
     if precision != "32-true":
         plugins.append(MixedPrecision(precision, "sim"))
     with tempfile.TemporaryDirectory() as folder:
