@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compat import assert_on_device
 from .distributed import ClassShard
 from .errors import InputError
 from .functional import (
@@ -134,7 +135,7 @@ def chunked_cross_entropy(
     target = check_target(target, len(features))
     is_valid = is_in_range(target, shard.num_classes).all()
     if target.device.type != "cpu":
-        torch._assert_async(is_valid)  # does not wait for the device
+        assert_on_device(is_valid)
     elif not is_valid:
         raise out_of_range_error(target, shard.num_classes)
     needs_grad = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)

@@ -14,12 +14,15 @@ from functools import partial
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler
 from typing_extensions import override
 
 LEAF_SPEC_WARNING = ".*treespec, LeafSpec"
@@ -156,6 +159,32 @@ class ClosedFormLR(LRScheduler, ABC):
 
     def _get_closed_form_lr(self) -> list[Any]:
         return self.get_closed_form_lr()
+
+
+def schedulers_in(scheduler: Any) -> list[Any]:
+    """Return the schedulers in a ChainedScheduler, or the scheduler itself (torch 2.6 and 2.14)."""
+    return list(scheduler._schedulers) if isinstance(scheduler, ChainedScheduler) else [scheduler]
+
+
+def assert_on_device(condition: Tensor) -> None:
+    """Fail if a condition is false, on an accelerator without waiting for it (torch 2.6 and 2.14)."""
+    torch._assert_async(condition)
+
+
+def disable_default_hp_metric(logger: TensorBoardLogger) -> None:
+    """Prevent the logger from logging ``hp_metric``, which would stay -1 (Lightning 2.6.6)."""
+    logger._default_hp_metric = False
+
+
+def add_summary(logger: TensorBoardLogger, summary: Any) -> None:
+    """Write a summary to the event file of a logger (torch 2.6 and 2.14)."""
+    logger.experiment._get_file_writer().add_summary(summary)
+
+
+def epoch_progress(checkpoint: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Return the counts of epochs in a checkpoint of the Trainer, to be read or changed (Lightning 2.6.6)."""
+    progress: dict[str, dict[str, int]] = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    return progress
 
 
 def hides_constructor_error(error: BaseException) -> bool:

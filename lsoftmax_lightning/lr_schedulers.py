@@ -30,8 +30,7 @@ class FractionalMultiStepLR(ClosedFormLR):
 
     The state dict contains the milestones and ``gamma``, but not ``total_steps``. Under the modules of this
     package, a run that is resumed with another length continues with the learning rate that a run of the new length has
-    at this step. The state of a
-    ``MultiStepLR`` is accepted; its milestones, which are absolute, are replaced by those of this scheduler.
+    at this step. The state of a ``MultiStepLR`` is accepted; the milestones of this scheduler replace its milestones.
 
     Args:
         optimizer: Wrapped optimizer.
@@ -42,8 +41,8 @@ class FractionalMultiStepLR(ClosedFormLR):
         last_epoch: Index of the last step, -1 at the start of a run.
 
     Attributes:
-        follows_run: Whether ``total_steps`` was left to the Trainer, which sets it at the start of each loop: those of
-            tuners are shorter than the run.
+        follows_run: Whether the module sets ``total_steps`` at the start of each training loop; the loops of tuners
+            are shorter than the run.
 
     Raises:
         InputError: If an argument is out of range, or ``total_steps`` is unknown when the first step is taken.

@@ -25,26 +25,26 @@ class LambdaSchedule(ABC):
 
     @abstractmethod
     def __call__(self, step: int, total_steps: float) -> float:
-        """Returns lambda for the next optimiser step.
+        """Return lambda for the next optimiser step.
 
         Args:
             step: Optimiser steps already taken, 0 at the start of a run.
-            total_steps: Optimiser steps of the whole run; infinite or -1 where it is not known.
+            total_steps: Optimiser steps of the run; infinite or -1 if they are unknown.
         """
 
 
 @dataclass(frozen=True)
 class AccuracyFeedback(LambdaSchedule):
-    """lambda that follows the network: ``gain * ((1 - accuracy) / accuracy) ** power``, bounded.
+    """lambda as a bounded function of the training accuracy: ``gain * ((1 - accuracy) / accuracy) ** power``.
 
-    ``accuracy`` is that of the training logits, which carry the margin at the present lambda. The margin tightens only
-    as far as the network satisfies it on its training samples, and loosens when accuracy falls (negative feedback).
-    So neither the length of the run nor ``lambda_min`` has to be chosen. The rule is ours; the paper's lambda depends
-    on the step alone.
+    ``accuracy`` is the accuracy of the training logits, which contain the margin at the current lambda. The margin
+    tightens while the network satisfies it on the training samples, and loosens when the accuracy falls (negative
+    feedback). The schedule therefore needs neither the length of the run nor ``lambda_min``. It is not from the paper,
+    where lambda depends only on the step.
 
     Args:
-        gain: lambda at an accuracy of 1/2. A larger gain lets the margin in later.
-        power: Steepness, at most 10. The larger it is, the narrower the range of accuracies over which lambda changes.
+        gain: lambda at an accuracy of 1/2. A larger gain delays the margin.
+        power: Steepness, at most 10. A larger power narrows the range of accuracies over which lambda changes.
         lambda_min: Lower bound of lambda.
         base: Upper bound of lambda, and its value before the first step.
         accuracy_decay: Decay of the mean accuracy per optimiser step: 0.95 averages about 20 steps.
@@ -67,17 +67,14 @@ class AccuracyFeedback(LambdaSchedule):
 
     def __post_init__(self) -> None:
         _check_non_negative(self)
-        if self.lambda_min > self.base:
-            raise InputError(
-                f"lambda_min: must not exceed base, got {self.lambda_min} and {self.base}; lower lambda_min."
-            )
+        _check_bounds(self)
         if self.power > 10:
             raise InputError(f"power: must be at most 10, got {self.power}; the usual value is 3.")
         if self.accuracy_decay >= 1:
             raise InputError(f"accuracy_decay: must be below 1, got {self.accuracy_decay}; the usual value is 0.95.")
 
     def __call__(self, step: int, total_steps: float = math.inf, accuracy: float = 0.0) -> float:
-        """Returns lambda for the next optimiser step.
+        """Return lambda for the next optimiser step.
 
         Args:
             step: Not used.
@@ -94,15 +91,15 @@ class AccuracyFeedback(LambdaSchedule):
 
 @dataclass(frozen=True)
 class PowerLaw(LambdaSchedule):
-    """The authors' law: ``max(lambda_min, base * (1 + gamma * t) ** -power)`` with t = 1 at the first step.
+    """The schedule of the authors: ``max(lambda_min, base * (1 + gamma * t) ** -power)`` with t = 1 at the first step.
 
     The names and defaults are those of the authors' Caffe layer and MNIST example; their t counts forward passes.
 
     Args:
         base: lambda before the first step.
-        gamma: Speed, per step.
+        gamma: Speed of the decay, per step.
         power: Exponent.
-        lambda_min: Where lambda stops falling.
+        lambda_min: Lower bound of lambda.
 
     Raises:
         InputError: If an argument is negative or not finite.
@@ -117,13 +114,13 @@ class PowerLaw(LambdaSchedule):
         _check_non_negative(self)
 
     def __call__(self, step: int, total_steps: float = math.inf) -> float:
-        """Returns lambda for the next optimiser step; the length of the run has no effect."""
+        """Return lambda for the next optimiser step; the length of the run has no effect."""
         return max(self.lambda_min, self.base * math.pow(1 + self.gamma * (step + 1), -self.power))
 
 
 @dataclass(frozen=True)
 class Constant(LambdaSchedule):
-    """The same lambda at every step; 0 is the paper's pure loss, which seldom converges from scratch.
+    """A constant lambda; 0 is the pure loss of the paper, which rarely converges from scratch.
 
     Args:
         value: lambda, 0 to infinity.
@@ -136,25 +133,25 @@ class Constant(LambdaSchedule):
 
     def __post_init__(self) -> None:
         if not self.value >= 0:
-            raise InputError(f"Constant takes a value from 0 to infinity, got {self.value}.")
+            raise InputError(f"value: must be at least 0 for Constant, got {self.value}; set it from 0 to infinity.")
 
     def __call__(self, step: int, total_steps: float = math.inf) -> float:
-        """Gives lambda for the next optimiser step: always the value."""
+        """Return the value."""
         return self.value
 
 
 @dataclass(frozen=True)
 class RunFraction(LambdaSchedule):
-    """From ``base`` to ``lambda_min`` over a fraction of the run, whatever its length.
+    """lambda that falls from ``base`` to ``lambda_min`` over a fraction of the run.
 
-    ``1 + lambda`` falls geometrically, so that the margin's share of the target logit, 1 / (1 + lambda), grows by the
-    same factor every step, and ``lambda_min`` may be 0.
+    ``1 + lambda`` falls geometrically. The fraction of the margin in the target logit, 1 / (1 + lambda), therefore
+    grows by the same factor every step, and ``lambda_min`` may be 0.
 
     Args:
         base: lambda at the first step.
-        lambda_min: lambda once ``fraction`` of the run is over. 0 is the paper's pure loss, which a network must be
-            able enough to follow; the default is at the safe end of what the authors advise for large data.
-        fraction: Share of the run's optimiser steps, above 0 and at most 1.
+        lambda_min: lambda after ``fraction`` of the run. 0 is the pure loss of the paper, which needs a network of
+            sufficient capacity. The default is at the safe end of the authors' advice for large data.
+        fraction: Fraction of the optimiser steps of the run, above 0 and at most 1.
 
     Raises:
         InputError: If an argument is out of range, or the run has no end.
@@ -167,21 +164,27 @@ class RunFraction(LambdaSchedule):
     def __post_init__(self) -> None:
         _check_non_negative(self)
         if not 0 < self.fraction <= 1:
-            raise InputError(f"RunFraction takes a fraction above 0 and at most 1, got {self.fraction}.")
-        if self.lambda_min > self.base:
-            raise InputError(f"RunFraction falls from base to lambda_min, got {self.base} to {self.lambda_min}.")
+            raise InputError(f"fraction: must be above 0 and at most 1, got {self.fraction}; the usual value is 0.5.")
+        _check_bounds(self)
 
     def __call__(self, step: int, total_steps: float) -> float:
-        """Gives lambda for the next optimiser step of a run of ``total_steps``."""
+        """Return lambda for the next optimiser step of a run of ``total_steps``."""
         if not 0 < total_steps < math.inf:
             raise InputError(
-                "RunFraction needs a run of known length: set the Trainer's max_steps or max_epochs (max_time does not "
-                "tell, nor does max_epochs for data without a length)."
+                f"total_steps: RunFraction needs a run of known length, got {total_steps}; set the Trainer's max_steps "
+                "or max_epochs (max_time is not enough, nor is max_epochs for data without a length)."
             )
         progress = step / (self.fraction * total_steps)
         if progress >= 1:
             return self.lambda_min
         return math.pow(1 + self.base, 1 - progress) * math.pow(1 + self.lambda_min, progress) - 1
+
+
+def _check_bounds(schedule: AccuracyFeedback | RunFraction) -> None:
+    if schedule.lambda_min > schedule.base:
+        raise InputError(
+            f"lambda_min: must not exceed base, got {schedule.lambda_min} and {schedule.base}; lower lambda_min."
+        )
 
 
 def _check_non_negative(schedule: AccuracyFeedback | PowerLaw | RunFraction) -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REPEAT_SECONDS = 1.0  # a terminal or launcher may deliver one request twice
 _LAUNCHER_PID = "LSOFTMAX_LIGHTNING_LAUNCHER_PID"
-_command: SignalHandler | None = None  # of the command that runs in this process
+_command: SignalHandler | None = None  # handler of the command that runs in this process
 
 
 class Stopped(SystemExit):
@@ -33,8 +33,8 @@ class Stopped(SystemExit):
 class SignalHandler:
     """Call a function at the first signal; at the next one, end the process at once.
 
-    A signal within a second of another one is its repetition and is ignored: a terminal signals the whole process
-    group, and launchers signal their processes again. Forked processes such as DataLoader workers ignore the signals;
+    A signal within a second of another one is a repetition and is ignored, because a terminal signals the whole process
+    group and launchers signal their processes again. Forked processes such as DataLoader workers ignore the signals;
     the process that started them ends them.
 
     Args:
@@ -78,8 +78,8 @@ def stop(signum: signal.Signals, seconds: int = 0) -> None:
 
     Args:
         signum: The signal.
-        seconds: Time after which a command that has not ended is ended at once, since the exception may have left a
-            lock of a library locked; by default it may take any time.
+        seconds: Seconds until the process exits at once, in case the exception left a lock of a library locked.
+            Default: 0, for no limit.
 
     Raises:
         SystemExit: Always.
@@ -122,7 +122,7 @@ def exit_on_signals() -> Iterator[None]:
             if sys.platform != "win32":
                 signal.alarm(0)
             for process in multiprocessing.active_children():
-                if process not in children:  # a worker that was not told to end, and that Python would wait for
+                if process not in children:  # a worker that still runs; Python would wait for it
                     process.kill()
                     process.join()
 
@@ -138,6 +138,6 @@ def ignore_signals(worker_id: int = 0) -> None:
 
 
 def mark_launcher() -> None:
-    """Let the ranks that Lightning launches from this process know its id, for :func:`stop`."""
+    """Store the id of this process in the environment of the ranks that Lightning launches, for :func:`stop`."""
     if "LOCAL_RANK" not in os.environ:
         os.environ[_LAUNCHER_PID] = str(os.getpid())

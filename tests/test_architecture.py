@@ -23,7 +23,7 @@ BELOW: dict[str, set[str]] = {
     "geometry": set(),
     "pairs": {"errors"},
     "distributed": set(),
-    "chunked_loss": {"distributed", "errors", "functional"},
+    "chunked_loss": {"compat", "distributed", "errors", "functional"},
     "heads": {"chunked_loss", "distributed", "errors", "functional"},
     "strategies": {"checkpoints", "chunked_loss", "errors", "heads"},
     "backbones": {"errors"},
@@ -55,6 +55,7 @@ BELOW: dict[str, set[str]] = {
     },
     "modules": {
         "chunked_loss",
+        "compat",
         "errors",
         "functional",
         "geometry",

@@ -24,13 +24,16 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities._pytree import _tree_flatten
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.optim import SGD
-from torch.optim.lr_scheduler import ConstantLR, SequentialLR
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, SequentialLR
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard.summary import scalar
 
 from lsoftmax_lightning import compat
 from lsoftmax_lightning.errors import DataError, InputError
@@ -222,6 +225,38 @@ def test_the_last_learning_rate_can_be_set() -> None:
     scheduler = FractionalMultiStepLR(SGD([nn.Parameter(torch.zeros(1))], lr=0.5), [0.5], total_steps=4)
     scheduler.set_last_lr([0.125])
     assert scheduler.get_last_lr() == [0.125]
+
+
+def test_the_schedulers_of_a_chain_are_found() -> None:
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedulers = [ConstantLR(optimizer), ConstantLR(optimizer)]
+    assert compat.schedulers_in(ChainedScheduler(schedulers, optimizer)) == schedulers
+    assert compat.schedulers_in(schedulers[0]) == [schedulers[0]]
+
+
+def test_a_false_condition_fails() -> None:
+    compat.assert_on_device(torch.tensor(True))
+    with pytest.raises(RuntimeError):
+        compat.assert_on_device(torch.tensor(False))
+
+
+def test_summaries_are_written_without_the_default_metric() -> None:
+    logger = TensorBoardLogger("logs", name="", version="")
+    compat.disable_default_hp_metric(logger)
+    logger.log_hyperparams({"margin": 4})
+    compat.add_summary(logger, scalar("loss", 0.5))
+    logger.finalize("success")
+    events = EventAccumulator("logs").Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+
+
+def test_a_checkpoint_has_counts_of_epochs() -> None:
+    trainer = make_trainer(max_epochs=1, limit_train_batches=1, fast_dev_run=False)
+    trainer.fit(BoringModel(), BoringDataModule())
+    trainer.save_checkpoint("some.ckpt")
+    progress = compat.epoch_progress(torch.load("some.ckpt", weights_only=True))
+    assert progress.keys() == {"total", "current"}
+    assert progress["current"] == {"ready": 1, "started": 1, "processed": 1, "completed": 1}
 
 
 class Part:

@@ -370,7 +370,7 @@ def test_another_seed_is_another_run(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.warns(UserWarning, match="There is no"):
         main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
     printed = fails(capsys, "fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last", "--seed_everything=1")
-    assert "the run has seed 0 and cannot continue with 1" in printed
+    assert "seed_everything: must be the seed of the run, 0, to repeat its shuffle and draws, got 1;" in printed
 
 
 @pytest.mark.filterwarnings("ignore:There is no")

@@ -87,8 +87,8 @@ def test_feedback_falls_with_accuracy_within_its_bounds(
         (PowerLaw, {"gamma": -1}, "gamma"),
         (PowerLaw, {"base": math.inf}, "base"),
         (PowerLaw, {"lambda_min": math.nan}, "lambda_min"),
-        (Constant, {"value": -1}, "Constant"),
-        (Constant, {"value": math.nan}, "Constant"),
+        (Constant, {"value": -1}, "^value: .* Constant, got -1"),
+        (Constant, {"value": math.nan}, "^value: .* Constant, got nan"),
         (AccuracyFeedback, {"gain": -1}, "gain"),
         (AccuracyFeedback, {"power": math.nan}, "power"),
         (AccuracyFeedback, {"power": 35}, "power"),
@@ -96,7 +96,7 @@ def test_feedback_falls_with_accuracy_within_its_bounds(
         (AccuracyFeedback, {"base": 1, "lambda_min": 2}, "lambda_min"),
         (RunFraction, {"fraction": 0}, "fraction"),
         (RunFraction, {"fraction": 1.1}, "fraction"),
-        (RunFraction, {"base": 1, "lambda_min": 2}, "from base to lambda_min"),
+        (RunFraction, {"base": 1, "lambda_min": 2}, "^lambda_min: must not exceed base"),
     ],
 )
 def test_bad_settings_are_refused(kind: type[LambdaSchedule], settings: dict[str, float], said: str) -> None:

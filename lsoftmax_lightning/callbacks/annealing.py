@@ -1,4 +1,4 @@
-"""Annealing of lambda, and the alarm for a loss that diverges because of it."""
+"""Annealing of lambda, and detection of a diverged loss."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from .running_accuracy import RunningAccuracy
 
 _NEVER = torch.iinfo(torch.int64).max
 _MAX_STEPS = 1000
-"""Steps between two checks of the loss where nothing is logged."""
+"""Steps between two checks of the loss if the Trainer logs nothing."""
 
 
 class LambdaAnnealing(Callback):
-    """Sets lambda of the module's head before each training batch and logs it as ``lambda``.
+    """Set lambda of the module's head before each training batch and log it as ``lambda``.
 
     Works with any LightningModule whose ``head`` is an :class:`~lsoftmax_lightning.LSoftmaxLinear`. lambda changes once
-    per optimiser step, so gradient accumulation does not speed it up, and a resumed run continues where it stopped. A
-    schedule with an ``accuracy_decay`` also gets the mean accuracy of the training logits, which is logged as
-    ``train/margin_acc``, is the same on every rank, is part of the checkpoint, and costs no wait for the device. It
-    needs a ``training_step`` that calls ``head(x, target)`` or ``head.cross_entropy(x, target)``. The paper anneals
-    lambda in its section 4.
+    per optimiser step, so gradient accumulation does not speed it up, and a resumed run continues with the lambda
+    of its step. The paper anneals lambda in section 4.
+
+    A schedule with an ``accuracy_decay`` also gets the mean accuracy of the training logits. The mean is logged as
+    ``train/margin_acc``, is the same on every rank, is saved in the checkpoint, and is read without waiting for the
+    device. It requires a ``training_step`` that calls ``head(x, target)`` or ``head.cross_entropy(x, target)``.
 
     A NaN or infinite loss stops the run before another checkpoint is written. The losses are kept on the device and
     checked every ``log_every_n_steps`` steps, before a validation or a checkpoint and at the end of an epoch, so that
-    a step costs no wait.
+    a step does not wait for the device.
 
     Args:
         schedule: Schedule of lambda. Default: the ``lambda_schedule`` of the module, or
@@ -45,8 +46,8 @@ class LambdaAnnealing(Callback):
 
     Raises:
         InputError: At the start of ``fit``, if the module has no head or its schedule is not callable. After ten
-            steps, if the schedule needs the accuracy and the head got no classes.
-        DivergenceError: When the training loss is not finite.
+            steps, if the schedule needs the accuracy and the head was called without a target.
+        DivergenceError: If the training loss is not finite.
 
     Example:
         >>> from lightning import Trainer
@@ -57,7 +58,7 @@ class LambdaAnnealing(Callback):
     def __init__(self, schedule: LambdaSchedule | None = None) -> None:
         self.schedule = schedule
         self._accuracy: RunningAccuracy | None = None
-        self._module_id = 0  # of the module that the accuracy belongs to
+        self._module_id = 0  # id of the module whose accuracy is measured
         self._total_steps = math.inf
         self._losses: list[tuple[int, float, Tensor]] = []  # step, lambda and loss of each batch since the last check
 
@@ -78,12 +79,12 @@ class LambdaAnnealing(Callback):
             pl_module.head.lambda_ = schedule(0, 1, *accuracy)  # the loops of tuners run without callbacks
 
     def schedule_for(self, pl_module: Any) -> LambdaSchedule:
-        """Returns the schedule that applies to a module."""
+        """Return the schedule that applies to a module."""
         schedule: LambdaSchedule = self.schedule or getattr(pl_module, "lambda_schedule", None) or AccuracyFeedback()
         return schedule
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Checks the module and its schedule, and starts to measure the accuracy if the schedule uses it."""
+        """Check the module and its schedule, and start to measure the accuracy if the schedule uses it."""
         self._check_module(pl_module)
         if self._accuracy is not None:
             self._accuracy.attach(pl_module.head, pl_module.device)
@@ -91,10 +92,15 @@ class LambdaAnnealing(Callback):
     def _check_module(self, pl_module: Any) -> None:
         name, head = type(pl_module).__name__, getattr(pl_module, "head", None)
         annealed = set(head.modules()) if isinstance(head, nn.Module) else ()
-        others = [path for path, part in pl_module.named_modules() if hasattr(part, "lambda_") and part not in annealed]
+        others = [
+            path for path, module in pl_module.named_modules() if hasattr(module, "lambda_") and module not in annealed
+        ]
         if not hasattr(head, "lambda_"):
-            found = f"; self.{others[0]} is one: rename it to head" if others else ""
-            raise InputError(f"LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}{found}.")
+            advice = f"self.{others[0]} is one: rename it to head" if others else "assign one in __init__"
+            raise InputError(
+                f"head: LambdaAnnealing needs an LSoftmaxLinear as `self.head` of {name}, got {type(head).__name__}; "
+                f"{advice}."
+            )
         if others:
             rank_zero_warn(
                 f"LambdaAnnealing anneals self.head of {name}, not self.{' and self.'.join(others)}: set lambda_ of "
@@ -108,47 +114,46 @@ class LambdaAnnealing(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Computes the length of the run, once: gradient accumulation may change later."""
+        """Compute the length of the run once, because gradient accumulation may change later."""
         self._total_steps = run_length(trainer)
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
-        """Sets lambda."""
         accuracy = () if self._accuracy is None else (self._accuracy.update(),)
         schedule: Callable[..., float] = self.schedule_for(pl_module)
-        lambda_ = schedule(trainer.global_step, self._total_steps, *accuracy)
-        pl_module.head.lambda_ = lambda_
+        pl_module.head.lambda_ = schedule(trainer.global_step, self._total_steps, *accuracy)
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        """Keeps the loss, to be checked later without a wait for the device now."""
-        kept = loss.detach().clone()  # a CUDA graph reuses the memory of its outputs
-        self._losses.append((trainer.global_step, pl_module.head.lambda_, kept))
+        """Store the loss for a later check, so that this step does not wait for the device."""
+        loss = loss.detach().clone()  # a CUDA graph reuses the memory of its outputs
+        self._losses.append((trainer.global_step, pl_module.head.lambda_, loss))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
-        """Adds the accuracy of the step."""
+        """Add the accuracy of the step."""
         if self._accuracy is not None:
             self._accuracy.end_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Logs lambda and stops a diverged run, every ``log_every_n_steps`` steps and at the end of an epoch.
+        """Log lambda and stop a diverged run, every ``log_every_n_steps`` steps and at the end of an epoch.
 
-        Not in ``on_train_epoch_end``: there Lightning's progress bar makes the first process wait for the others.
+        In ``on_train_epoch_end``, Lightning's progress bar would make rank 0 wait for the other ranks.
         """
         every = trainer.log_every_n_steps or _MAX_STEPS  # type: ignore[attr-defined]
         if trainer.is_last_batch or trainer.should_stop or trainer.global_step % every == 0:
-            pl_module.log("lambda", pl_module.head.lambda_)  # no more often: it costs half a millisecond
+            pl_module.log("lambda", pl_module.head.lambda_)  # not every step: it takes half a millisecond
             trainer.progress_bar_metrics["lambda"] = pl_module.head.lambda_  # `prog_bar` would wait at every step
             if self._accuracy is not None:
                 pl_module.log("train/margin_acc", self._accuracy.value)
             self._stop_if_diverged(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Stops a diverged run before a validation can choose it."""
+        """Stop a diverged run before a validation can make it the best checkpoint."""
         self._stop_if_diverged(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Stops a diverged run before it overwrites a good checkpoint."""
+        """Stop a diverged run before it overwrites a good checkpoint."""
         self._stop_if_diverged(trainer, pl_module)
 
     @override
@@ -176,7 +181,7 @@ class LambdaAnnealing(Callback):
         self._losses.clear()
         finite = torch.stack(losses).isfinite()
         first = torch.where(finite, _NEVER, torch.tensor(steps, device=finite.device)).min()
-        # the same answer on every rank, or the others would wait for the one that stopped
+        # reduced, so that all ranks stop at once and none waits for another
         step = int(trainer.strategy.reduce(first, reduce_op="min"))
         if step == _NEVER:
             return

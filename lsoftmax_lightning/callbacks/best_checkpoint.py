@@ -1,4 +1,4 @@
-"""The checkpoint that is tested, also when its run was moved or continues in another folder."""
+"""The best checkpoint, also of a run that was moved or continues in another folder."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ..errors import InputError
 class BestCheckpoint(CheckpointHooks):
     """Keep the best checkpoints by a metric, and an index of the best one beside them.
 
-    The arguments are those of :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. A file that a killed run left
-    beyond its last checkpoint is overwritten: Lightning would write ``best-v1.ckpt`` beside it. A ``/`` in a file name,
-    as in that of a metric, becomes ``_``: Lightning would create a folder.
+    The arguments are those of :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. A file that a killed run wrote
+    after its last checkpoint is overwritten; Lightning would write ``best-v1.ckpt`` beside it. A ``/`` in a file name,
+    such as one from the name of a metric, becomes ``_``; Lightning would create a folder.
     """
 
     @property
@@ -47,16 +47,16 @@ class BestCheckpoint(CheckpointHooks):
         return exists and not is_leftover
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Load the weights of the file again, except to continue training: a callback may have loaded others.
+        """Load the weights of the file again, unless training continues, because a callback may have loaded others.
 
-        ``WeightAveraging``, for one, loads those that training continues with. Checkpoint callbacks come last.
+        ``WeightAveraging``, for example, loads the weights that training continues with. Checkpoint callbacks run last.
         """
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if trainer.state.fn != "fit":
             trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
 
     def restore_best(self, trainer: Trainer) -> None:
-        """Read path and score of the best checkpoint from its file: processes that trained may have ended."""
+        """Read path and score of the best checkpoint from its file, because the ranks that trained may have ended."""
         path = indexed(self.dirpath or Path(str(trainer.log_dir), "checkpoints"), "best")
         if path.is_file():
             self.best_model_path = str(path)
@@ -69,12 +69,11 @@ class BestCheckpoint(CheckpointHooks):
 
 
 def relocate(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Let the states of :class:`~lightning.pytorch.callbacks.ModelCheckpoint` name files of the run's own folders only.
+    """Replace the paths in the states of :class:`~lightning.pytorch.callbacks.ModelCheckpoint` by paths of this run.
 
-    Lightning deletes the files that such a state names, recursively, and drops the best score when a folder was moved.
-    Here the best checkpoints are found by name, in the folder that the callback writes to, or beside the checkpoint
-    that is loaded, from where they are copied. One of a later step than the loaded checkpoint is not part of its run.
-    Others are dropped with a warning.
+    Lightning recursively deletes files that such a state names, and drops the best score if a folder was moved. This
+    function finds the best checkpoints by name in the folder of the callback, or beside the loaded checkpoint, from
+    where it copies them. It drops missing checkpoints, and those of a later step than the loaded one, with a warning.
 
     Args:
         checkpoint: A loaded checkpoint. The states in it are replaced.
@@ -104,8 +103,8 @@ def _relocated(state: dict[str, Any], callback: ModelCheckpoint, source: Path, g
             dropped.append(name)
             continue
         if found.parent != folder:
-            with atomic_path(folder / name) as part:
-                shutil.copyfile(found, part)
+            with atomic_path(folder / name) as temporary:
+                shutil.copyfile(found, temporary)
         scores[str(folder / name)] = score
     if dropped:
         rank_zero_warn(f"The best checkpoint in {folder} is chosen without {', '.join(dropped)}: not found there.")

@@ -17,19 +17,19 @@ from ..checkpoints import update_index
 from ..compat import CheckpointHooks
 from ..signals import SignalHandler, Stopped
 
-_CHECK_SECONDS = 1.0  # between two exchanges of ranks whether to stop
+_CHECK_SECONDS = 1.0  # between two collective checks for a signal
 
 
 class LastCheckpoint(CheckpointHooks):
-    """Keep ``last.ckpt``; when training is stopped by SIGINT (Ctrl-C) or SIGTERM (schedulers), save it first.
+    """Keep ``last.ckpt``, and save it before SIGINT (Ctrl-C) or SIGTERM (schedulers) stops the training.
 
-    It is saved after each validation and at the end of each epoch. After a signal the run ends with the signal's exit
-    code (130, 143): on one rank after the optimiser step, and the validation or epoch that ends with it; on several
-    about a second later, since they exchange once a second whether one received a signal. A second signal ends the run
-    at once.
+    The checkpoint is saved after each validation and at the end of each epoch. After a signal, the run ends with the
+    exit code of the signal (130, 143). A run on one rank ends after the optimiser step, and after a validation or epoch
+    that ends with it. Several ranks end about a second later, because they check once a second whether one of them
+    received a signal. A second signal ends the run at once.
 
     Args:
-        dirpath: Folder of the checkpoint; by default ``checkpoints`` in the folder of the run.
+        dirpath: Folder of the checkpoint. Default: ``checkpoints`` in the folder of the run.
 
     Raises:
         SystemExit: After a signal.
@@ -40,25 +40,25 @@ class LastCheckpoint(CheckpointHooks):
         self._handler = SignalHandler(_announce)
         self._save_pending = False  # whether a validation left the checkpoint to the end of the optimiser step
         self._exit_after_save = False
-        self._next_check = 0  # step from which on ranks exchange whether one received a signal
+        self._next_check = 0  # step of the next collective check for a signal
         self._last_check = (0, 0.0)  # step and time
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Handle signals in place of Lightning, which restores the handlers when the Trainer is done."""
+        """Replace the signal handlers of Lightning, which restores the previous ones after the training."""
         super().on_train_start(trainer, pl_module)
         self._handler, self._exit_after_save = SignalHandler(_announce), False
         self._next_check, self._last_check = 0, (trainer.global_step, time.monotonic())
         self._handler.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """End a stopped run: only now is the step, or epoch, before it logged."""
+        """End a stopped run here, where the previous step or epoch is logged."""
         if self._exit_after_save:
             self._exit(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save what a validation left pending, or when the run is to stop.
+        """Save a pending checkpoint, or that of a run that is to stop.
 
-        Not before a validation or the end of an epoch, which a run resumed from here would leave out.
+        Nothing is saved before a validation or the end of an epoch, because a resumed run would skip them.
         """
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         every = trainer.val_check_batch or math.inf
@@ -72,7 +72,7 @@ class LastCheckpoint(CheckpointHooks):
             self._save_pending, self._exit_after_save = False, stop
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Save, unless gradients are being accumulated, which no checkpoint holds."""
+        """Save, unless gradients are being accumulated, which a checkpoint does not contain."""
         self._save_pending = trainer.state.fn == "fit" and not trainer.sanity_checking and _is_accumulating(trainer)
         if self._save_pending:
             return
@@ -81,7 +81,7 @@ class LastCheckpoint(CheckpointHooks):
             self._exit_after_save = self._stop_requested(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Save, also where Lightning saves after validations only: the run may end here."""
+        """Save, even if Lightning saves only after validations, because the run may end here."""
         super().on_train_epoch_end(trainer, pl_module)
         if not self.skips_writing(trainer):
             self.write_checkpoint(trainer, self.format_checkpoint_name({}))
@@ -89,7 +89,7 @@ class LastCheckpoint(CheckpointHooks):
             self._exit_after_save |= self._stop_requested(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """End a run that was stopped in its last step: no test follows."""
+        """End a run that was stopped in its last step, so that no test follows."""
         super().on_train_end(trainer, pl_module)
         if self._stop_requested(trainer):
             self._exit(trainer)
@@ -100,21 +100,21 @@ class LastCheckpoint(CheckpointHooks):
             update_index(Path(filepath).parent, last=Path(filepath).name)
 
     def _stop_requested(self, trainer: Trainer) -> bool:
-        """Return whether any rank received a signal: the same answer on all of them."""
+        """Return whether any rank received a signal; the result is the same on all ranks."""
         stop = self._handler.received is not None
         if trainer.world_size == 1:
             return stop
         (step, since), now = self._last_check, time.monotonic()
         self._last_check = trainer.global_step, now
         steps = max(1, int((trainer.global_step - step) / max(now - since, 1e-9) * _CHECK_SECONDS))
-        answer = torch.tensor([stop, -steps], device=trainer.strategy.root_device)
-        any_stop, fewest = trainer.strategy.reduce(answer, reduce_op="max").tolist()
-        self._next_check = trainer.global_step - fewest
+        request = torch.tensor([stop, -steps], device=trainer.strategy.root_device)
+        any_stop, negative_steps = trainer.strategy.reduce(request, reduce_op="max").tolist()
+        self._next_check = trainer.global_step - negative_steps  # the fewest steps of a rank
         return bool(any_stop)
 
     def _exit(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
-            raise SystemExit(0)  # with another code, Lightning would kill the first rank
+            raise SystemExit(0)  # with another code, Lightning would kill rank 0
         path = self.format_checkpoint_name({})
         print(f"Stopped after {trainer.global_step} steps; continue from {path} with --ckpt_path.", file=sys.stderr)
         raise Stopped(self._handler.received or signal.SIGTERM)

@@ -11,36 +11,38 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
+from ..compat import epoch_progress
 from ..errors import InputError
 from ..seeds import global_seed, hashed_seed
 from .best_checkpoint import relocate
 
-_KEY = "exact_resume"  # in a checkpoint
+_KEY = "exact_resume"  # key in a checkpoint
 
 
 class ExactResume(Callback):
-    """Let a resumed run end with the weights that it would have had without the interruption.
+    """Make a resumed run end with the weights that it would have without the interruption.
 
-    The order of the data is up to the datamodule. Lightning 2.6 alone differs in the following, which is mended here:
+    The datamodule restores the order of the data. This callback corrects the following differences of Lightning 2.6:
 
-    - Draws of layers (dropout): here those of each batch, from the generators of Python, NumPy and torch, are a
-      function of the run's seed, the batch and the rank. Ranks, too, then drop different units.
-    - The number of epochs, of a run of ``max_steps`` that is resumed at the end of one: it is counted twice, the
-      shuffle of the next one is left out, and ``max_epochs`` ends the run an epoch early.
-    - The rest of an epoch in which ``max_steps`` or ``max_time`` ended the run: with a larger limit, it is skipped.
-    - The learning rate under ``ReduceLROnPlateau``, which does not step for the epoch in which a run is resumed.
-    - A run that ``EarlyStopping`` ended: resumed, it trains on.
-    - ``GradientAccumulationScheduler`` and ``StochasticWeightAveraging``, which act at the start of an epoch only, when
-      a run is resumed within one.
-    - Weights of ``64-true``, which are rounded to float32.
-    - The best checkpoint of a run whose folder was moved, or that continues in another folder
+    - Random draws of layers such as dropout: the callback seeds the generators of Python, NumPy and torch before each
+      batch, by the run's seed, the batch and the rank. Each rank drops different units.
+    - A run of ``max_steps`` that is resumed at the end of an epoch: Lightning counts the epoch twice, skips the shuffle
+      of the next one, and ends the run one epoch before ``max_epochs``.
+    - A run that ``max_steps`` or ``max_time`` ended within an epoch: with a larger limit, Lightning skips the remaining
+      batches of the epoch.
+    - ``ReduceLROnPlateau``: Lightning does not step it for the epoch in which the run is resumed.
+    - ``EarlyStopping``: Lightning continues a run that it ended.
+    - ``GradientAccumulationScheduler`` and ``StochasticWeightAveraging``: they act only at the start of an epoch, which
+      a run that is resumed within an epoch does not reach.
+    - ``64-true``: Lightning rounds the weights to float32.
+    - A run whose folder was moved, or that continues in another folder: Lightning loses the best checkpoint
       (:func:`~lsoftmax_lightning.callbacks.best_checkpoint.relocate`).
 
-    A checkpoint from before the validation, or the end of an epoch, that belongs to its step is not enough: Lightning
-    leaves that out. :class:`LastCheckpoint` saves no such checkpoint; ``every_n_train_steps`` may.
+    Lightning skips a validation, or the end of an epoch, that follows the step of the checkpoint.
+    :class:`LastCheckpoint` saves no checkpoint before them, but ``every_n_train_steps`` may.
 
     Raises:
-        InputError: When a run is resumed with another seed.
+        InputError: If a run is resumed with another seed.
     """
 
     def __init__(self) -> None:
@@ -50,14 +52,14 @@ class ExactResume(Callback):
         self._resumed_within_epoch = False
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Read the seed of ``seed_everything``, or 0, as the datamodules do."""
+        """Read the seed of ``seed_everything``, by default 0, like the datamodules."""
         self._seed = global_seed() or 0
-        self._accelerated = torch.accelerator.is_available()  # which takes its time
+        self._accelerated = torch.accelerator.is_available()  # slow, so it is called only once
         self._watched, self._plateau_step_pending, self._resumed_within_epoch = {}, False, False
-        trainer.precision_plugin.convert_module(pl_module)  # before the weights are loaded, which Lightning does first
+        trainer.precision_plugin.convert_module(pl_module)  # Lightning does it after it loads the weights
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
-        """Seed the generators of the process; at the first batch after an interruption, make up for what is missing."""
+        """Seed the generators; at the first batch of a resumed run, also call the hooks that Lightning skips."""
         if self._resumed_within_epoch:
             self._resumed_within_epoch = False
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -71,7 +73,7 @@ class ExactResume(Callback):
         np.random.seed(seed)
         if self._accelerated:
             torch.manual_seed(seed)
-        else:  # that would record for later, with a traceback, the call for accelerators
+        else:  # torch.manual_seed would queue a call for accelerators, with a traceback
             torch.default_generator.manual_seed(seed)
 
     def _step_plateau_schedulers(self, trainer: Trainer, pl_module: Any) -> None:
@@ -81,41 +83,40 @@ class ExactResume(Callback):
                 pl_module.lr_scheduler_step(config.scheduler, metrics[config.monitor])
 
     def _latest_metrics(self, trainer: Trainer) -> dict[str, Any]:
-        """Return the latest metrics, of this run or, before it has any, of the checkpoint."""
+        """Return the latest metrics; those of the checkpoint until the resumed run has its own."""
         return self._watched | trainer.callback_metrics
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Save the seed and the metrics that schedulers monitor; undo the count of an epoch that is cut short."""
+        """Save the seed and the metrics that schedulers monitor; an incomplete epoch is not counted as processed."""
         names = {config.monitor for config in trainer.lr_scheduler_configs if _is_plateau(config)}
         watched = {name: float(value) for name, value in self._latest_metrics(trainer).items() if name in names}
         checkpoint[_KEY] = {"seed": self._seed, "watched": watched}
         if not trainer.is_last_batch and "loops" in checkpoint:
-            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            for counts in epoch_progress(checkpoint).values():
                 counts["processed"] = min(counts["processed"], counts["completed"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Load what was saved, and take back the first count of an epoch, which the Trainer makes again."""
+        """Load the seed and the metrics, and undo the first count of an epoch, because the Trainer repeats it."""
         if trainer.state.fn != "fit":
-            for callback in (
-                trainer.checkpoint_callbacks
-            ):  # its state matters to training only, and names files that may have moved
+            # only training needs their states, which name files that may have moved
+            for callback in trainer.checkpoint_callbacks:
                 checkpoint.get("callbacks", {}).pop(callback.state_key, None)
             return
         saved = checkpoint.get(_KEY, {"seed": self._seed, "watched": {}})
         if saved["seed"] != self._seed:
             raise InputError(
-                f"the run has seed {saved['seed']} and cannot continue with {self._seed}: its shuffle and draws would "
-                f"be others. Set --seed_everything {saved['seed']} (in Python, seed_everything)."
+                f"seed_everything: must be the seed of the run, {saved['seed']}, to repeat its shuffle and draws, got "
+                f"{self._seed}; set --seed_everything {saved['seed']} (in Python, seed_everything)."
             )
         relocate(checkpoint, trainer)
         self._watched = saved["watched"]
-        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        progress = epoch_progress(checkpoint)
         current = progress["current"]
         self._plateau_step_pending = current["ready"] > current["completed"]
         self._resumed_within_epoch = current["ready"] > current["processed"]
         for stopping in trainer.early_stopping_callbacks:
             if checkpoint["callbacks"].get(stopping.state_key, {}).get("stopping_reason"):
-                rank_zero_info("EarlyStopping ended this run; it continues without that callback only.")
+                rank_zero_info("EarlyStopping ended this run; remove that callback to continue.")
                 trainer.should_stop = True
         if trainer.max_steps == -1:
             return

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..heads import HeadCall, LSoftmaxLinear
 
 _DELAY = 2
-"""Optimiser steps between a count and its use, in which an accelerator finishes the copy to the host."""
+"""Optimiser steps between a count and its use; by then an accelerator has copied the count to the host."""
 _EMPTY_STEPS = 10
 """Optimiser steps without a sample after which the head is assumed to be called in a way that cannot be counted."""
 
@@ -24,7 +24,7 @@ class RunningAccuracy:
 
     Samples of all forward passes and of all ranks are counted between two optimiser steps, so gradient accumulation and
     DDP do not change the mean, and it is the same on every rank. Counts reach the host by an asynchronous copy and
-    enter the mean two steps later, on every device alike.
+    enter the mean two steps later on every device.
 
     Args:
         decay: Decay of the mean per optimiser step, from 0 to below 1.
@@ -44,7 +44,7 @@ class RunningAccuracy:
         self._empty_steps = 0
         self._device = torch.device("cpu")
         self._correct: list[Tensor] = []  # correct samples of each batch of the current step, on the device
-        self._total = 0  # all samples of these
+        self._total = 0  # number of samples in these batches
         self._pending: deque[tuple[Tensor, torch.Event | None]] = deque()
         self._hook: RemovableHandle | None = None
 
@@ -104,7 +104,7 @@ class RunningAccuracy:
                 self._empty_steps += 1
         if self._empty_steps == _EMPTY_STEPS:
             raise InputError(
-                "lambda_schedule: needs the training accuracy, but the head got no classes in training; call "
+                "lambda_schedule: needs the training accuracy, but the head was called without a target; call "
                 "self.head(x, target) or self.head.cross_entropy(x, target) in training_step, or use a schedule of the "
                 "step such as RunFraction."
             )

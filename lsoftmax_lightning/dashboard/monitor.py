@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
+from ..compat import add_summary, disable_default_hp_metric
 from ..heads import LSoftmaxLinear
 from ..metrics import ClassAngles, MeanLoss
 from ..pairs import pairs_of
@@ -47,7 +48,7 @@ class MarginMonitor(HeadObserver):
         self._measuring = False
         if self.is_observing:
             for logger in tensorboard_loggers(trainer):
-                logger._default_hp_metric = False  # it would stay -1, beside the metrics that on_fit_start names
+                disable_default_hp_metric(logger)  # on_fit_start names the metrics
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,7 +64,7 @@ class MarginMonitor(HeadObserver):
             # the tab finds the values by these names; Lightning's way would log some now, before there are any
             with self.optional("HParams"):
                 for summary in hparams(_settings(trainer, pl_module, head, schedule), metrics):  # type: ignore[no-untyped-call]
-                    logger.experiment._get_file_writer().add_summary(summary)
+                    add_summary(logger, summary)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.types import (
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import SGD
-from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import Self, override
@@ -31,6 +31,7 @@ from ..callbacks.run_length import run_length
 from ..checkpoints import check_format, saved_data_spec, stamp
 from ..checkpoints import warm_start as start_from
 from ..chunked_loss import is_plain_cross_entropy
+from ..compat import schedulers_in
 from ..data_spec import DataSpec
 from ..errors import InputError, first_line
 from ..heads import LSoftmaxLinear
@@ -358,8 +359,7 @@ class LSoftmaxModule(LightningModule):
                 config.scheduler.set_total_steps(run_length(self.trainer))
 
     def _check_one_cycle(self, config: LRSchedulerConfig) -> None:
-        chain = config.scheduler
-        for scheduler in chain._schedulers if isinstance(chain, ChainedScheduler) else [chain]:
+        for scheduler in schedulers_in(config.scheduler):
             if not isinstance(scheduler, OneCycleLR):
                 continue
             length = run_length(self.trainer) if config.interval == "step" else self.trainer.max_epochs
