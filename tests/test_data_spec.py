@@ -98,7 +98,7 @@ def test_a_prediction_of_a_folder_needs_no_data_set(checkpoint: str, capsys: pyt
     assert [row.partition(",")[2] for row in Path("out.csv").read_text().splitlines()] == expected
     said = fails(capsys, "predict", *args, "--data.predict_folder=photos", "--data.image_size=9")
     assert "image_shape (3, 9, 9) instead of (3, 8, 8)" in said
-    assert "images/train is not there" in fails(capsys, "predict", *args)
+    assert "images/train: the folder does not exist" in fails(capsys, "predict", *args)
 
 
 def test_a_prediction_of_a_folder_downloads_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Your own images, a folder for each class."""
+"""Datamodules of image folders: your own classes, and images to predict."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from ..checkpoints import read, saved_data_spec
 from ..data_spec import DataSpec
@@ -16,21 +17,22 @@ from .subsets import check_size
 
 
 class ImageFolderDataModule(FileDataModule):
-    """Images in ``train/<class>/*`` and ``test/<class>/*``, and in ``val/<class>/*`` if there is such a folder.
+    """Images in ``train/<class>/*``, ``test/<class>/*`` and, optionally, ``val/<class>/*``.
 
-    Without ``val`` the validation images are split off ``train``. Each part has the same class folders, and each of
-    these an image at least. Everything but hidden files is taken for an image.
+    Without ``val`` the validation images are split off ``train``. All splits must have the same class folders, each
+    with at least one image. Every file that is not hidden must be an image.
 
     Args:
-        root: The folder that holds ``train`` and ``test``.
-        image_size: Side of the square images, or height and width. An image is scaled to cover that and its middle cut
-            out.
-        val_size: Training images to validate on, where there is no ``val``: a number, or a share below 1.
+        root: Folder that contains ``train`` and ``test``.
+        image_size: Side of square images, or height and width. Images are scaled to cover this size and their centre is
+            cropped.
+        val_size: Number of training images held out for validation, or a fraction below 1. It is ignored if ``val``
+            exists.
         split_seed: Seed of that split.
-        **kwargs: As :class:`FileDataModule`.
+        **kwargs: Arguments of :class:`FileDataModule`.
 
     Raises:
-        DataError: If the folders are not laid out so.
+        DataError: If the folders do not have this layout.
         InputError: If a setting is out of range.
     """
 
@@ -48,55 +50,57 @@ class ImageFolderDataModule(FileDataModule):
         self.root = Path(root)
         self.class_names = tuple(folder.name for folder in class_folders(self.root / "train"))
         if len(self.class_names) < 2:
-            raise DataError(f"{self.root / 'train'} must hold two class folders at least, got {self.class_names}.")
-        parts = ("train", "val", "test") if (self.root / "val").exists() else ("train", "test")
-        self.files = {part: self._list(part) for part in parts}
+            raise DataError(
+                f"{self.root / 'train'}: must contain at least two class folders, got {self.class_names}; add a class."
+            )
+        splits = ("train", "val", "test") if (self.root / "val").exists() else ("train", "test")
+        self.files = {split: self._list_split(split) for split in splits}
 
-    def _list(self, part: str) -> Files:
-        folders = class_folders(self.root / part)
+    def _list_split(self, split: str) -> Files:
+        folders = class_folders(self.root / split)
         names = {folder.name for folder in folders}
         if names != set(self.class_names):
             raise DataError(
-                f"{self.root / part} and {self.root / 'train'} must have the same class folders; "
+                f"{self.root / split} and {self.root / 'train'} must have the same class folders; "
                 f"missing: {sorted(set(self.class_names) - names)}, too many: {sorted(names - set(self.class_names))}."
             )
         return list_files(folders)
 
     def load_train_val(self) -> tuple[Images, Images]:
-        """Reads all parts, the test images too, so that one error before any work names all bad files."""
+        """Read the images of all splits, including test, so that one error at the start names all unreadable files."""
         train = self.files["train"]
         if "val" in self.files:
-            parts = [train, self.files["val"]]
+            splits = [train, self.files["val"]]
         else:
-            parts = [
+            splits = [
                 Files([train.paths[i] for i in index], [train.targets[i] for i in index])
                 for index in stratified_split(torch.tensor(train.targets), self.val_size, self.split_seed)
             ]
-        self._check_train_size(parts[0].targets)
-        train_data, val_data, self.test_data = map(self._checked, self.read(*parts, self.files["test"]))
+        self._check_train_size(splits[0].targets)
+        train_data, val_data, self.test_data = map(self._checked, self.read(*splits, self.files["test"]))
         return train_data, val_data
 
+    @override
     def load_test(self) -> Images:
-        """Reads the test images."""
         (test_data,) = self.read(self.files["test"])
         return self._checked(test_data)
 
 
 class PredictFolderDataModule(FileDataModule):
-    """Images to predict with a network whose own data are not there.
+    """Images to predict without the data that the network was trained on.
 
-    ``predict`` of the command line uses it instead of our other datamodules of files.
+    The command ``predict`` uses it instead of the other datamodules of files.
 
     Args:
-        checkpoint: Checkpoint of the network, which holds the class names.
-        predict_folder: Folder of images, in folders or not.
-        image_size: Side of the square images, or height and width. An image is scaled to cover that and its middle cut
-            out.
-        **kwargs: As :class:`FileDataModule`. The Trainer refuses sizes, means and standard deviations that are not
-            those of the checkpoint.
+        checkpoint: Checkpoint of the network, which contains the class names.
+        predict_folder: Folder of images. Images in its subfolders are included.
+        image_size: Side of square images, or height and width. Images are scaled to cover this size and their centre is
+            cropped.
+        **kwargs: Arguments of :class:`FileDataModule`. A prediction fails if the size, mean or standard deviation
+            differs from the checkpoint.
 
     Raises:
-        InputError: If a setting is out of range, or the checkpoint does not hold class names.
+        InputError: If a setting is out of range, or the checkpoint contains no class names.
     """
 
     def __init__(
@@ -108,9 +112,9 @@ class PredictFolderDataModule(FileDataModule):
         self.class_names = spec.class_names
 
     def load_train_val(self) -> tuple[Images, Images]:
-        """Raise an error: there are no such images."""
-        raise DataError("PredictFolderDataModule has images to predict only; use the datamodule of the training.")
+        """Raise a DataError, since there are only images to predict."""
+        raise DataError("PredictFolderDataModule: has only images to predict; use the datamodule of the training run.")
 
     def load_test(self) -> Images:
-        """Raise an error: there are no such images."""
+        """Raise a DataError, since there are only images to predict."""
         return self.load_train_val()[0]

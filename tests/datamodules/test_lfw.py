@@ -93,11 +93,11 @@ def test_a_person_of_two_folds_is_not_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fold", [0, 4, -1])
 def test_the_folds_must_be_there(fold: int, tmp_path: Path) -> None:
     write_lfw(tmp_path)
-    with pytest.raises(InputError, match=f"^fold must be one of the 3 of pairs.txt, got {fold}"):
+    with pytest.raises(InputError, match=f"^fold: must be one of the 3 folds of pairs.txt, got {fold}"):
         LFWFoldDataModule(str(tmp_path), fold, **SMALL)
-    with pytest.raises(InputError, match=f"^val_fold must be one of the 3 of pairs.txt, got {fold}"):
+    with pytest.raises(InputError, match=f"^val_fold: must be one of the 3 folds of pairs.txt, got {fold}"):
         LFWFoldDataModule(str(tmp_path), 1, fold, **SMALL)
-    with pytest.raises(InputError, match="must differ"):
+    with pytest.raises(InputError, match=r"^fold and val_fold: must differ, .*, got 2, 2 and 3 folds"):
         LFWFoldDataModule(str(tmp_path), 2, 2, **SMALL)
 
 
@@ -172,16 +172,16 @@ def replace(old: str, new: str) -> Callable[[str], str]:
         (replace("3\t2", "-3\t2"), "the first line must be"),
         (replace("3\t2", "3\t0"), "the first line must be"),
         (lambda text: "0\t300\n", "the first line must be"),
-        (replace("3\t2", "3\t3"), r"line 4: no pair of the kind that belongs here: 'Person_0A\\t1\\tPerson_0B\\t2'"),
-        (replace("Person_0B\t1\t2", "Person_0B\t1\ttwo"), "line 3: no pair"),
-        (replace("Person_0B\t1\t2", "Person_0B\t1\t1"), "line 3: no pair"),
-        (replace("Person_0B\t1\t2", "Person_0B 1"), "line 3: no pair"),
-        (replace("Person_0B\t1\t2", "Person_0B 1\t2"), "line 3: no pair"),
-        (replace("\t1\tPerson_0B", "\t1\tPerson_0A"), "line 4: no pair"),
-        (replace("Person_0B\t1\t2", "Person_0A\t2\t1"), "line 3: the pair of line 2 again"),
-        (replace("Person_0C\t1\tPerson_0D\t2", "Person_0B\t2\tPerson_0A\t1"), "line 5: the pair of line 4 again"),
-        (lambda text: text + "Person_0A\t1\t2\n", "line 14: the pair of line 2 again"),
-        (lambda text: text[:-30], r"line 12: no pair .* 'Person_2A\\t1\\tPerson'"),
+        (replace("3\t2", "3\t3"), r"line 4: must be a pair 'person n1 n2', got 'Person_0A\\t1\\tPerson_0B\\t2'"),
+        (replace("Person_0B\t1\t2", "Person_0B\t1\ttwo"), "line 3: must be a pair 'person n1 n2'"),
+        (replace("Person_0B\t1\t2", "Person_0B\t1\t1"), "line 3: must be a pair 'person n1 n2'"),
+        (replace("Person_0B\t1\t2", "Person_0B 1"), "line 3: must be a pair 'person n1 n2'"),
+        (replace("Person_0B\t1\t2", "Person_0B 1\t2"), "line 3: must be a pair 'person n1 n2'"),
+        (replace("\t1\tPerson_0B", "\t1\tPerson_0A"), "line 4: must be a pair 'person n1 other n2'"),
+        (replace("Person_0B\t1\t2", "Person_0A\t2\t1"), "line 3: repeats the pair of line 2"),
+        (replace("Person_0C\t1\tPerson_0D\t2", "Person_0B\t2\tPerson_0A\t1"), "line 5: repeats the pair of line 4"),
+        (lambda text: text + "Person_0A\t1\t2\n", "line 14: repeats the pair of line 2"),
+        (lambda text: text[:-30], r"line 12: must be a pair 'person n1 other n2', got 'Person_2A\\t1\\tPerson'"),
         (lambda text: text.rsplit("\n", 2)[0], "announces 3 x 2 x 2 pairs, but 11 follow"),
     ],
 )
@@ -193,13 +193,13 @@ def test_a_damaged_list_is_one_error(change: Callable[[str], str], said: str, tm
 
 
 def test_missing_and_unreadable_images_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"lfw/pairs.txt is not there"):
+    with pytest.raises(DataError, match=r"lfw/pairs.txt: the file does not exist"):
         LFWFoldDataModule(str(tmp_path / "lfw"), 1, **SMALL)
     write_lfw(tmp_path)
     image = tmp_path / "images" / "Person_0A" / "Person_0A_0002.jpg"
     content = image.read_bytes()
     image.write_bytes(content[:300])
-    with pytest.raises(DataError, match=r"Person_0A_0002.jpg: .*\nMend them: pairs need them"):
+    with pytest.raises(DataError, match=r"Person_0A_0002.jpg: .*\nReplace them; pairs.txt requires them"):
         LFWFoldDataModule(str(tmp_path), 1, skip_unreadable=True, **SMALL).setup("fit")
     image.unlink()
     with pytest.raises(DataError, match=r"1 of \d+ images that pairs.txt names .* such as .*Person_0A_0002.jpg"):
