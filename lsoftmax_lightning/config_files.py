@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, Namespace, get_loader  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
 
-from .errors import InputError
+from .errors import MAX_ERROR_LINES, InputError
 
 _PACKAGE = Path(__file__).parent
 # In the wheel the configs lie inside the package; in a checkout, beside it.
@@ -76,6 +77,10 @@ class ConfigParser(LightningArgumentParser):
         if kwargs.get("action") is ActionConfigFile:
             kwargs["action"] = _ConfigFile
         return super().add_argument(*args, **kwargs)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error("\n".join(message.splitlines()[:MAX_ERROR_LINES]), ex)
 
 
 class _ConfigFile(ActionConfigFile):

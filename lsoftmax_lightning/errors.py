@@ -1,5 +1,8 @@
 """What a user can mend. The message says what was given, what was expected and what to do."""
 
+MAX_ERROR_LINES = 30
+"""Lines of a message that the command line prints."""
+
 
 class LSoftmaxError(Exception):
     """Base of every error this package raises on purpose; the command line prints it without a traceback."""

@@ -17,12 +17,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from .compat import LEAF_SPEC_WARNING, hides_constructor_error, spawned_rank_message
-from .errors import InputError, LSoftmaxError
+from .errors import MAX_ERROR_LINES, InputError, LSoftmaxError
 from .signals import Stopped, exit_on_signals
 
 _DEBUG = "LSOFTMAX_LIGHTNING_DEBUG"
 _HINT = f"({_DEBUG}=1 prints the traceback.)"
-_MAX_LINES = 30  # of a message
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = (str(Path(__file__).parent), _PATHS["stdlib"], _PATHS["purelib"], _PATHS["platlib"], "<")
 _USER_ERRORS = r"lsoftmax_lightning\.errors\.\w+|lightning\.\S+\.MisconfigurationException"  # as tracebacks name them
@@ -74,7 +73,7 @@ def errors_without_traceback() -> Iterator[None]:
         if _DEBUG in os.environ or (advice is None and _is_in_users_code(error)):
             raise
         text = str(advice) if advice is not None else f"{type(error).__name__}: {error} {_HINT}"
-        print("\n".join(f"error: {text}".splitlines()[:_MAX_LINES]), file=sys.stderr)
+        print("\n".join(f"error: {text}".splitlines()[:MAX_ERROR_LINES]), file=sys.stderr)
         raise SystemExit(1) from error
     finally:
         # Lightning does so for NCCL alone; gloo's threads, left to the end of the process, now and then abort it

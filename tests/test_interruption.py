@@ -29,6 +29,7 @@ from .helpers.forked import run_on
 from .helpers.formats import write_folder
 from .helpers.training import file_size_limit
 
+HELPERS = Path(__file__).parent / "helpers"
 LONG = [
     *("fit", "--config=digits.yaml", *QUIET, "--trainer.max_epochs=12"),
     # with everything that has a state or draws
@@ -40,7 +41,7 @@ EXIT_CODES = {"SIGTERM": "143", "SIGINT": "130", "end": "0"}
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    return os.environ | {"PYTHONPATH": str(HELPERS)}
 
 
 def run(*program: str) -> subprocess.CompletedProcess[str]:
@@ -78,7 +79,7 @@ def test_stopped_at_any_moment_a_run_ends_with_the_same_weights(stops: list[str]
     whole = run("-m", "lsoftmax_lightning", *LONG, *settings, "--trainer.logger.name=whole")
     assert whole.returncode == 0, whole.stderr
     stopped = [*LONG, *settings, "--trainer.logger.name=stopped", "--ckpt_path=last"]
-    done = run(str(Path(__file__).with_name("interrupted.py")), ",".join([*stops, "end"]), "0", *stopped)
+    done = run(str(HELPERS / "interrupted.py"), ",".join([*stops, "end"]), "0", *stopped)
     said = re.findall(rf"^({'|'.join({*stops, 'end'})}) (-?\d+)$", done.stdout, re.MULTILINE)
     assert said == [(stop, EXIT_CODES.get(stop, "-9")) for stop in [*stops, "end"]], done.stderr
     assert "Traceback" not in done.stderr

@@ -199,7 +199,9 @@ def test_missing_data_are_reported_before_training(
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
-    assert "copy them from elsewhere" in fails(capsys, "compare", "--config=mnist.yaml", "--data.root=gone", *QUIET)
+    assert "copy them from another machine" in fails(
+        capsys, "compare", "--config=mnist.yaml", "--data.root=gone", *QUIET
+    )
     assert not Path("runs").exists()
 
 
