@@ -228,7 +228,7 @@ def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPat
 
 
 def test_two_processes_stop_together_and_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.syspath_prepend(HELPERS)
     args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]
     args += ["--trainer.max_epochs=8"]
     whole = run_on(2, partial(main, [*args, "--trainer.logger.name=whole"]))
