@@ -293,8 +293,7 @@ def _local_target(target: Tensor, num_local: int, shard: ClassShard) -> tuple[Te
     if shard.group is None:
         return target, None
     local_target = target - shard.start
-    is_local = (local_target >= 0) & (local_target < num_local)
-    return local_target.clamp(0, max(num_local, 1) - 1), is_local
+    return local_target.clamp(0, max(num_local, 1) - 1), is_in_range(local_target, num_local)
 
 
 def chunk_length(features: Tensor, weight: Tensor) -> int:

@@ -15,7 +15,7 @@ from typing_extensions import override
 from .chunked_loss import CHUNKED_FROM, ChunkedLoss, chunked_cross_entropy, lsoftmax_cross_entropy
 from .distributed import ClassShard
 from .errors import InputError
-from .functional import check_margin, margin_logits, plain_logits
+from .functional import check_margin, is_in_range, margin_logits, plain_logits
 
 
 class HeadCall(NamedTuple):
@@ -270,7 +270,7 @@ class LSoftmaxLinear(nn.Module):
         if shard is None:
             return weight.detach()[target]
         local_target = shard.all_gather(target) - shard.start
-        is_local = (local_target >= 0) & (local_target < len(weight))
+        is_local = is_in_range(local_target, len(weight))
         rows = weight.new_zeros(len(local_target), self.in_features)
         rows[is_local] = weight[local_target[is_local]]
         return shard.local_rows(shard.all_reduce_(rows))

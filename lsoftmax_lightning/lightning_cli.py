@@ -325,7 +325,7 @@ class LSoftmaxCLI(CommandLine):
         self.trainer.predict(**kwargs | {"return_predictions": False})
 
     def before_validate(self) -> None:
-        """Warn if there is no checkpoint, so that the weights are random."""
+        """Warn of random weights if ``--ckpt_path`` is not set."""
         if not self.config_init[self.subcommand].ckpt_path:
             rank_zero_warn("No --ckpt_path was given: this is the output of RANDOM weights.")
 

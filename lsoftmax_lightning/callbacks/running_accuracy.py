@@ -65,7 +65,7 @@ class RunningAccuracy:
             self._hook.remove()
             self._hook = None
 
-    def _forward_hook(self, calls: nn.Module, args: tuple[HeadCall], call: HeadCall) -> None:
+    def _forward_hook(self, observed: nn.Module, args: tuple[HeadCall], call: HeadCall) -> None:
         if call.target is None or not torch.is_grad_enabled():
             return
         correct = call.correct

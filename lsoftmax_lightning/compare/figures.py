@@ -186,7 +186,7 @@ def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tu
             plots.confusion(counts, class_names, f"images, {len(same_classes)} runs", label, axes)
         yield "confusion", figure
         angles = {label: torch.cat([record["angles"] for record in group]) for label, group in records.items()}
-        yield "angles", plots.angle_histogram(angles, {}, f"angle to the own class, test {title}".strip())
+        yield "angles", plots.angle_histogram(angles, {}, f"angle to the true class, test {title}".strip())
     if "cosines" in names:
         pairs = {label: (group[0]["cosines"], group[0]["same"]) for label, group in records.items()}
         yield "roc", plots.roc(pairs, first_seed)

@@ -148,7 +148,7 @@ class HeadObserver(Callback):
                 )
             self._skipped |= {name}
 
-    def _forward_hook(self, calls: nn.Module, args: tuple[HeadCall], output: HeadCall) -> None:
+    def _forward_hook(self, observed: nn.Module, args: tuple[HeadCall], output: HeadCall) -> None:
         logits = output.plain_logits
         self._call = HeadCall(output.features.detach(), None if logits is None else logits.detach())
 
