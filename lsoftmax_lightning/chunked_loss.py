@@ -26,8 +26,8 @@ from .functional import (
 
 CHUNKED_FROM = 4000
 """Number of classes from which the chunked loss is the default (docs/performance.md)."""
-_CHUNK_LOGITS = 2**23  # of a chunk on a CPU, 32 MiB in float32
-_CHUNK_LOGITS_ACCELERATOR = 2**27  # 512 MiB
+CHUNK_LOGITS = 2**23  # of a chunk on a CPU, 32 MiB in float32
+CHUNK_LOGITS_ACCELERATOR = 2**27  # 512 MiB
 
 
 class ChunkedLoss(NamedTuple):
@@ -303,7 +303,7 @@ def chunk_length(features: Tensor, weight: Tensor) -> int:
         features: x, (N, D).
         weight: W, (C, D).
     """
-    logits = _CHUNK_LOGITS if features.device.type == "cpu" else _CHUNK_LOGITS_ACCELERATOR
+    logits = CHUNK_LOGITS if features.device.type == "cpu" else CHUNK_LOGITS_ACCELERATOR
     return max(64, features.shape[1] // 2, logits // len(weight))
 
 

@@ -19,6 +19,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
@@ -105,6 +106,26 @@ def kill_launched_ranks(trainer: Trainer, seconds: float) -> None:
         while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
             time.sleep(0.1)
         launcher.kill(signal.SIGKILL)
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Return the Trainer that a module is attached to; ``module.trainer`` raises if there is none (Lightning 2.6.6)."""
+    trainer: Trainer | None = module._trainer
+    return trainer
+
+
+def shard_over_all_ranks(strategy: ModelParallelStrategy) -> None:
+    """Set the size of data parallelism to the number of ranks, instead of nodes (Lightning 2.6.6).
+
+    Call it before ``setup_environment``, which makes the device mesh; the number is not known to ``__init__``.
+    """
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+
+
+def synchronise_batch_norm(strategy: ModelParallelStrategy, module: LightningModule) -> None:
+    """Synchronise the batch normalisation, if the Trainer has ``sync_batchnorm`` (Lightning 2.6.6)."""
+    if strategy._layer_sync is not None:
+        strategy._layer_sync.apply(module)
 
 
 class CheckpointHooks(ModelCheckpoint, ABC):

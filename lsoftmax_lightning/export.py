@@ -125,7 +125,7 @@ def export(
     wrapper = ExportWrapper(model, spec.mean, spec.std, pixels).eval()
     two = torch.cat([images[:1], images[:1]])  # torch.export would fix a batch size of 1
     program = torch.export.export(wrapper, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    write = _onnx if format == "onnx" else _torch_export
+    write = write_onnx if format == "onnx" else write_torch_export
     with disk_errors("output", path), temporary_path(path) as folder:
         folder.mkdir()
         run = write(program, Path(folder, path.name), metadata)
@@ -164,7 +164,8 @@ def _test_images(datamodule: Any) -> tuple[Tensor, Tensor]:
 Runner = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def _torch_export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
+def write_torch_export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
+    """Write a program for :func:`torch.export.load`, and return a function that runs the written one."""
     buffer = io.BytesIO()  # on a full disk, torch reports no cause
     torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
     path.write_bytes(buffer.getbuffer())
@@ -172,7 +173,8 @@ def _torch_export(program: torch.export.ExportedProgram, path: Path, metadata: d
     return run
 
 
-def _onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
+def write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
+    """Write a program as ONNX, and return a function that runs the written one."""
     import onnxruntime
 
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from torchmetrics import Metric
@@ -225,7 +226,9 @@ class PairVerification(Metric):
             in_fold = pairs.fold == fold
             projected = by_image
             if self.pca_components is not None:
-                projected = _project(by_image, self._pca_image_ids(in_fold), self.pca_components)
+                pca = PCA(self.pca_components, svd_solver="covariance_eigh")
+                pca.fit(by_image[self._pca_image_ids(in_fold)].numpy())
+                projected = torch.from_numpy(pca.transform(by_image.numpy()))
             cosine = cosine_similarity(projected[pairs.first], projected[pairs.second]).clamp(-1, 1)
             accepted = cosine > _best_threshold(cosine[~in_fold], pairs.same[~in_fold])
             fold_accuracies.append((accepted == pairs.same)[in_fold].double().mean())
@@ -270,11 +273,3 @@ def _best_threshold(cosine: Tensor, same: Tensor) -> Tensor:
     best = int(correct.argmax())
     next_thresholds = torch.cat([thresholds, thresholds.new_tensor([-1.0])])  # none is rejected where all are accepted
     return next_thresholds[best : best + 2].mean() * 2 - 1
-
-
-def _project(embeddings: Tensor, fitted_ids: Tensor, components: int) -> Tensor:
-    """Project all rows on the principal components of the rows of ``fitted_ids``."""
-    fitted = embeddings[fitted_ids]
-    _, axes = torch.linalg.eigh(torch.cov(fitted.T))
-    projected: Tensor = (embeddings - fitted.mean(0)) @ axes[:, -components:]
-    return projected

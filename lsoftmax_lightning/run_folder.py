@@ -19,7 +19,7 @@ from .config_files import flat, read_yaml
 from .errors import InputError
 from .settings import is_kind
 
-_LOCK_SECONDS = 10  # workers of a killed run hold its lock for some seconds
+LOCK_SECONDS = 10  # workers of a killed run hold its lock for some seconds
 
 
 class RunFolders:
@@ -168,7 +168,7 @@ def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_fo
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=_LOCK_SECONDS)
+        lock = FileLock(folder / ".lock").acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise InputError(f"another run is at work in {folder}; wait for it, or choose another version.") from error
     with lock:

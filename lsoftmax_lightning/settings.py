@@ -17,7 +17,18 @@ _WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
     "flush_secs": (int | float, "a number of seconds"),
     "filename_suffix": (str, "a text"),
 }
-_MODES = {"loss": "min", "eer": "min", "angle": "min", "acc": "max", "auc": "max"}  # by the ends of metric names
+_MODES = {  # of metrics, by their names without the stage
+    "loss": "min",
+    "margin_loss": "min",
+    "cross_entropy": "min",
+    "eer": "min",
+    "angle": "min",
+    "acc": "max",
+    "margin_acc": "max",
+    "auc": "max",
+    "tar_at_far_1e-2": "max",
+    "tar_at_far_1e-3": "max",
+}
 
 
 def as_list(loggers: Any) -> list[Any]:
@@ -69,7 +80,7 @@ def checkpoint_mode(monitor: str | None, mode: str) -> str:
     Raises:
         InputError: If the mode would keep the worst checkpoint, or is ``auto`` for an unknown metric.
     """
-    known = next((better for end, better in _MODES.items() if (monitor or "").endswith(end)), None)
+    known = _MODES.get((monitor or "").rpartition("/")[2])
     if monitor is None or mode not in ("auto", "min", "max"):
         return "min" if mode == "auto" else mode
     if mode == "auto" and known is None:

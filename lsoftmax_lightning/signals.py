@@ -44,7 +44,7 @@ class SignalHandler:
         received: The first signal, or None.
     """
 
-    _latest = -_REPEAT_SECONDS
+    latest = -_REPEAT_SECONDS
 
     def __init__(self, function: Callable[[signal.Signals], None]) -> None:
         self.received: signal.Signals | None = None
@@ -60,9 +60,9 @@ class SignalHandler:
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """Handle a signal; Python calls it."""
         now = time.monotonic()
-        if os.getpid() != self._pid or now - SignalHandler._latest < _REPEAT_SECONDS:
+        if os.getpid() != self._pid or now - SignalHandler.latest < _REPEAT_SECONDS:
             return
-        SignalHandler._latest = now
+        SignalHandler.latest = now
         if self.received is None:
             self.received = signal.Signals(signum)
             self._function(self.received)

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from .checkpoints import read
 from .chunked_loss import is_plain_cross_entropy
+from .compat import shard_over_all_ranks, synchronise_batch_norm
 from .errors import InputError
 from .heads import LSoftmaxLinear
 
@@ -48,11 +49,10 @@ class ClassShardedStrategy(ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        shard_over_all_ranks(self)
         super().setup_environment()
-        # Lightning's strategy leaves this out, and FSDP2 would not know layers that are replaced later.
-        if self._layer_sync is not None and not self._is_sharded:
-            self._layer_sync.apply(self._module)
+        if not self._is_sharded:  # FSDP2 would not manage layers that are replaced later
+            synchronise_batch_norm(self, self._module)
 
     @override
     def setup(self, trainer: Trainer) -> None:

@@ -24,8 +24,8 @@ _DEBUG = "LSOFTMAX_LIGHTNING_DEBUG"
 _HINT = f"({_DEBUG}=1 prints the traceback.)"
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = (str(Path(__file__).parent), _PATHS["stdlib"], _PATHS["purelib"], _PATHS["platlib"], "<")
-_USER_ERRORS = r"lsoftmax_lightning\.errors\.\w+|lightning\.\S+\.MisconfigurationException"  # as tracebacks name them
-_ADVICE = {
+USER_ERRORS = r"lsoftmax_lightning\.errors\.\w+|lightning\.\S+\.MisconfigurationException"  # as tracebacks name them
+ADVICE = {
     "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
     "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
     "Output size is too small": "the images are too small for this backbone.",
@@ -43,7 +43,7 @@ def errors_of_settings() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _advice(error):
+        if user_message(error):
             raise
         cause: BaseException = error
         while cause.__cause__:
@@ -69,7 +69,7 @@ def errors_without_traceback() -> Iterator[None]:
         if (stopped := _stopped(error)) is not None:
             print(f"Stopped by {stopped.signal.name}.", file=sys.stderr)
             raise stopped from None
-        advice = _advice(error)
+        advice = user_message(error)
         if _DEBUG in os.environ or (advice is None and _is_in_users_code(error)):
             raise
         text = str(advice) if advice is not None else f"{type(error).__name__}: {error} {_HINT}"
@@ -111,14 +111,14 @@ def _is_in_users_code(error: BaseException) -> bool:
     )
 
 
-def _advice(error: BaseException) -> BaseException | str | None:
+def user_message(error: BaseException) -> BaseException | str | None:
     """Return the error that a user can mend, found in what jsonargparse wraps around that of a constructor."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, LSoftmaxError):
             return cause
         cause = cause.__cause__
-    for message, advice in _ADVICE.items():
+    for message, advice in ADVICE.items():
         if message in str(error):
             return advice
     cause = error
@@ -128,4 +128,4 @@ def _advice(error: BaseException) -> BaseException | str | None:
         if hides_constructor_error(cause):
             return error
         cause = cause.__cause__
-    return spawned_rank_message(error, _USER_ERRORS) if isinstance(error, ProcessRaisedException) else None
+    return spawned_rank_message(error, USER_ERRORS) if isinstance(error, ProcessRaisedException) else None

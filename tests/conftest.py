@@ -27,11 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are left in a temporary folder, and one test's seed or signal is not the next one's."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(SignalHandler, "_latest", -1.0)
+    monkeypatch.setattr(SignalHandler, "latest", -1.0)
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a loss take the logits by chunks however few they are."""
-    monkeypatch.setattr("lsoftmax_lightning.chunked_loss._CHUNK_LOGITS", 0)
+    monkeypatch.setattr("lsoftmax_lightning.chunked_loss.CHUNK_LOGITS", 0)

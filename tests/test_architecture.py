@@ -1,7 +1,9 @@
 """Who may import whom."""
 
 import ast
+import re
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -25,7 +27,7 @@ BELOW: dict[str, set[str]] = {
     "distributed": set(),
     "chunked_loss": {"compat", "distributed", "errors", "functional"},
     "heads": {"chunked_loss", "distributed", "errors", "functional"},
-    "strategies": {"checkpoints", "chunked_loss", "errors", "heads"},
+    "strategies": {"checkpoints", "chunked_loss", "compat", "errors", "heads"},
     "backbones": {"errors"},
     "checkpoints": {"atomic", "compat", "data_spec", "errors"},
     "dashboard": {
@@ -180,3 +182,47 @@ def test_no_test_module_imports_another() -> None:
                 names = [*(node.module or "").split("."), *(alias.name for alias in node.names if not node.module)]
                 modules = [name for name in names if name.startswith("test_") or name == "conftest"]
                 assert not modules, f"{path.relative_to(tests)} imports {modules}"
+
+
+def private_names(path: Path) -> set[str]:
+    """Return the private names of others that a file reads, sets or imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            names |= {node.attr} if not own else set()
+        elif isinstance(node, ast.ImportFrom):
+            names |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            names |= {argument.value.rpartition(".")[2] for argument in node.args[:2] if is_text(argument)}
+    named_tuple = {"_asdict", "_fields", "_make", "_replace"}
+    return {name for name in names if re.match("_[a-zA-Z]", name)} - named_tuple - {"_exit"}
+
+
+def is_text(node: ast.expr) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+PRIVATE_NAMES_IN_TESTS: dict[str, set[str]] = {  # that no public name replaces
+    "datamodules/test_security.py": {"_get_redirect_url", "_urlretrieve"},
+    "helpers/forked.py": {"_run_after_forkers"},
+    "helpers/simulated_fit.py": {"_C", "_set_only_lift_cpu_tensors"},
+    "helpers/training.py": {"_forward_hooks"},
+    "kills_process.py": {"_run_after_forkers", "_run_exitfuncs"},
+    "test_compat.py": {"_configure_launcher", "_pytree", "_tree_flatten"},
+}
+
+
+def test_tests_use_public_names() -> None:
+    tests = Path(__file__).parent
+    for path in tests.rglob("*.py"):
+        name = path.relative_to(tests).as_posix()
+        if name != "helpers/simulated.py":  # registers a device with torch
+            assert private_names(path) <= PRIVATE_NAMES_IN_TESTS.get(name, set()), name
+
+
+def test_private_names_of_libraries_are_in_compat() -> None:
+    overridden = {"_apply"}  # an extension point of nn.Module
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "compat.py":
+            assert private_names(path) <= overridden, path

@@ -159,7 +159,7 @@ def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_folder_is_locked_while_its_run_is_trained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lsoftmax_lightning.run_folder._LOCK_SECONDS", 0)
+    monkeypatch.setattr("lsoftmax_lightning.run_folder.LOCK_SECONDS", 0)
     folder = Path("runs/digits/version_0")
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):

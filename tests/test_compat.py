@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities._pytree import _tree_flatten
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -38,7 +38,7 @@ from torch.utils.tensorboard.summary import scalar
 from lsoftmax_lightning import compat
 from lsoftmax_lightning.errors import DataError, InputError
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
-from lsoftmax_lightning.user_errors import _ADVICE, _USER_ERRORS, _advice
+from lsoftmax_lightning.user_errors import ADVICE, USER_ERRORS, user_message
 
 from .helpers.forked import run_on
 from .helpers.training import make_trainer
@@ -149,6 +149,45 @@ def test_forked_and_spawned_ranks_are_told_from_launched_ones(strategy: str, oth
     trainer = make_trainer(strategy=strategy, devices=2 if strategy != "auto" else 1)
     trainer.strategy._configure_launcher()
     assert compat.trains_in_other_processes(trainer) == other_processes
+
+
+def test_the_trainer_of_a_module_is_found() -> None:
+    model, trainer = BoringModel(), make_trainer()
+    assert compat.trainer_of(model) is None
+    model.trainer = trainer
+    assert compat.trainer_of(model) is trainer
+
+
+class Sharded(ModelParallelStrategy):
+    """Data parallelism over both ranks, with synchronised batch normalisation."""
+
+    def setup_environment(self) -> None:
+        compat.shard_over_all_ranks(self)
+        super().setup_environment()
+        model = BoringModel()
+        model.layer = nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 2))
+        compat.synchronise_batch_norm(self, model)
+        print(self.device_mesh["data_parallel"].size(), type(model.layer[0]).__name__, flush=True)
+
+
+class Configured(BoringModel):
+    def configure_model(self) -> None: ...
+
+
+def start_sharded(sync_batchnorm: bool) -> None:
+    strategy = Sharded(tensor_parallel_size=1)
+    trainer = make_trainer(strategy=strategy, devices=2, fast_dev_run=True, sync_batchnorm=sync_batchnorm)
+    trainer.fit(Configured(), BoringDataModule())
+
+
+@pytest.mark.parametrize("sync_batchnorm", [True, False])
+def test_a_strategy_shards_over_all_ranks(sync_batchnorm: bool) -> None:
+    done = run_on(2, partial(start_sharded, sync_batchnorm))
+    assert done.stdout.splitlines() == 2 * [f"2 {'SyncBatchNorm' if sync_batchnorm else 'BatchNorm1d'}"], done.stderr
+
+
+def test_rnns_override_apply() -> None:
+    assert "_apply" in vars(nn.RNNBase)  # what LSoftmaxModule overrides
 
 
 def test_launched_ranks_are_killed() -> None:
@@ -283,7 +322,7 @@ def test_the_error_of_a_constructor_is_found_in_that_of_the_parser() -> None:
     while cause := causes[-1].__cause__:
         causes.append(cause)
     assert isinstance(causes[-1], InputError) or any(map(compat.hides_constructor_error, causes))
-    assert "of the constructor" in str(_advice(caught.value))
+    assert "of the constructor" in str(user_message(caught.value))
 
 
 def test_the_code_that_a_checkpoint_would_run_is_named() -> None:
@@ -321,7 +360,7 @@ def fail(rank: int, error: Exception) -> None:
 def test_the_message_of_a_spawned_rank_is_found_in_its_traceback(error: Exception, message: str | None) -> None:
     with pytest.raises(ProcessRaisedException) as caught:
         torch.multiprocessing.start_processes(fail, (error,), nprocs=1, start_method="fork")
-    assert compat.spawned_rank_message(caught.value, _USER_ERRORS) == message
+    assert compat.spawned_rank_message(caught.value, USER_ERRORS) == message
 
 
 def too_few_values() -> object:
@@ -369,7 +408,7 @@ PEER_DIED = "gloo/transport/tcp/pair.cc"
 def test_errors_of_torch_have_the_texts_that_advice_is_for(text: str) -> None:
     with pytest.raises((RuntimeError, ValueError)) as caught:
         FAILURES[text]()
-    assert _advice(caught.value) == _ADVICE[text]
+    assert user_message(caught.value) == ADVICE[text]
 
 
 def lose_a_rank() -> None:
@@ -391,4 +430,4 @@ def test_gloo_names_its_file_when_a_rank_dies() -> None:
 
 
 def test_every_advice_is_tested() -> None:
-    assert {*FAILURES, PEER_DIED} == _ADVICE.keys()
+    assert {*FAILURES, PEER_DIED} == ADVICE.keys()

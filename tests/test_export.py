@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,11 +207,10 @@ def test_weights_of_a_killed_export_are_removed_by_the_next_one() -> None:
     def kill(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def killed() -> None:
-        torch.serialization._save = kill
-        export(make_model(), BlobsDataModule(), "out/model", "state_dict")
-
-    assert run_on(1, killed).returncode == -signal.SIGKILL
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lsoftmax_lightning.export.read", kill)  # the file is written, and not yet checked
+        killed = run_on(1, partial(export, make_model(), BlobsDataModule(), "out/model", "state_dict"))
+    assert killed.returncode == -signal.SIGKILL
     assert len(os.listdir("out")) == 1
     export(make_model(), BlobsDataModule(), "out/model", "state_dict")
     assert os.listdir("out") == ["model"]
@@ -231,7 +231,7 @@ def test_a_model_never_reads_missing_or_other_external_data(monkeypatch: pytest.
     Path("out").mkdir()
     for name in ("model.onnx", "model.onnx.data"):
         Path("out", name).write_text("old")
-    monkeypatch.setattr("lsoftmax_lightning.export._onnx", write)
+    monkeypatch.setattr("lsoftmax_lightning.export.write_onnx", write)
     monkeypatch.setattr("lsoftmax_lightning.export.atomic_path", recorded)
     monkeypatch.setattr("lsoftmax_lightning.export.find_spec", lambda name: True)
     export(make_model(), BlobsDataModule(), "out/model.onnx")

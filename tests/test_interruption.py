@@ -430,7 +430,7 @@ class Block(Callback):
 
 
 def test_a_stopped_command_that_cannot_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsoftmax_lightning.callbacks.exit_on_signals._EXIT_SECONDS", 1)
+    monkeypatch.setattr("lsoftmax_lightning.callbacks.exit_on_signals.EXIT_SECONDS", 1)
     send = Send(signal.SIGTERM, "on_test_batch_end")
     done = run_on(1, lambda: run_cli(["fit", "--config=digits.yaml", *SHORT], send, Block()))
     assert done.returncode == 143

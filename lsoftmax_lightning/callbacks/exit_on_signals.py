@@ -10,7 +10,7 @@ from lightning import Callback, Trainer
 
 from ..signals import SignalHandler, stop
 
-_EXIT_SECONDS = 15  # for loggers and other callbacks to finish
+EXIT_SECONDS = 15  # for loggers and other callbacks to finish
 
 
 class ExitOnSignals(Callback):
@@ -54,10 +54,10 @@ class ExitOnSignals(Callback):
     def _stop_if_received(self) -> None:
         """Stop if a signal arrived in a destructor or a weakref callback, where Python ignores exceptions."""
         if self._handler is not None and self._handler.received is not None:
-            stop(self._handler.received, _EXIT_SECONDS)
+            stop(self._handler.received, EXIT_SECONDS)
 
 
 def _stop_all_ranks(trainer: Trainer, signum: signal.Signals) -> None:
     if (launcher := trainer.strategy.launcher) is not None:
         launcher.kill(signum)
-    stop(signum, _EXIT_SECONDS)
+    stop(signum, EXIT_SECONDS)

@@ -18,7 +18,7 @@ from ..atomic import atomic_path, csv_safe, disk_errors, temporary_path
 from ..class_names import names_by_index
 from ..errors import InputError, RunError
 
-_ROWS = 2**12  # rows in memory when the files of the ranks are merged
+MERGED_ROWS = 2**12  # rows in memory when the files of the ranks are merged
 
 
 class Predictions(Callback):
@@ -176,7 +176,7 @@ class Predictions(Callback):
             for name, is_integer in self._is_integer.items()
         }
         with ParquetWriter(path, pyarrow.schema(types)) as writer:
-            while chunk := list(itertools.islice(rows, _ROWS)):
+            while chunk := list(itertools.islice(rows, MERGED_ROWS)):
                 columns = zip(types.items(), zip(*chunk, strict=True), strict=True)
                 writer.write_table(
                     pyarrow.table({name: pyarrow.array(column).cast(type_) for (name, type_), column in columns})
@@ -190,7 +190,9 @@ class Predictions(Callback):
             output = stack.enter_context(path.open("wb"))
             np.lib.format.write_array_header_1_0(output, header)
             while True:
-                shards = [np.fromfile(file, "<f4", _ROWS * self._width).reshape(-1, self._width) for file in files]
+                shards = [
+                    np.fromfile(file, "<f4", MERGED_ROWS * self._width).reshape(-1, self._width) for file in files
+                ]
                 block = np.empty((sum(map(len, shards)), self._width), "<f4")
                 if not len(block):
                     return

@@ -38,7 +38,7 @@ _TERMINATION_TIMEOUT = 60  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass
-class _Job:
+class Job:
     """A run in training.
 
     Attributes:
@@ -122,7 +122,7 @@ def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run
     waiting = deque(run for run in runs if not run.finished)
     num_done = len(runs) - len(waiting)
     free_slots = list(range(min(jobs, len(runs))))
-    running: list[_Job] = []
+    running: list[Job] = []
     failed: list[Run] = []
     columns = (
         TextColumn("{task.description}"),
@@ -174,14 +174,14 @@ def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run
     return failed
 
 
-def _start(run: Run, slot: int, jobs: int, progress: Progress) -> _Job:
+def _start(run: Run, slot: int, jobs: int, progress: Progress) -> Job:
     """Start the process of a run."""
     resumed = (run.folder / "checkpoints" / "last.ckpt").is_file()
     if not resumed:
         shutil.rmtree(run.folder, ignore_errors=True)  # without a checkpoint it starts from the beginning
     run.write_config()  # also over one that an interrupted call left incomplete
     (run.folder / "results.json").unlink(missing_ok=True)
-    environment = _environment(slot, jobs)
+    environment = job_environment(slot, jobs)
     with (run.folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "lsoftmax_lightning.compare.worker", str(run.folder), str(os.getpid())],
@@ -193,10 +193,10 @@ def _start(run: Run, slot: int, jobs: int, progress: Progress) -> _Job:
         )
     task = progress.add_task(run.folder.name, total=None, unit="steps")
     threads = int(environment.get("OMP_NUM_THREADS", torch.get_num_threads()))
-    return _Job(run, slot, threads, process, task, resumed)
+    return Job(run, slot, threads, process, task, resumed)
 
 
-def _environment(slot: int, jobs: int) -> dict[str, str]:
+def job_environment(slot: int, jobs: int) -> dict[str, str]:
     """Return the environment variables of a run: with several jobs, each has its own GPUs and cores."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for what the settings import

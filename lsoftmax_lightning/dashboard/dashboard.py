@@ -25,8 +25,8 @@ from .observer import tensorboard_loggers
 from .panels import Plot, draw
 from .snapshots import ClassSnapshot, Snapshot
 
-_MAX_TRAIN_ANGLES = 1_000_000  # samples, of 4 bytes each
-_MAX_TRAIN_BATCHES = 1000  # small tensors, each of which takes several hundred bytes more
+MAX_TRAIN_ANGLES = 1_000_000  # samples, of 4 bytes each
+MAX_TRAIN_BATCHES = 1000  # small tensors, each of which takes several hundred bytes more
 
 
 class Dashboard(SnapshotObserver):
@@ -90,7 +90,7 @@ class Dashboard(SnapshotObserver):
     def observe_training(self, trainer: Trainer, head: LSoftmaxLinear, features: Tensor, target: Tensor) -> None:
         with self.optional("the angles of training", collective=True):
             self._train_angles.append(target_angles(features, head.class_weights(target)))
-        if len(self._train_angles) >= _MAX_TRAIN_BATCHES:  # without validation nothing else would empty the list
+        if len(self._train_angles) >= MAX_TRAIN_BATCHES:  # without validation nothing else would empty the list
             self._train_angles = [_latest_angles(self._train_angles)]
 
     @override
@@ -211,4 +211,4 @@ class Dashboard(SnapshotObserver):
 
 def _latest_angles(batches: Sequence[Tensor]) -> Tensor:
     """Return the angles of the latest samples, in memory of their own."""
-    return torch.cat(list(batches))[-_MAX_TRAIN_ANGLES:].clone()
+    return torch.cat(list(batches))[-MAX_TRAIN_ANGLES:].clone()

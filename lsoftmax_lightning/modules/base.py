@@ -31,7 +31,7 @@ from ..callbacks.run_length import run_length
 from ..checkpoints import check_format, saved_data_spec, stamp
 from ..checkpoints import warm_start as start_from
 from ..chunked_loss import is_plain_cross_entropy
-from ..compat import schedulers_in
+from ..compat import schedulers_in, trainer_of
 from ..data_spec import DataSpec
 from ..errors import InputError, first_line
 from ..heads import LSoftmaxLinear
@@ -189,7 +189,10 @@ class LSoftmaxModule(LightningModule):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the tensors of ``criterion`` in float32 where a module becomes half precision, as the logits are."""
+        """Keep the tensors of ``criterion`` in float32 where a module becomes half precision, as the logits are.
+
+        ``_apply`` is what ``to``, ``half`` and ``bfloat16`` call; :class:`torch.nn.RNN` overrides it as well.
+        """
         before = [tensor.detach() for tensor in self._criterion_tensors()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for tensor, old in zip(self._criterion_tensors(), before, strict=True):
@@ -290,7 +293,7 @@ class LSoftmaxModule(LightningModule):
 
     def _store_data_spec(self) -> None:
         """Store the specification of the Trainer's data, unless it is empty."""
-        spec = DataSpec.from_datamodule(self._trainer and self._trainer.datamodule)  # type: ignore[attr-defined]
+        spec = DataSpec.from_datamodule(getattr(trainer_of(self), "datamodule", None))
         if any(spec):
             self.data_spec = spec
 
@@ -330,7 +333,8 @@ class LSoftmaxModule(LightningModule):
         config = LRSchedulerConfigType(scheduler=scheduler, interval=self.lr_scheduler_interval, monitor=monitor)
         if isinstance(scheduler, ReduceLROnPlateau) and monitor.startswith("val/"):
             config["interval"] = "epoch"
-            config["frequency"] = (self._trainer and self._trainer.check_val_every_n_epoch) or 1
+            trainer = trainer_of(self)
+            config["frequency"] = (trainer and trainer.check_val_every_n_epoch) or 1
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=config)
 
     def on_train_start(self) -> None:
@@ -383,8 +387,9 @@ class LSoftmaxModule(LightningModule):
         """Reject a checkpoint of a later format, or of other data than those that the training resumes on."""
         check_format(checkpoint)
         self.data_spec = saved_data_spec(checkpoint) or self.data_spec
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            self.check_data(self.trainer.datamodule, training=True)  # type: ignore[attr-defined]
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == "fit":
+            self.check_data(trainer.datamodule, training=True)  # type: ignore[attr-defined]
 
     def configure_callbacks(self) -> list[Callback]:
         """Return LambdaAnnealing, unless the Trainer has one."""

@@ -99,7 +99,7 @@ def test_class_names_of_any_kind_are_written(names: Any, expected: list[str]) ->
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_several_ranks_write_the_file_of_one_rank(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsoftmax_lightning.callbacks.predictions._ROWS", 3)
+    monkeypatch.setattr("lsoftmax_lightning.callbacks.predictions.MERGED_ROWS", 3)
     write_folder(Path("photos/more"), count=10)
     write_image(Path("photos/a.png"), (10, 200, 30))
     Path("photos/.hidden").write_text("no image")
@@ -127,7 +127,7 @@ def test_several_ranks_write_the_file_of_one_rank(kind: str, monkeypatch: pytest
 
 def test_predictions_are_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the outputs of predict_step, nor a complete file when the files of the ranks are merged."""
-    monkeypatch.setattr("lsoftmax_lightning.callbacks.predictions._ROWS", 64)
+    monkeypatch.setattr("lsoftmax_lightning.callbacks.predictions.MERGED_ROWS", 64)
     written: list[weakref.ref[Tensor]] = []
 
     class Watched(Sure):

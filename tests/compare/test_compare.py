@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import compare
 from lsoftmax_lightning.compare.planning import Run, plan
-from lsoftmax_lightning.compare.training import _Job
+from lsoftmax_lightning.compare.training import Job, job_environment
 from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.errors import InputError, RunError
 
@@ -212,17 +212,15 @@ def test_two_comparisons_do_not_share_a_folder() -> None:
 
 
 def test_jobs_divide_devices_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lsoftmax_lightning.compare.training import _environment
-
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
-    assert [_environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["4,7", "5"]
-    assert [_environment(slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["4", "5", "7", "4"]
-    assert _environment(0, 4)["OMP_NUM_THREADS"] == "2"
-    assert "OMP_NUM_THREADS" not in _environment(0, 1)
+    assert [job_environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["4,7", "5"]
+    assert [job_environment(slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["4", "5", "7", "4"]
+    assert job_environment(0, 4)["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in job_environment(0, 1)
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "3")
-    assert _environment(0, 4)["OMP_NUM_THREADS"] == "3"
+    assert job_environment(0, 4)["OMP_NUM_THREADS"] == "3"
 
 
 def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_continues() -> None:
@@ -281,7 +279,7 @@ def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_
 
 
 def test_damaged_progress_files_are_ignored(tmp_path: Path) -> None:
-    job = _Job(Run(tmp_path, {}, {}), 0, 1, process=None, task=TaskID(0), resumed=False)  # type: ignore[arg-type]
+    job = Job(Run(tmp_path, {}, {}), 0, 1, process=None, task=TaskID(0), resumed=False)  # type: ignore[arg-type]
     for content in (b"", b"3", b"caf\xe9 \xff", b"1 x"):
         (tmp_path / "progress").write_bytes(content)
         job.poll()

@@ -17,7 +17,7 @@ from lsoftmax_lightning.compare import report
 from lsoftmax_lightning.compare.figures import draw
 from lsoftmax_lightning.compare.planning import Run
 from lsoftmax_lightning.compare.results import read
-from lsoftmax_lightning.compare.training import _Job
+from lsoftmax_lightning.compare.training import Job
 from lsoftmax_lightning.errors import InputError
 
 from ..helpers.training import file_size_limit
@@ -212,7 +212,7 @@ def test_the_facts_of_a_run_state_them(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         run = Run(tmp_path / name, {"margin": 2, "seed": 0}, {"data": {"init_args": {"batch_size": 8} | settings}})
         process: Any = None
-        job = _Job(run, slot=0, threads=1, process=process, task=TaskID(0), resumed=False)
+        job = Job(run, slot=0, threads=1, process=process, task=TaskID(0), resumed=False)
         job.finish({"command": "the command"})
         facts = json.loads((tmp_path / name / "run.json").read_text())
         stated = {key: facts[key] for key in ("train_size", "label_noise") if key in facts}

@@ -5,8 +5,11 @@ import io
 import os
 import re
 import struct
+import time
 import warnings
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,10 +32,11 @@ from lsoftmax_lightning.dashboard.panels import draw
 from lsoftmax_lightning.dashboard.snapshots import Snapshot
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.errors import DivergenceError, InputError
+from lsoftmax_lightning.geometry import target_angles
 from lsoftmax_lightning.metrics import PairVerification
 
 from ..helpers.formats import write_lfw
-from ..helpers.training import BlobsDataModule, make_model, make_trainer
+from ..helpers.training import BlobsDataModule, make_model, make_trainer, num_hooks
 
 CLASS_PLOTS = {"features", "angles", "class_angles", "confusion", "confusion_percent", "most_confused"}
 PAIR_PLOTS = {"angles", "roc", "pair_angles", "hardest_pairs"}
@@ -130,14 +134,21 @@ def test_plots_come_every_few_epochs_and_of_the_last(
     dashboard: Dashboard, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(Dashboard, "_draw_next", lambda self, trainer: drawn.append(self._pending.pop(0).step))
+
+    def record(snapshot: Snapshot) -> tuple[()]:
+        drawn.append(snapshot.step)
+        return ()
+
+    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.draw", record)
     trainer, _ = with_logger(dashboard, max_epochs=12)
     trainer.fit(make_model(), BlobsDataModule())
     assert drawn == expected
 
 
 @pytest.mark.parametrize(("max_share", "while_training"), [(0.0, []), (1.0, [8, 16, 24])])
-def test_training_waits_for_no_plot(max_share: float, while_training: list[int]) -> None:
+def test_training_waits_for_no_plot(
+    max_share: float, while_training: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
 
     class Watch(Callback):
@@ -146,15 +157,17 @@ def test_training_waits_for_no_plot(max_share: float, while_training: list[int])
             tags = read(folder).Tags()["images"]
             seen.extend(steps(read(folder), "val/features") if tags else [])
 
+    first_call = time.perf_counter()
+
+    def perf_counter() -> float:
+        """Return a time after which training has taken long."""
+        nonlocal first_call
+        seconds, first_call = first_call, time.perf_counter() + 3600 * max_share
+        return seconds
+
+    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.time", SimpleNamespace(perf_counter=perf_counter))
     dashboard = Dashboard(every_n_epochs=1, max_share=max_share)
     trainer, folder = with_logger(dashboard, max_epochs=3, callbacks=[Watch()])
-    dashboard_setup = dashboard.setup
-
-    def setup(*args: Any, **kwargs: Any) -> None:
-        dashboard_setup(*args, **kwargs)
-        dashboard._start_time -= 3600 * max_share  # as if training took long
-
-    dashboard.setup = setup  # type: ignore[method-assign]
     trainer.fit(make_model(), BlobsDataModule())
     assert seen == while_training
     assert steps(read(folder), "val/features") == [8, 16, 24]
@@ -258,12 +271,12 @@ def test_an_interrupted_training_ends_at_once() -> None:
 
 
 def test_the_first_error_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Dashboard, "_draw", fail)
+    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.draw", fail)
     trainer, _ = with_logger(Dashboard(max_share=0), max_epochs=9, callbacks=[Raise(ValueError("the first"))])
     model = make_model()
     with pytest.warns(UserWarning, match="no space left"), pytest.raises(ValueError, match="the first"):
         trainer.fit(model, BlobsDataModule())
-    assert not model.head._forward_hooks
+    assert num_hooks(model) == 0
 
 
 def fail(*args: Any, **kwargs: Any) -> None:
@@ -384,7 +397,9 @@ def test_a_sample_without_a_known_length_is_spread_over_all_batches(batches: int
         features = torch.full((20, 1), float(batch))
         logits = torch.zeros(20, 2)
         collector.update(torch.rand(20, 1, 2, 2), features, logits, torch.zeros(20, dtype=torch.long), torch.ones(2, 1))
-    kept = torch.cat([batch.features for batch in collector._samples]).flatten()
+    settings = {"stage": "val", "step": 1, "margin": 2, "lambda_": 0.0, "nearest_angle": 90.0}
+    snapshot = collector.snapshot(**settings, class_names="ab", shown=torch.arange(2), weight=torch.ones(2, 1))
+    kept = snapshot.features.flatten()
     assert 6 <= len(kept) <= 12
     assert kept.max() >= 0.7 * (batches - 1)
     assert kept.min() <= 0.1 * batches
@@ -598,8 +613,8 @@ def test_a_softmax_run_that_cannot_be_read_is_skipped_with_a_warning(damage: Any
         logger = TensorBoardLogger(".", name="runs", version=name, default_hp_metric=False)
         make_trainer(logger=logger, callbacks=[Dashboard()]).fit(make_model(margin=1), BlobsDataModule())
     path = damage(Path("runs/bad"))
-    for name, time in (("good", 1), ("bad", 2)):
-        os.utime(Path("runs", name, "hparams.yaml"), (time, time))
+    for name, seconds in (("good", 1), ("bad", 2)):
+        os.utime(Path("runs", name, "hparams.yaml"), (seconds, seconds))
     with pytest.warns(UserWarning, match=f"^{path} cannot be read, so the angles of this run are not shown") as warned:
         angles = softmax_angles(Path("runs/own"), "val")
     assert len(warned) == 1
@@ -618,25 +633,30 @@ def test_a_broken_link_beside_a_run_ends_no_training() -> None:
 
 
 def test_angles_of_training_are_bounded_without_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard._MAX_TRAIN_ANGLES", 50)
-    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard._MAX_TRAIN_BATCHES", 4)
-    held: list[int] = []
+    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.MAX_TRAIN_ANGLES", 50)
+    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.MAX_TRAIN_BATCHES", 4)
+    angles: list[float] = []
+    tensors: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
 
-    class Watch(Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
-            held.append(sum(angles.untyped_storage().nbytes() // 4 for angles in dashboard._train_angles))
-            recent.extend(dashboard._train_angles[-1][-20:].tolist())
+    def recorded(*args: torch.Tensor) -> torch.Tensor:
+        found = target_angles(*args)
+        angles.extend(found.tolist())
+        alive.append(sum(tensor() is not None for tensor in tensors))
+        tensors.append(weakref.ref(found))
+        return found
 
-    recent: list[float] = []
+    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.target_angles", recorded)
     dashboard = Dashboard()
-    trainer, _ = with_logger(dashboard, max_epochs=4, limit_val_batches=0, callbacks=[Watch()])
+    trainer, _ = with_logger(dashboard, max_epochs=4, limit_val_batches=0)
     trainer.log_every_n_steps = 1
     trainer.fit(make_model(), BlobsDataModule())
-    assert len(held) == 32
-    assert max(held) <= 50 + 3 * 20
+    assert len(alive) == 32
+    assert max(alive) < 4
     snapshot = Snapshot(stage="val", step=32, margin=2, lambda_=0.0, nearest_angle=90.0)
     dashboard.observe_snapshot(trainer, snapshot)
-    assert snapshot.train_angles.tolist() == recent[-50:]
+    assert snapshot.train_angles.tolist() == angles[-50:]
+    assert snapshot.train_angles.untyped_storage().nbytes() == 4 * 50
 
 
 def test_formulas_in_class_names_are_quoted_in_csv() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lsoftmax_lightning.callbacks import Dashboard
 from lsoftmax_lightning.dashboard.collector import EvalCollector
@@ -50,7 +51,8 @@ def test_a_test_is_collected_once_and_always_recorded(
     assert found.keys() == alone.keys() == {"class_names", "points", "rays", "points_target", "counts", "angles"}
     for name, value in alone.items():
         assert value == found[name] if name == "class_names" else torch.equal(value, found[name]), name
-    assert (dashboard._latest is not None) == (dashboard.every_n_epochs != 0)
+    events = EventAccumulator("run/version_1").Reload()
+    assert bool(events.Tags()["images"]) == (dashboard.every_n_epochs != 0)
 
 
 def test_a_fit_is_not_recorded() -> None:

@@ -80,7 +80,7 @@ def fit(kind: str, precision: Any, *callbacks: Callback) -> dict[str, Any]:
 
 def kernels(samples: int, length: int) -> int:
     """Return how many kernels the chunked loss starts, forward and backward, with chunks of that length."""
-    chunked_loss._CHUNK_LOGITS_ACCELERATOR = 0
+    chunked_loss.CHUNK_LOGITS_ACCELERATOR = 0
     width = 2 * length
     x = torch.randn(samples, width).to(SIM).requires_grad_()
     weight = torch.randn(50, width).to(SIM).requires_grad_()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 
-from lsoftmax_lightning import ClassificationModule
+from lsoftmax_lightning import ClassificationModule, LSoftmaxModule
 from lsoftmax_lightning.datamodules import ImageDataModule
 from lsoftmax_lightning.datamodules.base import Images
 
@@ -42,6 +42,11 @@ def make_model(**settings: Any) -> ClassificationModule:
     torch.manual_seed(0)
     defaults: dict[str, Any] = {"num_classes": 4, "backbone": "digits", "margin": 2, "image_shape": (1, 8, 8)}
     return ClassificationModule(**defaults | settings)
+
+
+def num_hooks(model: LSoftmaxModule) -> int:
+    """Count the hooks that observe the calls of the head; torch has no public name for them."""
+    return len(model.head.observed._forward_hooks)
 
 
 def make_trainer(**settings: Any) -> Trainer:
