@@ -21,9 +21,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from .atomic import torch_save, write_text
-from .compat import refused_code
 from .data_spec import DataSpec
 from .errors import InputError, RunError, first_line
+from .library_messages import refused_code
 
 FORMAT = 1
 """Format of the checkpoints that are written. A checkpoint without a format has format 0."""

@@ -1,25 +1,29 @@
-"""The command line: Lightning's commands, and ``compare``, ``export`` and ``configs``."""
+"""The command line: Lightning's commands, and ``compare``, ``export`` and ``configs``.
+
+This module does not import torch before a command needs it, so that ``--help``, ``--version``, ``configs`` and a wrong
+command take no time.
+"""
 
 from __future__ import annotations
 
 import argparse
-import inspect
+import difflib
+import gc
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, NoReturn
 
-import yaml
-
-from .compare import compare, report
-from .config_files import CONFIGS, expand_path, find_config
+from .config_paths import CONFIGS, find_config
 from .errors import InputError
-from .export import Format, Pixels, export
-from .lightning_cli import InstantiatedCLI, LSoftmaxCLI
-from .settings import is_ours
-from .signals import Stopped
+from .signals import stop_if_received
 from .user_errors import errors_without_traceback
+
+if TYPE_CHECKING:
+    from .lightning_cli import LSoftmaxCLI
 
 __all__ = ["CONFIGS", "main"]
 
@@ -48,140 +52,81 @@ def configs(args: list[str]) -> None:
     print(f"Copied to {Path(source.name).absolute()}")
 
 
-def compare_margins(args: list[str]) -> None:
-    """Train a config at several margins and seeds, and compare the runs.
+def compare(args: list[str]) -> None:
+    """Trains a config at several margins and seeds, and compares the runs."""
+    from .commands import compare_margins
+
+    compare_margins(args)
+
+
+def export(args: list[str]) -> None:
+    """Writes the network of a checkpoint to a file for use without this package."""
+    from .commands import export_checkpoint
+
+    export_checkpoint(args)
+
+
+OWN_COMMANDS = {"compare": compare, "configs": configs, "export": export}
+"""Commands beside those of Lightning: functions of the arguments. The help shows the first line of their docstrings."""
+
+COMMANDS = {
+    "fit": "Trains a model, then tests its best checkpoint.",
+    "validate": "Evaluates a model on the validation set.",
+    "test": "Evaluates a model on the test set.",
+    "predict": "Writes predictions for the test set, or for a folder of images, to a file.",
+    **{name: str(command.__doc__).splitlines()[0] for name, command in OWN_COMMANDS.items()},
+}
+"""All commands, each with a sentence for the help."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of ``--help`` and ``--version``."""
+    parser = argparse.ArgumentParser(
+        prog="lsoftmax_lightning",
+        usage="%(prog)s COMMAND [--config NAME] [--KEY VALUE ...]",
+        description="Large-Margin Softmax (Liu et al., ICML 2016) for PyTorch Lightning.",
+        epilog="`%(prog)s COMMAND --help` lists the settings of a command. Start with: fit --config digits.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('lsoftmax-lightning')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, description in COMMANDS.items():
+        commands.add_parser(name, help=description)
+    return parser
+
+
+def _refuse(command: str | None) -> NoReturn:
+    """Exit with code 2, as for every wrong argument, and name the command that is meant.
 
     Args:
-        args: Arguments of ``lsoftmax_lightning compare``; ``--help`` lists them.
-
-    Raises:
-        InputError: If the arguments do not define a comparison.
-        RunError: If a run failed.
+        command: What was given as the command, or None for nothing.
     """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(compare).parameters.items()}
-    margins, seeds = (" ".join(map(str, defaults[name])) for name in ("margins", "seeds"))
-    parser = argparse.ArgumentParser(
-        prog="lsoftmax_lightning compare",
-        usage="%(prog)s --config NAME [--margins M ...] [--seeds S ...] [--jobs N] [--KEY VALUE ...]\n"
-        "       %(prog)s --report PATH ... [--folder FOLDER]",
-        description="Trains a config at several margins and seeds. All is left in one folder: results.csv (a row for "
-        "each run), table.md, figures, and the runs for TensorBoard. The same command again goes on where it was "
-        "interrupted; with more margins, seeds or values it trains only what is new.",
-        epilog="Any other setting is one of `fit`, the same for all runs, as in --trainer.max_steps 600.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "-c", "--config", action="append", metavar="NAME", help="a path, or the name of a shipped config"
-    )
-    parser.add_argument(
-        "--margins", nargs="+", type=int, default=list(defaults["margins"]), metavar="M", help=f"default: {margins}"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=list(defaults["seeds"]), metavar="S", help=f"default: {seeds}"
-    )
-    parser.add_argument(
-        "--sweep",
-        action="append",
-        default=[],
-        metavar="KEY=V1,V2",
-        help="cross with these values of one more setting; may be given again",
-    )
-    parser.add_argument(
-        "--average",
-        action="append",
-        default=[],
-        metavar="KEY=V1,V2",
-        help="like --sweep, but the table has means over these values and pairs runs by them, as for folds",
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=defaults["jobs"], metavar="N", help="runs at once, on devices or cores of their own"
-    )
-    parser.add_argument("--folder", type=_path, help="where all is left (default: runs/compare-NAME)")
-    parser.add_argument(
-        "--report",
-        action="extend",
-        nargs="+",
-        type=_path,
-        metavar="PATH",
-        help="print the table of folders or results.csv files of compare, all runs together, without training; table "
-        "and figures are written to --folder, by default that of a single comparison",
-    )
-    given, settings = parser.parse_known_args(args)
-    if given.report:
-        folder = ["--folder", str(given.folder)] if given.folder else []
-        if settings or given != parser.parse_args(["--report", *map(str, given.report), *folder]):
-            raise InputError(
-                "--report: takes no other argument than --folder, since nothing is trained, got "
-                f"{' '.join(args)}; remove the others."
-            )
-        report(given.report, given.folder)
-        return
-    if not given.config:
-        raise InputError("compare needs a config, as in: compare --config digits.yaml --margins 1 4 --seeds 0 1 2")
-    sweep, average = (_values(option, getattr(given, option)) for option in ("sweep", "average"))
+    *names, last_name = COMMANDS
+    similar = difflib.get_close_matches(command or "", COMMANDS, n=1)
+    got = "nothing" if command is None else repr(command)
+    advice = f"did you mean {similar[0]}?" if similar else "see lsoftmax_lightning --help."
+    print(f"error: command: must be {', '.join(names)} or {last_name}, got {got}; {advice}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def _without_garbage_collection(freeze: bool) -> Iterator[None]:
+    """Disable the garbage collector in the block, which is to import torch and Lightning.
+
+    They create 800,000 objects that live as long as the process. Searching them for garbage takes a fifth of the time
+    of the import, and as long again at the end of the process.
+
+    Args:
+        freeze: Whether the collector also ignores, from then on, all objects that exist at the end of the block.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
-        compare(given.config, given.margins, given.seeds, settings, sweep, given.jobs, given.folder, average)
-    except Stopped:
-        print("The same command continues from here.", file=sys.stderr)
-        raise
-
-
-def _values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Parse KEY=V1,V2."""
-    values = {}
-    for text in texts:
-        key, _, listed = text.partition("=")
-        try:
-            values[key] = yaml.safe_load(f"[{listed}]")
-        except yaml.YAMLError as error:
-            raise InputError(f"--{option} takes KEY=V1,V2, got {text!r}: {error}") from error
-    return values
-
-
-def _path(text: str) -> Path:
-    return Path(expand_path(text))
-
-
-def export_checkpoint(args: list[str]) -> None:
-    """Writes the network of a checkpoint to a file for use without this package.
-
-    Args:
-        args: As ``lsoftmax_lightning export --help`` has them.
-
-    Raises:
-        InputError: If they do not name a network that can be exported.
-        RunError: If what was exported gives something else than the module.
-    """
-    parser = argparse.ArgumentParser(
-        prog="lsoftmax_lightning export",
-        usage="%(prog)s --ckpt_path FILE [--format FORMAT] [--output FILE] [--pixels KIND] [--KEY VALUE ...]",
-        description="Writes normalisation, backbone, embedding and margin-free logits to a file for batches of any "
-        "size, and compares what it gives for images with what the module gives. Class names and normalisation "
-        "are in its metadata. `state_dict` is the weights of the backbone alone.",
-        epilog="Any other setting is one of the config, as in --data.root my_images.",
-        allow_abbrev=False,
-    )
-    suffixes = dict(zip(get_args(Format), ("model.onnx", "model.pt2", "backbone.pt"), strict=True))
-    parser.add_argument("--ckpt_path", type=expand_path, required=True, metavar="FILE", help="a checkpoint of fit")
-    parser.add_argument("-c", "--config", metavar="NAME", help="its config (default: that of its run)")
-    parser.add_argument("--format", choices=suffixes, default="onnx", help="default: onnx")
-    parser.add_argument("--output", type=expand_path, metavar="FILE", help=f"default: {', '.join(suffixes.values())}")
-    parser.add_argument("--pixels", choices=get_args(Pixels), default="uint8", help="of images; floats are 0 to 1")
-    given, settings = parser.parse_known_args(args)
-    config = given.config or Path(given.ckpt_path).parent.parent / "config.yaml"
-    if not given.config and not config.is_file():
-        raise InputError(f"there is no {config}, the config of the run that {given.ckpt_path} is of: give --config.")
-    alone = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
-    restored = InstantiatedCLI(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
-    output = given.output or suffixes[given.format]
-    # a datamodule of the user's may normalise in another way, which its test images show
-    spec = restored.model.data_spec
-    known = spec is not None and spec.class_names and spec.mean and spec.std
-    data = None if known and is_ours(type(restored.datamodule)) else restored.datamodule
-    found = export(restored.model, data, output, given.format, given.pixels)
-    differs = " and ".join(f"{difference:.2g} in the {name}" for name, difference in found.items())
-    images = "test images" if data else "random images"
-    print(f"Wrote {output}." + (f" For {images} it differs from the module by at most {differs}." if found else ""))
+        yield
+    finally:
+        if freeze:
+            gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
@@ -196,10 +141,21 @@ def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
     Raises:
         SystemExit: With a message and no traceback, for whatever the user can mend.
     """
+    owns_process = args is None
     args = sys.argv[1:] if args is None else args
-    own_commands = {"compare": compare_margins, "configs": configs, "export": export_checkpoint}
     with errors_without_traceback():
-        if not args or args[0] not in own_commands:
-            return LSoftmaxCLI(args)
-        own_commands[args[0]](args[1:])
-    return None
+        command = args[0] if args else None
+        if command in ("-h", "--help", "--version"):
+            _parser().parse_args([command])
+        if command is None or not (command in COMMANDS or command.startswith("-")):
+            _refuse(command)
+        if command != "configs":
+            try:
+                with _without_garbage_collection(freeze=owns_process):
+                    from . import lightning_cli
+            finally:
+                stop_if_received()  # an import of the libraries may swallow the exception, or fail because of it
+        if command in OWN_COMMANDS:
+            OWN_COMMANDS[command](args[1:])
+            return None
+        return lightning_cli.LSoftmaxCLI(args)

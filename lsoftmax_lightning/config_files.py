@@ -1,9 +1,8 @@
-"""Config files: where they are found, how they are read, and the names of the settings in them."""
+"""Config files: how they are read, and the names of the settings in them."""
 
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,11 +11,8 @@ from jsonargparse import ActionConfigFile, Namespace, get_loader  # type: ignore
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from .config_paths import expand_path, find_config
 from .errors import MAX_ERROR_LINES, InputError
-
-_PACKAGE = Path(__file__).parent
-# In the wheel the configs lie inside the package; in a checkout, beside it.
-CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
 
 _MAX_NODES = 100_000  # of a YAML text, with each alias replaced by its value
 _PATH_SETTINGS = {
@@ -33,11 +29,6 @@ _PATH_SETTINGS = {
 _load_yaml = get_loader("yaml")
 
 
-def expand_path(path: str) -> str:
-    """Return a path with ``~`` and environment variables replaced; a variable that is not set stays as it is."""
-    return os.path.expanduser(os.path.expandvars(path))
-
-
 def expand_paths(settings: Any) -> None:
     """Expand the paths in settings: Lightning expands some of them, and writes to two folders.
 
@@ -51,22 +42,6 @@ def expand_paths(settings: Any) -> None:
             setattr(settings, name, expand_path(value))
         else:
             expand_paths(value)
-
-
-def find_config(name: str) -> Path:
-    """Find a config by its path, or a shipped one by its bare name.
-
-    Args:
-        name: A path, relative to the working directory; or the name of a shipped config, with or without ``.yaml``.
-
-    Raises:
-        InputError: If there is neither.
-    """
-    for path in (Path(expand_path(name)), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    shipped = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
-    raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones: {shipped}.")
 
 
 class ConfigParser(LightningArgumentParser):

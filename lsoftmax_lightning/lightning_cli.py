@@ -33,10 +33,11 @@ from .callbacks import (
     Predictions,
 )
 from .checkpoints import local_file, read, saved_data_spec
-from .compat import USED_FOLDER_WARNING, CommandLine, kill_launched_ranks, trains_in_other_processes
+from .compat import CommandLine, kill_launched_ranks, trains_in_other_processes
 from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
 from .datamodules import PredictFolderDataModule
 from .errors import InputError
+from .library_messages import USED_FOLDER_WARNING
 from .run_folder import RunFolders, locked_run, remove_leftovers, report_changed_settings, write_results
 from .settings import apply_root, as_list, check_writer, checkpoint_mode, reads_files
 from .signals import mark_launcher

@@ -97,6 +97,12 @@ def stop(signum: signal.Signals, seconds: int = 0) -> None:
     raise Stopped(signum)
 
 
+def stop_if_received() -> None:
+    """End this process if a signal arrived: a destructor, a weakref callback or a library swallowed its exception."""
+    if _command is not None and _command.received is not None:
+        stop(_command.received)
+
+
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
     """Raise :class:`Stopped` in the block when a signal arrives, and restore the handlers after it."""
@@ -110,8 +116,7 @@ def exit_on_signals() -> Iterator[None]:
     command.install()
     try:
         yield
-        if command.received is not None:  # a destructor or a weakref callback swallowed the exception
-            stop(command.received)
+        stop_if_received()
     finally:
         _command = outer
         sys.unraisablehook = show

@@ -1,4 +1,7 @@
-"""Errors of the command line: one message for what a user can mend, a traceback for errors in the user's own code."""
+"""Errors of the command line: one message for what a user can mend, a traceback for errors in the user's own code.
+
+This module does not import torch and Lightning: some commands do without them, and their import may fail.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.multiprocessing.spawn import ProcessRaisedException
-
-from .compat import LEAF_SPEC_WARNING, hides_constructor_error, spawned_rank_message
 from .errors import MAX_ERROR_LINES, InputError, LSoftmaxError
+from .library_messages import LEAF_SPEC_WARNING, hides_constructor_error, spawned_rank_message
 from .signals import Stopped, exit_on_signals
 
 _DEBUG = "LSOFTMAX_LIGHTNING_DEBUG"
@@ -25,6 +24,8 @@ _HINT = f"({_DEBUG}=1 prints the traceback.)"
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = (str(Path(__file__).parent), _PATHS["stdlib"], _PATHS["purelib"], _PATHS["platlib"], "<")
 USER_ERRORS = r"lsoftmax_lightning\.errors\.\w+|lightning\.\S+\.MisconfigurationException"  # as tracebacks name them
+_MISCONFIGURATION = ("lightning.fabric.utilities.exceptions", "MisconfigurationException")
+_SPAWNED_RANK_ERROR = ("torch.multiprocessing.spawn", "ProcessRaisedException")
 ADVICE = {
     "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
     "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
@@ -77,7 +78,8 @@ def errors_without_traceback() -> Iterator[None]:
         raise SystemExit(1) from error
     finally:
         # Lightning does so for NCCL alone; gloo's threads, left to the end of the process, now and then abort it
-        if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist = sys.modules.get("torch.distributed")
+        if dist and dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
             # torch 2.6 keeps Python's lock while it waits for them, who may want it to let go of the last tensors
             time.sleep(0.1)
             dist.destroy_process_group()
@@ -106,9 +108,13 @@ def _stopped(error: BaseException | None) -> Stopped | None:
 def _is_in_users_code(error: BaseException) -> bool:
     """Return whether the traceback passes, or may pass, through files other than ours, the libraries and Python."""
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, ProcessRaisedException) or any(
-        not frame.filename.startswith(_LIBRARIES) for frame in frames
-    )
+    return _is_of(_SPAWNED_RANK_ERROR, error) or any(not frame.filename.startswith(_LIBRARIES) for frame in frames)
+
+
+def _is_of(kind: tuple[str, str], error: BaseException) -> bool:
+    """Return whether an error is of a class, given as its module and its name; one of a module not imported is not."""
+    module, name = kind
+    return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
 
 
 def user_message(error: BaseException) -> BaseException | str | None:
@@ -123,9 +129,9 @@ def user_message(error: BaseException) -> BaseException | str | None:
             return advice
     cause = error
     while cause is not None:
-        if isinstance(cause, MisconfigurationException | OSError):
+        if isinstance(cause, OSError) or _is_of(_MISCONFIGURATION, cause):
             return cause
         if hides_constructor_error(cause):
             return error
         cause = cause.__cause__
-    return spawned_rank_message(error, USER_ERRORS) if isinstance(error, ProcessRaisedException) else None
+    return spawned_rank_message(error, USER_ERRORS) if _is_of(_SPAWNED_RANK_ERROR, error) else None

@@ -329,7 +329,8 @@ def run_all(settings: list[Setting], kills: list[int], seed: int, folder: Path, 
 
 def warm_up() -> None:
     """Import what commands import when they need it."""
-    for name in ("attrs", "matplotlib.pyplot", "networkx", "PIL.PngImagePlugin", "pyarrow.parquet", "torch.export"):
+    names = ("attrs", "matplotlib.pyplot", "networkx", "PIL.PngImagePlugin", "pyarrow.parquet", "torch.export")
+    for name in (*names, "lsoftmax_lightning.commands", "sklearn.datasets", "sklearn.model_selection"):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # so that the garbage collector of a fork copies no memory

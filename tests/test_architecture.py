@@ -15,6 +15,7 @@ BELOW: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
     "compat": set(),
+    "library_messages": set(),
     "seeds": set(),
     "signals": set(),
     "class_names": set(),
@@ -29,7 +30,7 @@ BELOW: dict[str, set[str]] = {
     "heads": {"chunked_loss", "distributed", "errors", "functional"},
     "strategies": {"checkpoints", "chunked_loss", "compat", "errors", "heads"},
     "backbones": {"errors"},
-    "checkpoints": {"atomic", "compat", "data_spec", "errors"},
+    "checkpoints": {"atomic", "data_spec", "errors", "library_messages"},
     "dashboard": {
         "atomic",
         "class_names",
@@ -76,16 +77,17 @@ BELOW: dict[str, set[str]] = {
     "datamodules": {
         "atomic",
         "checkpoints",
-        "compat",
         "data_spec",
         "errors",
+        "library_messages",
         "pairs",
         "seeds",
         "signals",
         "transforms",
     },
     "__init__": {"heads", "modules"},
-    "config_files": {"errors"},
+    "config_paths": {"errors"},
+    "config_files": {"config_paths", "errors"},
     "settings": {"datamodules", "errors"},
     "run_folder": {"atomic", "checkpoints", "config_files", "errors", "settings"},
     "lightning_cli": {
@@ -96,6 +98,7 @@ BELOW: dict[str, set[str]] = {
         "callbacks",
         "checkpoints",
         "datamodules",
+        "library_messages",
         "lr_schedulers",
         "modules",
         "run_folder",
@@ -105,7 +108,7 @@ BELOW: dict[str, set[str]] = {
         "strategies",
         "user_errors",
     },
-    "user_errors": {"compat", "errors", "signals"},
+    "user_errors": {"errors", "library_messages", "signals"},
     "compare": {
         "atomic",
         "callbacks",
@@ -119,16 +122,16 @@ BELOW: dict[str, set[str]] = {
         "user_errors",
     },
     "export": {"atomic", "data_spec", "errors", "checkpoints"},
-    "cli": {
+    "commands": {
         "compare",
-        "config_files",
+        "config_paths",
         "errors",
         "export",
         "lightning_cli",
         "settings",
         "signals",
-        "user_errors",
     },
+    "cli": {"commands", "config_paths", "errors", "lightning_cli", "signals", "user_errors"},
     "__main__": {"cli"},
 }
 

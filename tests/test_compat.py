@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, SequentialLR
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard.summary import scalar
 
-from lsoftmax_lightning import compat
+from lsoftmax_lightning import compat, library_messages
 from lsoftmax_lightning.errors import DataError, InputError
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
 from lsoftmax_lightning.user_errors import ADVICE, USER_ERRORS, user_message
@@ -230,7 +230,7 @@ def test_lightning_warns_of_a_folder_that_is_used_again() -> None:
     Path("used").mkdir()
     Path("used", "last.ckpt").write_text("")
     trainer = make_trainer(callbacks=[ModelCheckpoint("used")], enable_checkpointing=True, fast_dev_run=False)
-    with pytest.warns(UserWarning, match=compat.USED_FOLDER_WARNING):
+    with pytest.warns(UserWarning, match=library_messages.USED_FOLDER_WARNING):
         trainer.fit(BoringModel(), BoringDataModule())
 
 
@@ -238,7 +238,7 @@ def test_the_warning_of_leaf_specs_is_of_lightning_itself() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _tree_flatten([1, 2])
-        warnings.filterwarnings("ignore", compat.LEAF_SPEC_WARNING)
+        warnings.filterwarnings("ignore", library_messages.LEAF_SPEC_WARNING)
         _tree_flatten([1, 2])
     assert len(caught) == (torch.__version__ >= "2.14")
 
@@ -321,7 +321,7 @@ def test_the_error_of_a_constructor_is_found_in_that_of_the_parser() -> None:
     causes: list[BaseException] = [caught.value]
     while cause := causes[-1].__cause__:
         causes.append(cause)
-    assert isinstance(causes[-1], InputError) or any(map(compat.hides_constructor_error, causes))
+    assert isinstance(causes[-1], InputError) or any(map(library_messages.hides_constructor_error, causes))
     assert "of the constructor" in str(user_message(caught.value))
 
 
@@ -329,8 +329,8 @@ def test_the_code_that_a_checkpoint_would_run_is_named() -> None:
     torch.save(Path("unsafe"), "unsafe.ckpt")
     with pytest.raises(UnpicklingError) as caught:
         torch.load("unsafe.ckpt", weights_only=True)
-    assert compat.refused_code(caught.value) in ("pathlib.PosixPath", "pathlib._local.PosixPath")
-    assert compat.refused_code(UnpicklingError("anything else")) is None
+    assert library_messages.refused_code(caught.value) in ("pathlib.PosixPath", "pathlib._local.PosixPath")
+    assert library_messages.refused_code(UnpicklingError("anything else")) is None
 
 
 class Damaged:
@@ -347,7 +347,7 @@ def test_the_message_of_a_worker_is_found_in_its_traceback(num_workers: int) -> 
     with pytest.raises(DataError) as caught:
         next(iter(loader))
     assert ("Traceback" in str(caught.value)) == bool(num_workers)
-    assert compat.worker_message(caught.value) == "a.png is damaged.\nTake it away."
+    assert library_messages.worker_message(caught.value) == "a.png is damaged.\nTake it away."
 
 
 def fail(rank: int, error: Exception) -> None:
@@ -360,7 +360,7 @@ def fail(rank: int, error: Exception) -> None:
 def test_the_message_of_a_spawned_rank_is_found_in_its_traceback(error: Exception, message: str | None) -> None:
     with pytest.raises(ProcessRaisedException) as caught:
         torch.multiprocessing.start_processes(fail, (error,), nprocs=1, start_method="fork")
-    assert compat.spawned_rank_message(caught.value, USER_ERRORS) == message
+    assert library_messages.spawned_rank_message(caught.value, USER_ERRORS) == message
 
 
 def too_few_values() -> object:

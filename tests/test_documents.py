@@ -126,7 +126,7 @@ def test_every_command_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None
         prepare(monkeypatch)
     planned: list[int] = []  # runs of each comparison, which is what is tried of it; tests/compare trains some
     monkeypatch.setattr("lsoftmax_lightning.compare.train", lambda runs, *rest: planned.append(len(runs)) or {})
-    monkeypatch.setattr("lsoftmax_lightning.cli.report", lambda paths, folder: None)
+    monkeypatch.setattr("lsoftmax_lightning.commands.report", lambda paths, folder: None)
     for words in found:
         run(words, planned)
     assert all(runs > (3 if page.name == "results.md" else 4) for runs in planned)

@@ -38,7 +38,9 @@ def test_recipes_extend_the_package() -> None:
 
     write_mnist(Path("data"), folder="KMNIST")
     settings = ["--data=KMNISTDataModule", "--model.backbone=tiny", "--data.batch_size=32", "--dashboard.save=true"]
-    run("fit", "--config=mnist.yaml", *SHORT, *settings, "--dashboard.every_n_epochs=1", "--trainer.log_every_n_steps=1")
+    run(
+        "fit", "--config=mnist.yaml", *SHORT, *settings, "--dashboard.every_n_epochs=1", "--trainer.log_every_n_steps=1"
+    )
     folder = Path("runs/mnist/version_0")
     assert "tiny" in (folder / "config.yaml").read_text()
     events = EventAccumulator(str(folder)).Reload()

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from typing_extensions import override
 
@@ -42,6 +41,9 @@ def stratified_split(targets: Tensor, val_size: float, seed: int) -> tuple[Tenso
     Raises:
         InputError: If a class would have no training or no validation image.
     """
+    # scikit-learn is half of what this package imports beside Lightning, and help and --print_config do not need it
+    from sklearn.model_selection import train_test_split
+
     try:
         train, val = train_test_split(
             torch.arange(len(targets)), test_size=val_size, stratify=targets, random_state=seed

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from typing_extensions import override
 
 from .base import ImageDataModule, Images
@@ -34,6 +32,9 @@ class DigitsDataModule(ImageDataModule):
 
     @override
     def load(self, train: bool) -> Images:
+        from sklearn.datasets import load_digits  # here for the reason in stratified_split
+        from sklearn.model_selection import train_test_split
+
         digits = load_digits()
         images = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8).unsqueeze(1)
         targets = torch.from_numpy(digits.target).long()

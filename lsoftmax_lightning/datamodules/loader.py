@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..compat import worker_message
 from ..errors import DataError, InputError
+from ..library_messages import worker_message
 from ..seeds import hashed_seed
 from ..signals import ignore_signals
 from .images import ImageStore, ImageSubset

@@ -1,0 +1,33 @@
+"""Where config files are found. This module imports neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import InputError
+
+_PACKAGE = Path(__file__).parent
+# In the wheel the configs lie inside the package; in a checkout, beside it.
+CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+
+
+def expand_path(path: str) -> str:
+    """Return a path with ``~`` and environment variables replaced; a variable that is not set stays as it is."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def find_config(name: str) -> Path:
+    """Find a config by its path, or a shipped one by its bare name.
+
+    Args:
+        name: A path, relative to the working directory; or the name of a shipped config, with or without ``.yaml``.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    for path in (Path(expand_path(name)), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    shipped = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
+    raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones: {shipped}.")

@@ -1,0 +1,52 @@
+"""Texts of errors and warnings of Lightning, jsonargparse and torch that this package needs; imports none of them.
+
+``tests/test_compat.py`` fails if a library changes what is relied on here. A version in a docstring is one in which it
+was seen.
+"""
+
+from __future__ import annotations
+
+import re
+from pickle import UnpicklingError
+
+LEAF_SPEC_WARNING = ".*treespec, LeafSpec"
+"""Regex of a deprecation warning of torch 2.14 about Lightning 2.6.6 itself, which a user cannot fix."""
+
+USED_FOLDER_WARNING = "Checkpoint directory"
+"""Regex of the warning of Lightning 2.6.6 that a folder of checkpoints is not empty."""
+
+
+def hides_constructor_error(error: BaseException) -> bool:
+    """Return whether jsonargparse raised this error in place of a constructor's, which is in the text of an outer one.
+
+    For an optional class jsonargparse 4.40 chains the error of ``None``; 4.53 chains that of the constructor.
+    """
+    return str(error).startswith("Expected a <class 'NoneType'>")
+
+
+def refused_code(error: UnpicklingError) -> str | None:
+    """Return the name of the code that ``torch.load(weights_only=True)`` refused to run (torch 2.14)."""
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    return match and match[1]
+
+
+def worker_message(error: Exception) -> str:
+    """Return the message of an error of a DataLoader's worker, which comes with its traceback (torch 2.14).
+
+    An error of this process keeps its message.
+    """
+    return str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+
+
+def spawned_rank_message(error: BaseException, kinds: str) -> str | None:
+    """Return the message of the error of a spawned rank, which comes as the text of its traceback (torch 2.14).
+
+    Args:
+        error: The ``ProcessRaisedException`` in this process.
+        kinds: Regex of full names of classes.
+
+    Returns:
+        The message; None for an error of another class.
+    """
+    match = re.search(rf"^(?:{kinds}): (.+)", str(error), re.MULTILINE | re.DOTALL)
+    return match and match[1].strip()

@@ -1,0 +1,144 @@
+"""Imports and commands that need no torch start without it."""
+
+import gc
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import lsoftmax_lightning
+from lsoftmax_lightning.cli import COMMANDS, main
+from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
+from lsoftmax_lightning.signals import Stopped, exit_on_signals, stop_if_received
+
+HEAVY = {"jsonargparse", "lightning", "matplotlib", "numpy", "scipy", "sklearn", "torch", "torchmetrics", "torchvision"}
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["-c", "import lsoftmax_lightning"], 0),
+        (["-m", "lsoftmax_lightning", "--version"], 0),
+        (["-m", "lsoftmax_lightning", "--help"], 0),
+        (["-m", "lsoftmax_lightning", "configs"], 0),
+        (["-m", "lsoftmax_lightning", "configs", "--copy", "nope"], 1),
+        (["-m", "lsoftmax_lightning", "fiet"], 2),
+        (["-m", "lsoftmax_lightning"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_nothing_heavy_is_imported(args: list[str], code: int) -> None:
+    done = python("-X", "importtime", *args)
+    assert done.returncode == code
+    imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "lsoftmax_lightning" in imported
+    assert not HEAVY & {name.partition(".")[0] for name in imported}
+
+
+def test_help_and_print_config_import_no_scikit_learn() -> None:
+    for command in (["fit", "--help"], ["fit", "--config=digits.yaml", "--print_config"]):
+        done = python("-X", "importtime", "-m", "lsoftmax_lightning", *command)
+        assert done.returncode == 0
+        assert "torchmetrics" in done.stderr
+        assert "sklearn" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_names_every_command(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert COMMANDS.keys() == LSoftmaxCLI.subcommands().keys() | {"compare", "configs", "export"}
+    with pytest.raises(SystemExit) as caught:
+        main([option])
+    assert caught.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, sentence in COMMANDS.items():
+        assert f"{name} {sentence}" in printed
+        assert sentence.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("args", "end"),
+    [
+        (["fiet"], "got 'fiet'; did you mean fit?\n"),
+        (["exports", "--help"], "got 'exports'; did you mean export?\n"),
+        (["frobnicate"], "got 'frobnicate'; see lsoftmax_lightning --help.\n"),
+        ([], "got nothing; see lsoftmax_lightning --help.\n"),
+    ],
+)
+def test_a_wrong_command_gets_one_line(args: list[str], end: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    start = "error: command: must be fit, validate, test, predict, compare, configs or export, "
+    assert capsys.readouterr().err == start + end
+
+
+def test_a_config_may_stand_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("settings.yaml").write_text("fit:\n  trainer: {max_epochs: 3}\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["--config=settings.yaml", "fit", "--config=digits.yaml", "--print_config"])
+    assert caught.value.code == 0
+    assert "class_path: lsoftmax_lightning.ClassificationModule" in capsys.readouterr().out
+
+
+def test_the_package_offers_its_names_when_they_are_used() -> None:
+    code = """
+import sys
+import lsoftmax_lightning
+assert set(lsoftmax_lightning.__all__) <= set(dir(lsoftmax_lightning))
+assert "torch" not in sys.modules
+assert lsoftmax_lightning.metrics.__name__ == "lsoftmax_lightning.metrics"
+from lsoftmax_lightning import *
+assert LSoftmaxLinear is lsoftmax_lightning.heads.LSoftmaxLinear
+assert ClassificationModule is lsoftmax_lightning.ClassificationModule
+assert issubclass(ClassificationModule, LSoftmaxModule) and issubclass(VerificationModule, LSoftmaxModule)
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert pickle.loads(pickle.dumps(lsoftmax_lightning.LSoftmaxLinear)) is lsoftmax_lightning.LSoftmaxLinear
+    for name in ("nothing", "_nothing", "Heads"):
+        with pytest.raises(AttributeError, match=f"module 'lsoftmax_lightning' has no attribute '{name}'"):
+            getattr(lsoftmax_lightning, name)
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        from lsoftmax_lightning import nothing  # type: ignore[attr-defined]  # noqa: F401
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_during_the_import_of_torch_ends_the_command(name: str, code: int) -> None:
+    Path("torch.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n")
+    done = python("-m", "lsoftmax_lightning", "fit", "--config=digits.yaml")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"Stopped by {name}.\n")
+
+
+def test_a_signal_that_a_library_swallows_ends_the_command() -> None:
+    def swallow_and_go_on() -> None:
+        with suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop_if_received()
+        pytest.fail("the command goes on")
+
+    with pytest.raises(Stopped), exit_on_signals():
+        swallow_and_go_on()
+
+
+def test_only_the_process_of_the_command_freezes_its_imports() -> None:
+    code = """
+import gc, sys
+from contextlib import suppress
+from lsoftmax_lightning.__main__ import main, run
+with suppress(SystemExit):
+    main(["fit", "--help"]) if sys.argv.pop(1) == "main" else run()
+print(gc.isenabled(), gc.get_freeze_count() > 0)
+"""
+    for caller, end in (("main", "True False\n"), ("run", "True True\n")):
+        assert python("-c", code, caller, "fit", "--help").stdout.endswith(end)
+    assert gc.isenabled()
