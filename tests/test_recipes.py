@@ -45,8 +45,7 @@ def test_recipes_extend_the_package() -> None:
     assert "tiny" in (folder / "config.yaml").read_text()
     events = EventAccumulator(str(folder)).Reload()
     assert "train/angle_max" in events.Tags()["scalars"]
-    assert "val/feature_norms" in events.Tags()["images"]
-    (table,) = (folder / "dashboard").glob("val_feature_norms_*.csv")
-    with table.open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 40
+    assert "test/feature_norms" in events.Tags()["images"]
+    with (folder / "dashboard/test_feature_norms.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 100
     assert run("backbones").split()[:2] == ["tiny", "digits"]
