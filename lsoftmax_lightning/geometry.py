@@ -41,9 +41,9 @@ def target_angles(features: Tensor, weights: Tensor) -> Tensor:
     return degrees(F.cosine_similarity(features.float(), weights.float()))
 
 
-def evenly_spaced(num_classes: int) -> Tensor:
-    """Indices of all classes, or of at most 10,000 evenly spaced ones, which suffice to measure their separation."""
-    return torch.arange(0, num_classes, max(1, math.ceil(num_classes / 10_000)))
+def evenly_spaced(num_classes: int, limit: int = 10_000) -> Tensor:
+    """Indices of all classes, or of ``limit`` evenly spaced ones; 10,000 suffice to measure their separation."""
+    return torch.linspace(0, num_classes - 1, min(num_classes, limit), dtype=torch.float64).round().long()
 
 
 class Separation(NamedTuple):

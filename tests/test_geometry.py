@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lsoftmax_lightning.functional import psi
-from lsoftmax_lightning.geometry import degrees, effective_margin, separation, target_angles
+from lsoftmax_lightning.geometry import degrees, effective_margin, evenly_spaced, separation, target_angles
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.5, 5.0, 1000.0])
@@ -46,5 +46,14 @@ def test_one_direction_is_apart_from_nothing() -> None:
 
 
 def test_of_very_many_directions_some_are_taken() -> None:
-    directions = torch.eye(2).repeat(6000, 1)  # every second one, all the same way
+    directions = torch.eye(2)[torch.ones(12_000, dtype=torch.long)]
+    directions[evenly_spaced(12_000)] = torch.eye(2)[0]
     assert separation(directions).mean == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 99, 100, 101, 20_000_000])
+def test_evenly_spaced_classes_are_distinct_and_include_both_ends(num_classes: int) -> None:
+    indices = evenly_spaced(num_classes, 100)
+    assert len(indices) == min(num_classes, 100)
+    assert (indices[0], indices[-1]) == (0, num_classes - 1)
+    assert len(indices) == 1 or indices.diff().min() >= 1

@@ -18,7 +18,7 @@ from ..dashboard import plots
 from ..dashboard.plots import COLORS
 from ..geometry import degrees
 from .intervals import half_interval, paired_differences
-from .results import FinishedRun, number, setting_names
+from .results import FinishedRun, as_float, setting_names
 
 _CURVES = {"lambda": "symlog", "train/loss": "log", "val/loss": "log", "val/acc": "linear"}
 
@@ -79,20 +79,20 @@ def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
 def _numeric_setting(runs: Sequence[FinishedRun], names: Sequence[str]) -> str | None:
     """Return the setting with the most numbers as values, at least three; None if there is none."""
     tested = [run for run in runs if "test/acc" in run.metrics]
-    numbers = {name: {number(run.value(name)) for run in tested} - {None} for name in names}
+    numbers = {name: {as_float(run.value(name)) for run in tested} - {None} for name in names}
     name = max(names, key=lambda name: len(numbers[name]), default=None)
     return name if name and len(numbers[name]) > 2 else None
 
 
 def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) -> Figure:
     """Draw the test accuracy by a setting, and its difference to m = 1: a curve for each margin."""
-    left_out = {str(run.value(axis)): None for run in runs if number(run.value(axis)) is None}
+    left_out = {str(run.value(axis)): None for run in runs if as_float(run.value(axis)) is None}
     if left_out:
         rank_zero_warn(f"accuracy_by_{axis} leaves out runs in which {axis} is {' or '.join(left_out)}.")
     points: dict[str, dict[float, list[FinishedRun]]] = defaultdict(lambda: defaultdict(list))
     baselines = {}  # label of the curve at m = 1 that a curve is compared with
     for run in runs:
-        at = number(run.value(axis))
+        at = as_float(run.value(axis))
         if at is not None and "test/acc" in run.metrics:
             label, baseline = (", ".join(filter(None, [f"m = {m}", _label(run, others)])) for m in (run.margin, 1))
             points[label][at].append(run)

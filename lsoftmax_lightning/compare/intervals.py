@@ -18,9 +18,9 @@ def paired_differences(runs: Sequence[FinishedRun], baseline: Sequence[FinishedR
         runs: Runs of one margin.
         baseline: Runs to subtract; those without a counterpart are left out.
     """
-    base = {run.pair: run.metrics["test/acc"] for run in baseline if "test/acc" in run.metrics}
-    shared = [run for run in runs if run.pair in base and "test/acc" in run.metrics]
-    return [100 * (run.metrics["test/acc"] - base[run.pair]) for run in shared]
+    base = {run.pairing_key: run.metrics["test/acc"] for run in baseline if "test/acc" in run.metrics}
+    shared = [run for run in runs if run.pairing_key in base and "test/acc" in run.metrics]
+    return [100 * (run.metrics["test/acc"] - base[run.pairing_key]) for run in shared]
 
 
 def half_interval(values: Sequence[float]) -> float:

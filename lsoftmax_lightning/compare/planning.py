@@ -20,7 +20,7 @@ from ..config_files import flat, read_yaml
 from ..errors import InputError
 from ..functional import check_margin
 from ..lightning_cli import InstantiatedCLI
-from .results import damaged_config, damaged_outcome, read_outcome
+from .results import damaged_config, read_facts_and_metrics
 from .text import file_name, format_argument
 
 _OUTPUT_KEYS = ("trainer.logger", "trainer.default_root_dir", "checkpoint.dirpath")
@@ -44,7 +44,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it was trained and tested."""
-        return read_outcome(self.folder) is not None
+        return read_facts_and_metrics(self.folder)[0] is not None
 
     def write_config(self) -> None:
         """Write the settings to ``config.yaml`` in the folder."""
@@ -57,10 +57,15 @@ class Run:
             existing: Those runs, see :func:`_existing_runs`.
 
         Raises:
-            InputError: If this run was trained with other settings, or another run differs from it in a setting that
-                is not compared.
+            InputError: If this run was trained with other settings, another run differs from it in a setting that is
+                not compared, or a file has the name of its folder.
         """
-        if damaged := damaged_outcome(self.folder):
+        if self.folder.is_file():
+            raise InputError(
+                f"--folder: has a file with the name of a run, got {self.folder}; move it or choose another folder."
+            )
+        finished, damaged = read_facts_and_metrics(self.folder)
+        if damaged:
             rank_zero_warn(f"{damaged} is missing or damaged; its run is not taken for finished.")
         expected = flat(self.config)
         for folder, (found, params) in existing.items():
@@ -69,7 +74,7 @@ class Run:
                 if not params:
                     continue
                 ignored |= {*self.params, *params}
-            elif not self.finished:  # it continues from checkpoints, which are in the folder that these keys set
+            elif finished is None:  # it continues from checkpoints, which are in the folder that these keys set
                 ignored -= set(_OUTPUT_KEYS)
                 if _is_truncated(found, expected):  # by a release that did not write the file atomically
                     rank_zero_warn(
@@ -91,10 +96,10 @@ def _existing_runs(folder: Path) -> dict[Path, tuple[Mapping[str, Any], Collecti
     runs: dict[Path, tuple[Mapping[str, Any], Collection[str]]] = {}
     for run in sorted({path.parent for name in ("config.yaml", "run.json") for path in folder.glob(f"*/{name}")}):
         settings = read_yaml(run / "config.yaml")
-        outcome = read_outcome(run)
-        if outcome is not None and settings is None:
+        finished, _ = read_facts_and_metrics(run)
+        if finished is not None and settings is None:
             raise damaged_config(run / "config.yaml")
-        runs[run] = flat(settings) if settings else {}, outcome[0]["point"] if outcome else ()
+        runs[run] = flat(settings) if settings else {}, finished[0]["params"] if finished else ()
     return runs
 
 

@@ -15,7 +15,7 @@ from .figures import draw
 from .intervals import mean_and_interval, paired_differences
 from .paper import paper_accuracy, paper_source
 from .provenance import PACKAGES
-from .results import FinishedRun, columns, number, read, setting_names
+from .results import TRAINING_FACTS, FinishedRun, as_float, column_name, columns, read, setting_names
 from .text import file_name, markdown_table
 
 _LONGEST_NAME = 150  # characters of the name of a figure
@@ -90,9 +90,10 @@ def report(
 
 def _with_averages(runs: Sequence[FinishedRun], average: Collection[str]) -> list[FinishedRun]:
     """Average all runs over the settings over which some of them are averaged."""
-    averaged = list(dict.fromkeys([*average, *(name for run in runs for name in run.averaged)]))
+    names = [*map(column_name, average), *(name for run in runs for name in run.averaged)]
+    averaged = list(dict.fromkeys(names))
     for run in runs:
-        if missing := [name for name in averaged if name not in run.settings]:
+        if missing := [name for name in averaged if name not in {*run.settings, *TRAINING_FACTS}]:
             raise InputError(
                 f"--average: needs {missing[0]} in every run, got one with margin {run.margin} and seed {run.seed} "
                 "without it; report that comparison separately."
@@ -106,9 +107,9 @@ def _order(run: FinishedRun, names: Sequence[str]) -> tuple[Any, ...]:
     """Sort by settings, first those with fewer of them, numbers by size; then by margin and seed."""
     values = [run.value(name) for name in names]
     missing = [value == "-" for value in values]
-    sizes = [math.inf if (size := number(value)) is None else size for value in values]
-    averaged = [number(run.settings[name]) or 0.0 for name in run.averaged]
-    return missing.count(False), missing, sizes, list(map(str, values)), run.margin, run.seed, averaged, run.pair
+    sizes = [math.inf if (size := as_float(value)) is None else size for value in values]
+    averaged = [as_float(run.value(name)) or 0.0 for name in run.averaged]
+    return missing.count(False), missing, sizes, list(map(str, values)), run.margin, run.seed, averaged, run.pairing_key
 
 
 def _check_comparable(runs: Sequence[FinishedRun], names: Sequence[str]) -> None:
@@ -116,11 +117,13 @@ def _check_comparable(runs: Sequence[FinishedRun], names: Sequence[str]) -> None
     first: dict[Any, FinishedRun] = {}
     seen: dict[Any, FinishedRun] = {}
     for run in runs:
-        group = run.group(names)
+        group = run.group_key(names)
         other = first.setdefault(group, run)
-        differing = [name for name in ("backbone", "batch_size", "paper") if run.group([name]) != other.group([name])]
-        if not differing and seen.setdefault((group, run.margin, run.pair), run) is not run:
-            other, differing = seen[group, run.margin, run.pair], ["command"]
+        facts = {name: run.group_key([name]) != other.group_key([name]) for name in ("backbone", "batch_size", "paper")}
+        explained = {"paper", *(name.rpartition(".")[2] for name in run.averaged)} if run.averaged else set()
+        differing = [name for name, differs in facts.items() if differs and name not in explained]
+        if not differing and seen.setdefault((group, run.margin, run.pairing_key), run) is not run:
+            other, differing = seen[group, run.margin, run.pairing_key], ["command"]
         if differing:
             name = differing[0]
             raise InputError(
@@ -141,14 +144,15 @@ def _table(runs: Sequence[FinishedRun], names: Sequence[str]) -> str:
     if has_paper:
         header.append("paper, %")
     lines = []
-    for group, margin in dict.fromkeys((run.group(names), run.margin) for run in runs):
-        same_settings = [run for run in runs if run.group(names) == group]
+    for group, margin in dict.fromkeys((run.group_key(names), run.margin) for run in runs):
+        same_settings = [run for run in runs if run.group_key(names) == group]
         group_runs = [run for run in same_settings if run.margin == margin]
         line = [str(margin), *group, str(len(group_runs)), _mean(group_runs, "test/acc", 100, 2)]
         line.append(_difference(group_runs, [run for run in same_settings if run.margin == 1]))
         line += [_mean(group_runs, name, factor, digits) for name, _, factor, digits in shown]
         if has_paper:
-            line.append(paper_accuracy(group_runs[0].facts.get("paper"), margin))
+            papers = {run.facts.get("paper") for run in group_runs}  # several if the data are averaged
+            line.append(paper_accuracy(papers.pop() if len(papers) == 1 else None, margin))
         lines.append(line)
     return "\n\n".join([markdown_table(header, lines), *_notes(runs)]) + "\n"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,20 +44,20 @@ class FinishedRun:
     @property
     def averaged(self) -> list[str]:
         """Names of the settings that ``--average`` set."""
-        return [name for name in str(self.facts.get("averaged", "")).split(", ") if name]
+        return [column_name(name) for name in str(self.facts.get("averaged", "")).split(", ") if name]
 
     @property
-    def pair(self) -> tuple[str, ...]:
+    def pairing_key(self) -> tuple[str, ...]:
         """Seed and values of the averaged settings: what two paired runs share."""
-        return (str(self.seed), *(str(self.settings[name]) for name in self.averaged))
+        return (str(self.seed), *self.group_key(self.averaged))
 
     def value(self, name: str) -> Any:
         """Return the value of a setting, its default or "-" if it is not set. A float without a fraction is an int."""
         value = self.settings.get(name, self.facts.get(name, TRAINING_FACTS.get(name, "-")))
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
-    def group(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Return the values of settings as texts."""
+    def group_key(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the values of settings as strings."""
         return tuple(str(self.value(name)) for name in names)
 
     def record(self) -> dict[str, Any]:
@@ -74,25 +74,35 @@ class FinishedRun:
 
     def row(self) -> dict[str, Any]:
         """Return the row of ``results.csv``."""
-        settings = {name: "None" if value is None else value for name, value in self.settings.items()}
+        # an empty cell means that the setting is not set
+        settings = {name: repr(value) if value in (None, "") else value for name, value in self.settings.items()}
         return {"margin": self.margin, **settings, "seed": self.seed, **self.metrics, **self.facts}
 
 
 def columns(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return the columns of ``results.csv``: margin, settings, seed, metrics, facts."""
+    """Return the columns of ``results.csv``: margin, settings, seed, metrics, facts, of which ``data`` is the first."""
     settings = sorted({name for run in runs for name in run.settings})
-    others = [name for kind in ("metrics", "facts") for run in runs for name in getattr(run, kind)]
-    return list(dict.fromkeys(["margin", *settings, "seed", *others]))
+    metrics = [name for run in runs for name in run.metrics]
+    facts = sorted((name for run in runs for name in run.facts), key=lambda name: name != "data")
+    return list(dict.fromkeys(["margin", *settings, "seed", *metrics, *facts]))
 
 
 def setting_names(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return the names of the settings that tell runs of a margin and a seed apart."""
-    swept = sorted({name for run in runs for name in run.settings if name not in run.averaged})
-    return [*swept, *(name for name in TRAINING_FACTS if len({str(run.value(name)) for run in runs}) > 1)]
+    """Return the names of the settings that distinguish runs with equal margin and seed."""
+    averaged = {name for run in runs for name in run.averaged}
+    swept = sorted({name for run in runs for name in run.settings} - averaged)
+    facts = [name for name in TRAINING_FACTS if len({str(run.value(name)) for run in runs}) > 1]
+    return [*swept, *(name for name in facts if name not in averaged)]
 
 
-def number(value: Any) -> float | None:
-    """Return the value of a setting as a number, None if it is not one. YAML reads 1e-3 as a text."""
+def column_name(setting: str) -> str:
+    """Return the name of a setting in a table: ``train_size``, one of the facts, for ``data.train_size``."""
+    name = setting.replace(".init_args", "")
+    return name.removeprefix("data.") if name in ("data.train_size", "data.label_noise") else setting
+
+
+def as_float(value: Any) -> float | None:
+    """Return the value of a setting as a float, None if it is not a number. YAML reads 1e-3 as a string."""
     if isinstance(value, bool):
         return None
     try:
@@ -112,27 +122,23 @@ def read(path: Path) -> Iterator[FinishedRun]:
     """
     if path.is_file():
         yield from _read_rows(path)
+        return
     for file in path.glob("*/run.json"):
-        outcome = read_outcome(file.parent)
-        if outcome is None:
-            rank_zero_warn(f"{damaged_outcome(file.parent)} is missing or damaged; its run is left out.")
+        finished, damaged = read_facts_and_metrics(file.parent)
+        if finished is None:
+            rank_zero_warn(f"{damaged or file} is missing or damaged; its run is left out.")
             continue
-        facts, metrics = outcome
-        settings = dict(facts.pop("point"))
-        described = _described(_config(file.with_name("config.yaml")), metrics)
+        facts, metrics = finished
+        settings = dict(facts.pop("params"))
+        config_facts = _facts_from_config(_config(file.with_name("config.yaml")), metrics)
         yield FinishedRun(
             margin=settings.pop("margin"),
             seed=settings.pop("seed"),
-            settings={name: value for name, value in settings.items() if not _is_fact(name)},
+            settings={name: value for name, value in settings.items() if column_name(name) not in TRAINING_FACTS},
             metrics=metrics,
-            facts={**described, **facts},
+            facts={**config_facts, **facts},
             folder=file.parent,
         )
-
-
-def _is_fact(name: str) -> bool:
-    """Return whether a swept setting, such as ``data.train_size``, is one of the facts already."""
-    return name.replace(".init_args", "") in ("data", "data.train_size", "data.label_noise")
 
 
 def _read_rows(path: Path) -> Iterator[FinishedRun]:
@@ -140,11 +146,12 @@ def _read_rows(path: Path) -> Iterator[FinishedRun]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             names = list(rows.fieldnames or ())
-            swept = names[names.index("margin") + 1 : names.index("seed")]
+            margin, seed = names.index("margin"), names.index("seed")
+            swept = names[margin + 1 : seed]
+            measured = names[seed + 1 : names.index("data")] if "data" in names else []
             for row in rows:
                 cells = {name: from_csv_safe(text) for name, text in row.items() if text}
-                monitor = cells.get("checkpoint", "").partition(" of ")[2]
-                metrics = [name for name in cells if "/" in name or name == monitor]
+                metrics = [name for name in cells if "/" in name or name in measured]
                 facts = [name for name in cells if name not in ("margin", "seed", *swept, *metrics)]
                 yield FinishedRun(
                     margin=int(cells["margin"]),
@@ -155,55 +162,64 @@ def _read_rows(path: Path) -> Iterator[FinishedRun]:
                 )
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(
-            f"--report: needs a folder or results.csv of compare, got {path}, which is another or a damaged file "
-            f"({type(error).__name__}: {error})."
+            f"--report: not a valid results.csv, got {path} ({type(error).__name__}: {error}); pass a folder or "
+            "results.csv written by compare."
         ) from error
 
 
 def _parsed(text: str) -> Any:
-    """Return a number if the text is one as Python writes it, else the text."""
-    for kind in (int, float):
+    """Return a number if the text is one as Python writes it, else the text, which is ``''`` for an empty one."""
+    for type_ in (int, float):
         try:
-            if str(kind(text)) == text:
-                return kind(text)
+            if str(type_(text)) == text:
+                return type_(text)
         except ValueError:
             continue
-    return text
+    return "" if text == repr("") else text
 
 
-def _described(config: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Return the facts that a table shows of the settings of a run, without those that are not set."""
-    data, checkpoint = config["data"], config["checkpoint"]
-    monitor = checkpoint.get("monitor")
-    backbone = config["model"].get("init_args", {}).get("backbone")
-    described = {
-        "data": str(data.get("class_path")).rpartition(".")[2],
+def _facts_from_config(config: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Return the facts derived from a run's config, omitting unset ones."""
+    data, model = (config[name].get("init_args", {}) for name in ("data", "model"))
+    backbone, monitor = model.get("backbone"), config["checkpoint"].get("monitor")
+    train_settings = {name: data[name] for name in ("train_size", "label_noise") if data.get(name)}
+    facts = {
+        "data": str(config["data"].get("class_path")).rpartition(".")[2],
         "backbone": backbone.get("class_path") if isinstance(backbone, Mapping) else backbone,
-        "batch_size": data.get("init_args", {}).get("batch_size"),
-        **train_settings(config),
-        "checkpoint": f"{checkpoint.get('mode')}imum of {monitor}" if monitor in metrics else "last",
-        "paper": None if train_settings(config) else paper_experiment(config),
+        "batch_size": data.get("batch_size"),
+        **train_settings,
+        "checkpoint": f"{config['checkpoint'].get('mode')}imum of {monitor}" if monitor in metrics else "last",
+        "paper": None if train_settings else paper_experiment(config),
     }
-    return {name: value for name, value in described.items() if value is not None}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
-def read_outcome(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Return the facts and the results of a run; None if it is not finished, or one of their files is damaged."""
-    facts, results = (read_json(folder / name) for name in _OUTCOME)
-    params = facts.get("point") if facts else None
-    if facts is None or results is None or not isinstance(params, dict) or not {"margin", "seed"} <= params.keys():
-        return None
-    return facts, results
+def read_facts_and_metrics(folder: Path) -> tuple[tuple[dict[str, Any], dict[str, float]] | None, Path | None]:
+    """Read what a finished run left.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        The facts, with the ``params`` of the run, and the metrics; None if the run is not finished or a file is
+        damaged. Then the damaged file, None if there is none.
+    """
+    run_file, results_file = folder / "run.json", folder / "results.json"
+    if not run_file.exists():
+        return None, None
+    facts, metrics = read_json(run_file), read_json(results_file)
+    if facts and "point" in facts:  # its name in earlier releases
+        facts["params"] = facts.pop("point")
+    params = facts.get("params") if facts else None
+    if facts is None or not isinstance(params, dict) or not _are_numbers(params.get(key) for key in ("margin", "seed")):
+        return None, run_file
+    if metrics is None or not _are_numbers(metrics.values()):
+        return None, results_file
+    return (facts, metrics), None
 
 
-def damaged_outcome(folder: Path) -> Path | None:
-    """Return the damaged file of a run that was finished; None if there is none."""
-    if not (folder / "run.json").exists() or read_outcome(folder) is not None:
-        return None
-    return next((folder / name for name in _OUTCOME if read_json(folder / name) is None), folder / "run.json")
-
-
-_OUTCOME = ("run.json", "results.json")
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -217,9 +233,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def _config(path: Path) -> dict[str, Any]:
     """Return the settings of a finished run."""
-    config = read_yaml(path)
-    if config is None or not {"checkpoint", "data", "model"} <= set(config):
-        raise damaged_config(path)
+    config = read_yaml(path) or {}
+    for section in (config.get(name) for name in ("checkpoint", "data", "model")):
+        if not isinstance(section, dict) or not isinstance(section.get("init_args", {}), dict):
+            raise damaged_config(path)
     return config
 
 
@@ -229,13 +246,3 @@ def damaged_config(path: Path) -> InputError:
         f"{path} is missing or damaged, but its run is finished; restore the file, or remove {path.parent} to train "
         "that run again."
     )
-
-
-def train_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``train_size`` and ``label_noise`` of a run, where they are set.
-
-    Args:
-        config: All settings of the run.
-    """
-    data = config["data"].get("init_args", {})
-    return {name: data[name] for name in ("train_size", "label_noise") if data.get(name)}

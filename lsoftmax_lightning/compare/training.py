@@ -32,7 +32,7 @@ from ..atomic import write_text
 from ..errors import InputError
 from .planning import Run
 from .provenance import machine_and_versions
-from .results import read_json, train_settings
+from .results import read_json
 
 _TERMINATION_TIMEOUT = 60  # seconds between SIGTERM and SIGKILL
 
@@ -50,7 +50,7 @@ class Job:
         resumed: Whether it continues from a checkpoint; its duration is then unknown.
         started: Time of the start, in seconds.
         steps: Number of optimiser steps done.
-        total_steps: Number of optimiser steps of the whole run.
+        total_steps: Number of optimiser steps of the whole run, infinite if it is unknown.
     """
 
     run: Run
@@ -66,25 +66,24 @@ class Job:
     def poll(self) -> None:
         """Read the progress from the file that the process writes."""
         try:
-            steps, total_steps = (self.run.folder / "progress").read_text().split()
-            self.steps, self.total_steps = float(steps), float(total_steps)
+            steps, total_steps = map(float, (self.run.folder / "progress").read_text().split())
         except (OSError, ValueError):  # not written yet, or damaged
             return
+        self.steps, self.total_steps = steps, total_steps if total_steps > 0 else math.inf  # run_length may be -1
 
     @property
     def fraction(self) -> float:
         """Fraction of the steps that are done."""
-        return self.steps / self.total_steps if self.total_steps else 0
+        return self.steps / self.total_steps
 
     def finish(self, facts: Mapping[str, str]) -> None:
         """Write ``run.json``, which also marks the run as finished."""
         content = {
-            "point": self.run.params,
+            "params": self.run.params,
             "steps": int(self.steps),
             "seconds": None if self.resumed else round(time.monotonic() - self.started, 1),
             "threads": self.threads,
             **facts,
-            **train_settings(self.run.config),
             **machine_and_versions(),
         }
         (self.run.folder / "progress").unlink(missing_ok=True)
@@ -105,23 +104,25 @@ def train(runs: Sequence[Run], jobs: int, folder: Path, facts: Mapping[str, str]
         The failed runs, each with the last line of its output.
 
     Raises:
-        InputError: If another process trains in the folder.
+        InputError: If another process trains in the folder, or its path is a file or in one.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"--folder: is a file or in one, got {folder}; choose a folder.") from error
+    try:
         with FileLock(folder / ".lock", timeout=0):
             return {run: _last_line(run) for run in _train(runs, jobs, facts)}
     except Timeout as error:
-        raise InputError(f"another comparison is at work in {folder}: wait for it, or choose a --folder.") from error
-    except FileExistsError as error:
-        raise InputError(f"--folder takes a folder, and {folder} is a file.") from error
+        raise InputError(f"--folder: is in use by another comparison, got {folder}; wait or choose another.") from error
 
 
 def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run]:
     """Train the runs that are not finished and return the failed ones."""
     waiting = deque(run for run in runs if not run.finished)
     num_done = len(runs) - len(waiting)
-    free_slots = list(range(min(jobs, len(runs))))
+    num_slots = min(jobs, len(waiting))
+    free_slots = list(range(num_slots))
     running: list[Job] = []
     failed: list[Run] = []
     columns = (
@@ -140,7 +141,7 @@ def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run
         try:
             while waiting or running:
                 while waiting and free_slots:
-                    running.append(_start(waiting.popleft(), free_slots.pop(0), jobs, progress))
+                    running.append(_start(waiting.popleft(), free_slots.pop(0), num_slots, progress))
                 time.sleep(0.2)
                 for job in list(running):
                     job.poll()
@@ -155,13 +156,13 @@ def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run
                     # a run that ended on SIGTERM may have exit code 0, but it has no results
                     if job.process.returncode == 0 and read_json(job.run.folder / "results.json") is not None:
                         job.finish(facts)
-                        outcome = _accuracy(job.run)
+                        status = _accuracy(job.run)
                     else:
                         failed.append(job.run)
-                        outcome = "failed"
-                    seconds = progress.tasks[0].time_remaining
+                        status = "failed"
+                    seconds = progress.tasks[progress.task_ids.index(all_runs)].time_remaining
                     remaining = f", {timedelta(seconds=round(seconds))} left" if seconds else ""
-                    progress.print(f"{job.run.folder.name}: {outcome} ({num_done} of {len(runs)} runs{remaining})")
+                    progress.print(f"{job.run.folder.name}: {status} ({num_done} of {len(runs)} runs{remaining})")
                 progress.update(all_runs, completed=num_done + sum(job.fraction for job in running))
         finally:
             for job in running:
@@ -174,14 +175,19 @@ def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run
     return failed
 
 
-def _start(run: Run, slot: int, jobs: int, progress: Progress) -> Job:
+def _start(run: Run, slot: int, num_slots: int, progress: Progress) -> Job:
     """Start the process of a run."""
-    resumed = (run.folder / "checkpoints" / "last.ckpt").is_file()
-    if not resumed:
-        shutil.rmtree(run.folder, ignore_errors=True)  # without a checkpoint it starts from the beginning
+    last = run.folder / "checkpoints" / "last.ckpt"
+    resumed = last.is_file()
+    if not resumed and run.folder.exists():
+        progress.print(f"{last} is missing: {run.folder} is removed, and its run starts from the beginning.")
+        shutil.rmtree(run.folder, ignore_errors=True)
     run.write_config()  # also over one that an interrupted call left incomplete
     (run.folder / "results.json").unlink(missing_ok=True)
-    environment = job_environment(slot, jobs)
+    environment = job_environment(slot, num_slots)
+    threads = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of the outermost level
+    num_threads = int(threads) if threads.isdecimal() else torch.get_num_threads()
+    task = progress.add_task(run.folder.name, total=None, unit="steps")
     with (run.folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "lsoftmax_lightning.compare.worker", str(run.folder), str(os.getpid())],
@@ -191,21 +197,20 @@ def _start(run: Run, slot: int, jobs: int, progress: Progress) -> Job:
             env=environment,
             start_new_session=True,
         )
-    task = progress.add_task(run.folder.name, total=None, unit="steps")
-    threads = int(environment.get("OMP_NUM_THREADS", torch.get_num_threads()))
-    return Job(run, slot, threads, process, task, resumed)
+    return Job(run, slot, num_threads, process, task, resumed)
 
 
-def job_environment(slot: int, jobs: int) -> dict[str, str]:
-    """Return the environment variables of a run: with several jobs, each has its own GPUs and cores."""
+def job_environment(slot: int, num_slots: int) -> dict[str, str]:
+    """Return the environment variables of a run: of several at once, each has its own GPUs and cores."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for what the settings import
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
+    if num_slots > 1:
+        if not environment.get("OMP_NUM_THREADS"):
+            environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // num_slots))
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
         if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[slot::jobs]) or devices[slot % len(devices)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[slot::num_slots]) or devices[slot % len(devices)]
     return environment
 
 

@@ -15,7 +15,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
 from ..class_names import names_by_index
-from ..geometry import target_angles
+from ..geometry import evenly_spaced, target_angles
 from ..heads import LSoftmaxLinear
 from ..metrics import PairVerification
 from .observer import HeadObserver
@@ -24,6 +24,7 @@ from .snapshots import ClassSnapshot, ConfusedImages, PairSnapshot, Snapshot
 
 _MAX_CLASSES = 100  # that can be told apart in a plot
 _STRIP_IMAGES = 12
+_GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 _THUMBNAIL_SIDE = 48  # pixels of an image in the projector, at most
 
 
@@ -47,16 +48,19 @@ class EvalCollector:
     """Collects from batches, on their device: all classes and predictions, some features, the most confused images.
 
     Args:
-        per_batch: Features and thumbnails to keep of each batch.
-        datamodule: Its ``mean`` and ``std`` say how images were normalised; without them, each image is scaled by its
-            own range.
-        limit: Largest number of features and thumbnails to keep. Beyond it, every other one is dropped, and
-            ``per_batch`` is halved.
+        max_samples: Largest number of features and thumbnails to keep.
+        datamodule: Datamodule; its ``mean`` and ``std`` undo the normalization. Without them each image is min-max
+            scaled.
+        num_batches: Number of batches, of each of which the first samples are kept. If it is infinite, at least half
+            of ``max_samples`` are kept, spread evenly over all samples.
     """
 
-    def __init__(self, per_batch: int, datamodule: object, limit: float = math.inf) -> None:
-        self._per_batch, self._limit = per_batch, limit
+    def __init__(self, max_samples: int, datamodule: object, num_batches: float = math.inf) -> None:
+        self._max_samples, self._num_batches = max_samples, num_batches
         self._mean, self._std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
+        self._num_seen = 0
+        self._fraction = 1.0  # of the samples to keep, if the number of batches is not known
+        self._keys = torch.empty(0, dtype=torch.float64)  # of the samples kept
         self._failed = False
         self._predictions: list[_Predictions] = []
         self._samples: list[_Samples] = []
@@ -71,30 +75,31 @@ class EvalCollector:
         """Add a batch.
 
         Args:
-            images: Images, ``(N, channels, height, width)``; anything else is shown as black.
+            images: Images, ``(N, channels, height, width)``; anything else is shown as black. Images in uint8 are shown
+                as they are. The first three channels are shown in colour, one or the first of two in grey.
             features: x, ``(N, D)``.
             logits: Plain logits, ``(N, C)``.
             target: Class of each sample, int64, ``(N,)``.
             weight: W, ``(C, D)``.
         """
-        failed, self._failed = self._failed, True  # until this batch is added
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            images = features.new_zeros(len(target), 1, 1, 1)
-        probabilities = logits.float().softmax(dim=1)
-        probability, prediction = probabilities.max(dim=1)
-        angles = target_angles(features, weight[target])
-        self._predictions.append(_Predictions(target, prediction, angles))
-        kept = slice(self._per_batch)
-        thumbnails = _thumbnails(self._to_bytes(images[kept]))
-        self._samples.append(_Samples(features[kept].float().clone(), target[kept], thumbnails))
-        if sum(len(batch.target) for batch in self._samples) > self._limit:
-            self._samples = [_Samples(*(column[::2].clone() for column in _concatenate(self._samples)))]
-            self._per_batch = max(1, self._per_batch // 2)
-        gap = probability - probabilities.gather(1, target.unsqueeze(1)).squeeze(1)
-        gap, rows = gap.topk(min(_STRIP_IMAGES, len(gap)))
-        confused = ConfusedImages(gap, target[rows], prediction[rows], angles[rows], self._to_bytes(images[rows]))
-        self._confused = confused if self._confused is None else _most_confused([self._confused, confused])
-        self._failed = failed
+        try:
+            if not isinstance(images, Tensor) or images.ndim != 4:
+                images = features.new_zeros(len(target), 1, 1, 1, dtype=torch.uint8)
+            kept = self._select(target)
+            thumbnails = _thumbnails(self._to_bytes(images[kept]))
+            self._samples.append(_Samples(features[kept].float().clone(), target[kept], thumbnails))
+            probabilities = logits.float().softmax(dim=1)
+            probability, prediction = probabilities.max(dim=1)
+            angles = target_angles(features, weight[target])
+            self._predictions.append(_Predictions(target, prediction, angles))
+            gap = probability - probabilities.gather(1, target.unsqueeze(1)).squeeze(1)
+            rows = _top_rows(gap)
+            images = self._to_bytes(images[rows])
+            confused = ConfusedImages(gap[rows], target[rows], prediction[rows], angles[rows], images)
+            self._confused = confused if self._confused is None else _most_confused([self._confused, confused])
+        except Exception:
+            self._failed = True
+            raise
 
     def snapshot(self, **fields: Any) -> ClassSnapshot:
         """Return the snapshot of all ranks, on the CPU; call it on all ranks.
@@ -116,16 +121,37 @@ class EvalCollector:
             **fields,
         )
 
+    def _select(self, target: Tensor) -> slice | Tensor:
+        """Return the rows of the next batch to keep, and drop earlier samples if there are too many."""
+        if self._num_batches != math.inf:
+            index = len(self._predictions)
+            start, end = (i * self._max_samples // self._num_batches for i in (index, index + 1))
+            return slice(int(end - start))
+        # Multiples of an irrational number modulo 1 are spread evenly over [0, 1), in whatever order classes come.
+        keys = (torch.arange(len(target), dtype=torch.float64) + self._num_seen) * _GOLDEN_RATIO % 1
+        self._num_seen += len(target)
+        found = torch.cat([self._keys, keys[keys < self._fraction]])
+        if len(found) > self._max_samples:
+            self._fraction = float(found.sort().values[max(1, self._max_samples // 2)])
+            if self._samples:
+                earlier = (self._keys < self._fraction).nonzero().squeeze(1).to(target.device)
+                self._samples = [_Samples(*(column[earlier] for column in _concatenate(self._samples)))]
+        self._keys = found[found < self._fraction]
+        return (keys < self._fraction).nonzero().squeeze(1).to(target.device)
+
     def _to_bytes(self, images: Tensor) -> Tensor:
         """Return images as uint8 in grey or colour."""
+        channels = slice(3 if images.shape[1] > 2 else 1)
+        if images.dtype == torch.uint8:
+            return images[:, channels].clone()  # not a view, which would keep the batch in memory
         images = images.float()
         if self._mean is not None and self._std is not None:
-            images = images * images.new_tensor(self._std).view(-1, 1, 1) + images.new_tensor(self._mean).view(-1, 1, 1)
+            std, mean = (images.new_tensor(values).view(-1, 1, 1) for values in (self._std, self._mean))
+            images = (images * std + mean)[:, channels]
         else:
+            images = images[:, channels]
             low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
             images = (images - low) / (high - low).clamp_min(1e-12)
-        if images.shape[1] not in (1, 3):
-            images = images[:, :1]
         return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -179,9 +205,10 @@ class SnapshotObserver(HeadObserver):
         ]
 
     def _start_collection(self, trainer: Trainer, num_batches: Sequence[float]) -> None:
-        self._collector = None
-        if self._sharing_observers(trainer)[:1] == [self]:
-            self._collector = eval_collector(self.max_samples, trainer, num_batches)
+        if not trainer.sanity_checking and next(iter(self._sharing_observers(trainer)), None) is self:
+            max_samples = math.ceil(self.max_samples / trainer.world_size)
+            datamodule = trainer.datamodule  # type: ignore[attr-defined]
+            self._collector = EvalCollector(max_samples, datamodule, sum(num_batches))
 
     def _end_collection(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         head = self.observed_head(pl_module)
@@ -194,14 +221,10 @@ class SnapshotObserver(HeadObserver):
         for observer in self._sharing_observers(trainer):
             observer.observe_snapshot(trainer, snapshot)
 
-
-def eval_collector(count: int, trainer: Trainer, num_batches: Sequence[float]) -> EvalCollector:
-    """Return a collector for the batches of an evaluation that keeps about ``count`` samples on all ranks together."""
-    per_rank, batches = math.ceil(count / trainer.world_size), sum(num_batches)
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    if batches == math.inf:  # data without a length
-        return EvalCollector(per_rank, datamodule, limit=per_rank)
-    return EvalCollector(max(1, math.ceil(count / (batches * trainer.world_size))), datamodule)
+    @override
+    def _detach(self) -> None:
+        super()._detach()
+        self._collector = None
 
 
 def collect_snapshot(
@@ -226,7 +249,7 @@ def collect_snapshot(
     }
     if trainer.strategy.reduce_boolean_decision(collector.is_complete):  # on all ranks
         names = names_by_index(datamodule)
-        shown = _shown_classes(head.num_classes)
+        shown = evenly_spaced(head.num_classes, _MAX_CLASSES)
         return collector.snapshot(
             weight=head.class_weights(shown.to(head.weight.device)).float().cpu(),
             shown=shown,
@@ -252,18 +275,17 @@ def _pair_snapshot(verification: PairVerification, cosines: Tensor, images: Any,
 
 def _hardest(hardness: Tensor, mask: Tensor) -> Tensor:
     indices = mask.nonzero().squeeze(1)
-    hardest: Tensor = indices[hardness[indices].topk(min(_STRIP_IMAGES // 2, len(indices))).indices]
-    return hardest
+    return indices[_top_rows(hardness[indices], _STRIP_IMAGES // 2)]
 
 
-def _shown_classes(num_classes: int) -> Tensor:
-    """Return the indices of all classes, or of a hundred evenly spaced ones."""
-    return torch.linspace(0, num_classes - 1, min(num_classes, _MAX_CLASSES)).round().long()
+def _top_rows(values: Tensor, count: int = _STRIP_IMAGES) -> Tensor:
+    """Return the indices of the largest values in descending order."""
+    return values.topk(min(count, len(values))).indices
 
 
 def _most_confused(batches: Sequence[ConfusedImages]) -> ConfusedImages:
     confused = ConfusedImages(*_concatenate(batches))
-    rows = confused.confidence_gap.topk(min(_STRIP_IMAGES, len(confused.confidence_gap))).indices
+    rows = _top_rows(confused.confidence_gap)
     return ConfusedImages(*(column[rows] for column in confused))
 
 

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import compare
 from lsoftmax_lightning.compare.planning import Run, plan
-from lsoftmax_lightning.compare.training import Job, job_environment
+from lsoftmax_lightning.compare.training import Job, job_environment, train
 from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.errors import InputError, RunError
 
@@ -207,7 +207,10 @@ def test_missing_data_are_reported_before_training(
 
 def test_two_comparisons_do_not_share_a_folder() -> None:
     Path("mine").mkdir()
-    with FileLock("mine/.lock"), pytest.raises(InputError, match="another comparison is at work"):
+    with (
+        FileLock("mine/.lock"),
+        pytest.raises(InputError, match=r"^--folder: is in use by another comparison, got .*/mine; wait"),
+    ):
         compare("digits", [1], [0], SHORT, folder="mine")
 
 
@@ -221,6 +224,89 @@ def test_jobs_divide_devices_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OMP_NUM_THREADS" not in job_environment(0, 1)
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "3")
     assert job_environment(0, 4)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "")
+    assert job_environment(0, 4)["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(("threads", "expected"), [("4,2", 4), ("", 8), ("x", 8)])
+def test_any_number_of_threads_that_openmp_takes_starts_a_run(
+    threads: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(monkeypatch)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert not train([Run(tmp_path / "m1-s0", {}, {})], 1, tmp_path, {})
+    assert json.loads((tmp_path / "m1-s0" / "run.json").read_text())["threads"] == expected
+
+
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """Let runs end at once, and return the list of the environments in which they are started."""
+    environments: list[dict[str, str]] = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, args: list[str], env: dict[str, str], **kwargs: Any) -> None:
+            environments.append(env)
+            (Path(args[3]) / "results.json").write_text('{"test/acc": 0.5}')
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr("lsoftmax_lightning.compare.training.subprocess.Popen", Process)
+    return environments
+
+
+def test_jobs_divide_devices_and_cores_among_the_runs_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments = started(monkeypatch)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 16)
+    runs = [Run(tmp_path / f"m1-s{seed}", {"margin": 1, "seed": seed}, {}) for seed in range(3)]
+    train(runs[:1], 8, tmp_path, {})
+    train(runs, 8, tmp_path, {})
+    first, *others = [(env.get("OMP_NUM_THREADS"), env["CUDA_VISIBLE_DEVICES"]) for env in environments]
+    assert first == (None, "0,1,2,3")
+    assert others == [("8", "0,2"), ("8", "1,3")]
+
+
+@pytest.mark.parametrize("name", ["file", "file/sub", "file/sub/sub"])
+def test_a_folder_that_is_a_file_or_in_one_is_an_input_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=f"^--folder: is a file or in one, got {tmp_path}/{name}; choose a folder"):
+        train([], 1, tmp_path / name, {})
+
+
+def test_a_file_with_the_name_of_a_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m1-s0").write_text("mine")
+    with pytest.raises(InputError, match=f"^--folder: has a file with the name of a run, got {tmp_path}/m1-s0; move"):
+        plan(["digits"], [1], [0], SHORT, {}, tmp_path)
+    assert (tmp_path / "m1-s0").read_text() == "mine"
+
+
+def test_an_error_in_a_run_is_not_one_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise FileExistsError("of the run")
+
+    monkeypatch.setattr("lsoftmax_lightning.compare.training.subprocess.Popen", fail)
+    with pytest.raises(FileExistsError, match="of the run"):
+        train([Run(tmp_path / "m1-s0", {}, {})], 1, tmp_path, {})
+
+
+def test_a_run_without_a_last_checkpoint_says_what_it_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started(monkeypatch)
+    best = tmp_path / "m1-s0" / "checkpoints" / "best.ckpt"
+    best.parent.mkdir(parents=True)
+    best.write_text("")
+    (tmp_path / "m1-s0" / "run.json").write_text("{")
+    train([Run(tmp_path / "m1-s0", {"margin": 1, "seed": 0}, {})], 1, tmp_path, {})
+    assert not best.exists()
+    printed = "".join(capsys.readouterr().out.split())
+    assert f"{tmp_path}/m1-s0isremoved,anditsrunstartsfromthebeginning" in printed
 
 
 def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_continues() -> None:
@@ -287,3 +373,11 @@ def test_damaged_progress_files_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "progress").write_text("3 9")
     job.poll()
     assert (job.steps, job.total_steps) == (3, 9)
+
+
+@pytest.mark.parametrize("total", ["-1", "inf", "0"])
+def test_a_run_of_unknown_length_has_no_fraction(total: str, tmp_path: Path) -> None:
+    (tmp_path / "progress").write_text(f"500 {total}")
+    job = Job(Run(tmp_path, {}, {}), 0, 1, process=None, task=TaskID(0), resumed=False)  # type: ignore[arg-type]
+    job.poll()
+    assert (job.steps, job.total_steps, job.fraction) == (500, math.inf, 0)

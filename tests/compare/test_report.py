@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.progress import TaskID
 from torch.utils.tensorboard import SummaryWriter
 
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import report
 from lsoftmax_lightning.compare.figures import draw
-from lsoftmax_lightning.compare.planning import Run
 from lsoftmax_lightning.compare.results import read
-from lsoftmax_lightning.compare.training import Job
 from lsoftmax_lightning.errors import InputError
 
 from ..helpers.training import file_size_limit
@@ -35,9 +32,9 @@ def write_run(
 ) -> None:
     run = folder / f"{margin} {seed} {swept}"
     run.mkdir(parents=True)
-    point = {"margin": margin, **(swept or {}), "seed": seed}
+    params = {"margin": margin, **(swept or {}), "seed": seed}
     facts = {"steps": 7, "seconds": 1.5, "threads": 1, "command": "the command", "machine": "M", "torch": "2.6"}
-    (run / "run.json").write_text(json.dumps({"point": point, **facts}))
+    (run / "run.json").write_text(json.dumps({"params": params, **facts}))
     (run / "results.json").write_text(json.dumps({"test/acc": accuracy, "test/angle": 10.0 / margin, "val/acc": 0.5}))
     config = {
         "checkpoint": {"monitor": "val/acc", "mode": "max"},
@@ -209,13 +206,10 @@ def test_the_notes_say_how_many_images_and_which_labels(tmp_path: Path) -> None:
 
 def test_the_facts_of_a_run_state_them(tmp_path: Path) -> None:
     for name, settings in (("plain", {"label_noise": 0.0}), ("noisy", {"train_size": 0.5, "label_noise": 0.2})):
-        (tmp_path / name).mkdir()
-        run = Run(tmp_path / name, {"margin": 2, "seed": 0}, {"data": {"init_args": {"batch_size": 8} | settings}})
-        process: Any = None
-        job = Job(run, slot=0, threads=1, process=process, task=TaskID(0), resumed=False)
-        job.finish({"command": "the command"})
-        facts = json.loads((tmp_path / name / "run.json").read_text())
-        stated = {key: facts[key] for key in ("train_size", "label_noise") if key in facts}
+        data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8} | settings}
+        write_run(tmp_path / name, 2, 0, 0.9, data=data)
+        (run,) = read(tmp_path / name)
+        stated = {key: run.facts[key] for key in ("train_size", "label_noise") if key in run.facts}
         assert stated == (settings if name == "noisy" else {})
 
 
@@ -235,7 +229,17 @@ def test_formulas_are_quoted_in_the_results_and_numbers_are_not(tmp_path: Path) 
     assert found == ["'=1+1", "'-x", "-0.1", "-2", "-1.5"]
 
 
-DAMAGES = [b"", b"\x00" * 40, b"caf\xe9", b'{"point": {"marg', b"[1]", b'{"point": [{}]}', b'{"point": {"seed": 0}}']
+DAMAGES = [
+    b"",
+    b"\x00" * 40,
+    b"caf\xe9",
+    b'{"params": {"marg',
+    b"[1]",
+    b'{"point": [{}]}',
+    b'{"params": [{}]}',
+    b'{"params": {"seed": 0}}',
+    b'{"params": {"seed": 0, "margin": "1"}}',
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -251,7 +255,32 @@ def test_a_run_with_a_damaged_outcome_is_left_out_with_a_warning(damage: bytes, 
         assert len(report(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x00" * 40, b"caf\xe9", b"data: [", b"text", b"data: {}\n"])
+@pytest.mark.parametrize("metrics", ['{"test/acc": null}', '{"test/acc": "0.5"}', '{"test/acc": [0.5]}', "[]", "{"])
+def test_damaged_metrics_are_named(metrics: str, tmp_path: Path) -> None:
+    for margin in (1, 2):
+        write_run(tmp_path, margin, 0, 0.5)
+    (tmp_path / "2 0 None" / "results.json").write_text(metrics)
+    with pytest.warns(UserWarning, match=r"2 0 None/results\.json is missing or damaged; its run is left out"):
+        assert len(report(tmp_path)) == 1
+
+
+def test_runs_of_earlier_releases_are_read(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.5, {"model.x": 3})
+    rows = report(tmp_path)
+    (path,) = tmp_path.glob("*/run.json")
+    path.write_text(path.read_text().replace('"params"', '"point"'))
+    assert report(tmp_path) == rows
+    assert rows[0]["model.x"] == 3
+
+
+CUT = b"checkpoint: {}\ndata:\n  class_path: A\nmodel:"
+NO_ARGUMENTS = b"checkpoint: {}\ndata: {class_path: A, init_args: null}\nmodel: {class_path: B}\n"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"\x00" * 40, b"caf\xe9", b"data: [", b"text", b"data: {}\n", CUT, CUT + b" text", NO_ARGUMENTS],
+)
 def test_a_finished_run_with_a_damaged_config_is_an_error_that_says_what_to_do(damage: bytes, tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5)
     (tmp_path / "1 0 None" / "config.yaml").write_bytes(damage)
@@ -288,7 +317,7 @@ def test_a_report_of_the_rows_has_the_table_of_the_runs(tmp_path: Path, capsys: 
     data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8}}
     for margin in (1, 4):
         for seed in (0, 1, 2):
-            for value in (0, 0.1, "a", [1, "x"], True, None, "=1", "'a'", "a|b"):
+            for value in (0, 0.1, "a", [1, "x"], True, None, "=1", "'a'", "a|b", ""):
                 accuracy = 0.5 + margin / 30 + seed / 70
                 write_run(tmp_path / "runs", margin, seed, accuracy, {"model.x": value}, data, backbone="mnist")
     report(tmp_path / "runs")
@@ -297,7 +326,7 @@ def test_a_report_of_the_rows_has_the_table_of_the_runs(tmp_path: Path, capsys: 
     table = (tmp_path / "runs" / "table.md").read_text()
     assert capsys.readouterr().out.strip() == table.strip()
     assert "99.69*" in table
-    assert len(rows) == 54
+    assert len(rows) == 60
     (tmp_path / "runs" / "bom.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "runs" / "results.csv").read_bytes())
     assert report(tmp_path / "runs" / "bom.csv") == rows
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
@@ -305,6 +334,20 @@ def test_a_report_of_the_rows_has_the_table_of_the_runs(tmp_path: Path, capsys: 
     main(["compare", "--report", str(tmp_path / "runs" / "results.csv"), "--folder", str(tmp_path / "new")])
     assert (tmp_path / "new" / "results.csv").read_text() == (tmp_path / "runs" / "results.csv").read_text()
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"results.csv", "table.md", "accuracy.png"}
+
+
+def test_metrics_of_any_name_are_read_from_rows(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.5)
+    next(tmp_path.glob("*/results.json")).write_text('{"test/acc": 0.5, "accuracy": 0.25}')
+    report(tmp_path)
+    (run,) = read(tmp_path / "results.csv")
+    assert run.metrics == {"test/acc": 0.5, "accuracy": 0.25}
+    (tmp_path / "by_hand.csv").write_text("margin,seed,test/acc,machine\n2,0,0.5,M\n")
+    report([tmp_path / "by_hand.csv", tmp_path / "results.csv"], tmp_path / "both")
+    assert {run.margin: dict(run.metrics) for run in read(tmp_path / "both" / "results.csv")} == {
+        1: run.metrics,
+        2: {"test/acc": 0.5},
+    }
 
 
 def test_several_comparisons_are_reported_together(tmp_path: Path) -> None:
@@ -367,6 +410,43 @@ def test_averaged_settings_pair_the_runs(tmp_path: Path) -> None:
         assert first[1:4] == ["3", "80.00 ± 10.00", "-"]
         assert second[1:4] == ["3", "82.00 ± 10.54", "+2.00 (-0.48 to +4.48)"]
         assert "paired by seed and data.fold" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["data.train_size", "data.init_args.train_size"])
+def test_an_averaged_setting_may_be_one_of_the_facts(name: str, tmp_path: Path) -> None:
+    for size, gap in ((1000, 0.01), (None, 0.03)):  # all images are those of the paper, whose accuracy is not shown
+        data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": size}}
+        for margin in (1, 2):
+            write_run(tmp_path, margin, 0, 0.9 + gap * (margin - 1), {name: size}, data, backbone="mnist")
+    report(tmp_path, average=[name])  # of runs that a --sweep trained
+    swept = (tmp_path / "table.md").read_text()
+    for path in tmp_path.glob("*/run.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"averaged": name}))
+    for source in (tmp_path, tmp_path / "results.csv"):
+        report(source, tmp_path)
+        assert (tmp_path / "table.md").read_text() == swept
+        header, _, *lines = cells(tmp_path)
+        assert header[:3] == ["m", "runs", "test accuracy, %"]
+        assert [(*line[:2], line[3].partition(" ")[0], line[-1]) for line in lines] == [
+            ("1", "2", "-", "-"),
+            ("2", "2", "+2.00", "-"),
+        ]
+
+
+def test_averaged_settings_of_data_and_model_explain_their_facts(tmp_path: Path) -> None:
+    for size in (8, 16):
+        for backbone in ("digits", "mnist"):
+            data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": size}}
+            write_run(tmp_path, 1, 0, 0.9, {"data.batch_size": size, "model.backbone": backbone}, data, False, backbone)
+    report(tmp_path, average=["data.batch_size", "model.backbone"])
+    assert cells(tmp_path)[2][:2] == ["1", "4"]
+
+
+def test_equal_averaged_values_pair_the_runs(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.8, {"model.x": 0})
+    write_run(tmp_path, 2, 0, 0.9, {"model.x": 0.0})
+    report(tmp_path, average=["model.x"])
+    assert cells(tmp_path)[3][3] == "+10.00"
 
 
 def test_averages_hold_for_all_runs(tmp_path: Path) -> None:
@@ -462,5 +542,5 @@ def test_long_and_equal_names_of_figures_do_not_overwrite_each_other(tmp_path: P
 def test_another_file_than_rows_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text(content)
-    with pytest.raises(InputError, match=r"--report: (needs a folder or results\.csv|no run in)"):
+    with pytest.raises(InputError, match=r"--report: (not a valid results\.csv, got .*other\.csv \(|no run in)"):
         report(path)

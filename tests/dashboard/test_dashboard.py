@@ -1,6 +1,7 @@
 """The dashboard, read back from its event files and folders."""
 
 import csv
+import gc
 import io
 import os
 import re
@@ -8,6 +9,7 @@ import struct
 import time
 import warnings
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +31,7 @@ from lsoftmax_lightning.callbacks import Dashboard, MarginMonitor
 from lsoftmax_lightning.dashboard.baseline import softmax_angles
 from lsoftmax_lightning.dashboard.collector import EvalCollector
 from lsoftmax_lightning.dashboard.panels import draw
-from lsoftmax_lightning.dashboard.snapshots import Snapshot
+from lsoftmax_lightning.dashboard.snapshots import ClassSnapshot, Snapshot
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.errors import DivergenceError, InputError
 from lsoftmax_lightning.geometry import target_angles
@@ -312,7 +314,7 @@ def test_no_error_in_a_plot_ends_a_run(place: str, what: str, left: set[str], mo
 
 
 def test_an_evaluation_with_an_error_has_no_plots_of_a_part_of_it() -> None:
-    collector, features, target = EvalCollector(4, None), torch.randn(4, 2), torch.arange(4) % 2
+    collector, features, target = EvalCollector(12, None, 3), torch.randn(4, 2), torch.arange(4) % 2
     batch = (features, features @ torch.eye(2), target, torch.eye(2))
     collector.update(torch.rand(4, 1, 2, 2), *batch)
     assert collector.is_complete
@@ -392,7 +394,7 @@ def test_data_without_a_length_are_drawn() -> None:
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 50])
 def test_a_sample_without_a_known_length_is_spread_over_all_batches(batches: int) -> None:
-    collector = EvalCollector(12, None, limit=12)
+    collector = EvalCollector(12, None)
     for batch in range(batches):
         features = torch.full((20, 1), float(batch))
         logits = torch.zeros(20, 2)
@@ -452,7 +454,7 @@ def test_classes_without_a_name_have_their_index(names: Any, expected: list[str]
 
 
 def test_of_many_classes_a_hundred_are_shown() -> None:
-    collector = EvalCollector(400, None)
+    collector = EvalCollector(400, None, 1)
     names = [f"class {index}" for index in range(150)]
     generator = torch.Generator().manual_seed(0)
     target, features = torch.arange(300) % 150, torch.randn(300, 8, generator=generator)
@@ -497,11 +499,13 @@ class Norm:
         ((1, 8, 8), Norm(0.13, 0.3)),
         ((4, 8, 8), None),
         ((4, 8, 8), Norm([0.5] * 4, [0.2] * 4)),
+        ((2, 8, 8), None),
         ((), None),
+        ((), Norm((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))),
     ],
 )
 def test_images_of_any_kind_are_shown(shape: tuple[int, ...], norm: Any) -> None:
-    collector, weight = EvalCollector(2, norm), torch.eye(3)
+    collector, weight = EvalCollector(4, norm, 2), torch.eye(3)
     for _ in range(2):
         images = torch.randn(5, *shape) if shape else {"not": "images"}
         collector.update(
@@ -517,11 +521,98 @@ def test_images_of_any_kind_are_shown(shape: tuple[int, ...], norm: Any) -> None
         shown=torch.arange(3),
         class_names=("a", "b", "c"),
     )
+    channels = 3 if shape and shape[0] > 2 else 1
     height, width = {(): (1, 1), (3, 60, 90): (32, 48)}.get(shape, (8, 8))
-    assert snapshot.thumbnails.shape == (4, 1 if shape in ((), (4, 8, 8)) else shape[0], height, width)
+    assert snapshot.thumbnails.shape == (4, channels, height, width)
+    if not shape:
+        assert not snapshot.thumbnails.any()
     assert int((snapshot.confused.confidence_gap > 0).sum()) == 2  # the two mistakes of two batches
     assert len(list(draw(snapshot))) == 6
     assert snapshot.embedding()["label_img"].shape[1] == 3
+
+
+def snapshot_of(collector: EvalCollector) -> ClassSnapshot:
+    fields = {"stage": "val", "step": 1, "margin": 2, "lambda_": 0.0, "nearest_angle": 90.0}
+    return collector.snapshot(**fields, class_names="ab", shown=torch.arange(2), weight=torch.ones(2, 1))
+
+
+def collect(collector: EvalCollector, images: torch.Tensor, features: torch.Tensor) -> None:
+    count = len(images)
+    target = torch.zeros(count, dtype=torch.long)
+    collector.update(images, features, torch.zeros(count, 2), target, torch.ones(2, 1))
+
+
+def test_images_in_uint8_and_with_an_alpha_channel_keep_their_colours() -> None:
+    images = torch.randint(256, (6, 4, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[:, :3, 0, 0], images[:, :3, 0, 1] = 0, 255
+    norm = Norm((0.5, 0.4, 0.3, 0.5), (0.2, 0.3, 0.4, 0.5))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (norm.mean, norm.std))
+    for given, datamodule in (
+        (images, None),
+        (images, norm),
+        (images / 255, None),
+        ((images / 255 - mean) / std, norm),
+    ):
+        collector = EvalCollector(6, datamodule, 1)
+        collect(collector, given, torch.ones(6, 1))
+        assert torch.equal(snapshot_of(collector).thumbnails, images[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("batches", "expected"), [(1, 20), (7, 100), (30, 100), (99, 100), (100, 100), (101, 100), (1000, 100)]
+)
+def test_no_more_samples_than_allowed_are_kept_of_a_known_length(batches: int, expected: int) -> None:
+    collector = EvalCollector(100, None, batches)
+    for batch in range(batches):
+        collect(collector, torch.zeros(20, 1, 1, 1), torch.full((20, 1), float(batch)))
+    kept = snapshot_of(collector).features.flatten()
+    assert len(kept) == expected
+    quarters = torch.histc(kept, 4, 0, batches)
+    assert batches < 4 or quarters.max() - quarters.min() <= 20
+
+
+@pytest.mark.parametrize(("batches", "size"), [(4000, 4), (200, 64), (2, 5000), (500, 7)])
+@pytest.mark.parametrize("classes", [2, 8, 10])
+def test_samples_of_an_unknown_length_are_of_all_its_parts_and_classes(batches: int, size: int, classes: int) -> None:
+    collector = EvalCollector(500, None)
+    for batch in range(batches):
+        indices = torch.arange(batch * size, (batch + 1) * size, dtype=torch.float64)
+        collect(collector, torch.zeros(size, 1, 1, 1), torch.stack([indices / (batches * size), indices % classes], 1))
+    kept = snapshot_of(collector).features
+    assert 250 <= len(kept) <= 500
+    quarters = torch.histc(kept[:, 0], 4, 0, 1)
+    assert quarters.max() - quarters.min() <= 0.1 * quarters.mean()
+    counts = torch.bincount(kept[:, 1].long())  # classes that follow each other
+    assert len(counts) == classes
+    assert counts.max() - counts.min() <= 0.3 * counts.float().mean()
+
+
+@pytest.mark.parametrize("error", [None, ValueError("the first")])
+def test_a_collection_is_released_and_none_is_made_of_the_sanity_check(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collectors: set[weakref.ref[EvalCollector]] = set()
+    update = EvalCollector.update
+
+    def spy(self: EvalCollector, *args: Any) -> None:
+        assert not trainer.sanity_checking
+        collectors.add(weakref.ref(self))
+        update(self, *args)
+
+    class Fail(Callback):
+        def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+            if error is not None and not trainer.sanity_checking:
+                raise error
+
+    monkeypatch.setattr(EvalCollector, "update", spy)
+    trainer, _ = with_logger(callbacks=[Fail()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "The '.*' does not have many workers")
+        with pytest.raises(ValueError, match="the first") if error else nullcontext():
+            trainer.fit(make_model(), BlobsDataModule())
+    gc.collect()
+    assert [collector() for collector in collectors] == [None]
 
 
 def test_pairs_of_images_have_their_own_plots(tmp_path: Path) -> None:
