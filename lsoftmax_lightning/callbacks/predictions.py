@@ -62,8 +62,8 @@ class Predictions(Callback):
         folder = trainer.log_dir if trainer.loggers else None  # a collective: every rank must read it
         if self.output is None and folder is None:
             raise InputError(
-                "predictions.output: without a logger there is no folder of the run (fast_dev_run disables the loggers), "
-                "got None; name a file."
+                "predictions.output: without a logger there is no folder of the run, and fast_dev_run disables all "
+                "loggers, got None; name a file."
             )
         self._path = Path(self.output or Path(str(folder), "predictions.csv"))
         if self._path.suffix == ".parquet" and not find_spec("pyarrow"):

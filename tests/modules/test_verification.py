@@ -76,7 +76,7 @@ def test_each_image_is_embedded_once(data: LFWFoldDataModule) -> None:
 
 def test_a_partial_evaluation_gives_nan(data: LFWFoldDataModule) -> None:
     trainer = make_trainer(limit_test_batches=1)
-    with pytest.warns(UserWarning, match="were not embedded"):
+    with pytest.warns(UserWarning, match="have missing or non-finite embeddings"):
         (results,) = trainer.test(make(data), data, verbose=False)
     assert all(math.isnan(value) for value in results.values())
 
