@@ -162,7 +162,12 @@ def _read_content(path: str | Path) -> dict[str, Any]:
     with local_file(path) as file:
         content: Any = _load(path, file)
     weights = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else content
-    if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
+    # get_extra_state of a module may return anything; what is not safe was refused before
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(w, Tensor) or str(name).endswith("_extra_state") for name, w in weights.items())
+    ):
         raise InputError(f"{path} has no state_dict, or one that has more than tensors in it.")
     check_format(content)
     return content  # type: ignore[no-any-return]
@@ -244,24 +249,24 @@ def warm_start(model: Any, path: str | Path) -> None:
         InputError: If the file cannot be read, contains another backbone, or has several matrices that may be the
             classifier's weight.
     """
-    saved: dict[str, Tensor] = read(path)["state_dict"]
+    saved: dict[str, Any] = read(path)["state_dict"]
     backbone = model.backbone.state_dict()
     # the prefix of the names in the file is the one that matches most weights
     prefixes = Counter(key.removesuffix(name) for key in saved for name in backbone if f".{key}".endswith(f".{name}"))
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
     loaded = {name: saved[prefix + name] for name in backbone if prefix + name in saved}
-    wrong = [name for name, weight in backbone.items() if name not in loaded or loaded[name].shape != weight.shape]
+    wrong = [name for name, weight in backbone.items() if name not in loaded or _shape(loaded[name]) != _shape(weight)]
     if wrong:
         name = wrong[0]
-        found = f"shape {tuple(loaded[name].shape)}" if name in loaded else "no weight"
+        found = f"shape {_shape(loaded[name])}" if name in loaded else "no weight"
         raise InputError(
             f"warm_start: {path} must have the weights of this backbone, got {found} for {name} of shape "
-            f"{tuple(backbone[name].shape)}"
+            f"{_shape(backbone[name])}"
             + (f" and a mismatch for {len(wrong)} of {len(backbone)} weights" if len(wrong) > 1 else "")
             + "; set the backbone to that of the file."
         )
     others = {name: weight for name, weight in saved.items() if name not in {prefix + name for name in backbone}}
-    classifiers = [name for name, weight in others.items() if weight.shape == model.head.weight.shape]
+    classifiers = [name for name, weight in others.items() if _shape(weight) == _shape(model.head.weight)]
     if len(classifiers) > 1:
         raise InputError(
             f"warm_start: {path} must have one weight with the shape of the head's, got several: "
@@ -276,3 +281,8 @@ def warm_start(model: Any, path: str | Path) -> None:
     initialized = "" if classifiers else f" The head of {tuple(model.head.weight.shape)} is randomly initialized."
     dropped = f" Dropped: {', '.join(others)}." if others else ""
     rank_zero_info(f"Warm start from {path}: loaded {names}.{initialized}{dropped}")
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a weight; None for the extra state of a module."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None

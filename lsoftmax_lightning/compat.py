@@ -99,6 +99,15 @@ def kill_launched_ranks(trainer: Trainer, seconds: float) -> None:
         launcher.kill(signal.SIGKILL)
 
 
+def current_datamodule(trainer: Trainer) -> LightningDataModule | None:
+    """Return the datamodule of the current run, or None if it has plain dataloaders (Lightning 2.6.6).
+
+    ``trainer.datamodule`` is still that of an earlier run then.
+    """
+    selector = trainer._data_connector._datahook_selector
+    return selector.datamodule if selector else None
+
+
 def trainer_of(module: LightningModule) -> Trainer | None:
     """Return the Trainer that a module is attached to; ``module.trainer`` raises if there is none (Lightning 2.6.6)."""
     trainer: Trainer | None = module._trainer

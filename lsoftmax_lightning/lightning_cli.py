@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
@@ -259,10 +260,12 @@ class LSoftmaxCLI(CommandLine):
         if spec is not None and isinstance(self.model, modules.LSoftmaxModule):
             self.model.data_spec = spec
             self.model.check_data(self.datamodule, training=self.subcommand == "fit")
-        saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        weights = {name: w for name, w in checkpoint["state_dict"].items() if isinstance(w, Tensor)}
+        saved = {name: tuple(weight.shape) for name, weight in weights.items()}
         expected = {
             name: saved.get(name) if is_lazy(weight) else tuple(weight.shape)
             for name, weight in self.model.state_dict(keep_vars=True).items()
+            if isinstance(weight, Tensor)  # not the extra state of a module
         }
         for name in [*saved, *expected]:
             if saved.get(name) != expected.get(name):

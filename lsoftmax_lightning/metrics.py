@@ -27,7 +27,8 @@ class ClassAngles(Metric):
     ``centre_angle_mean``, ``_nearest`` and ``_min``, the :func:`~lsoftmax_lightning.geometry.separation` of the mean
     directions of the classes; ``feature_norm``, the mean norm of a feature; and ``segment_0`` to ``segment_{m-1}``, the
     fraction of samples in each segment k of psi (section 3.2), the last of them furthest from their class. All are
-    exact for batches and ranks of any size. Without samples the dict is empty.
+    exact for batches and ranks of any size. Without samples the dict is empty. The states are float32 or integers, also
+    in a module of half precision.
 
     Args:
         num_classes: C.
@@ -39,18 +40,20 @@ class ClassAngles(Metric):
     is_differentiable = False
     full_state_update = False
 
-    angle: Tensor
-    norm: Tensor
+    count: Tensor
+    angle_sum: Tensor
+    norm_sum: Tensor
     segments: Tensor
-    directions: Tensor
+    direction_sums: Tensor
 
     def __init__(self, num_classes: int, in_features: int, margin: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.margin = margin
-        self.add_state("angle", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("norm", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("segments", torch.zeros(margin), dist_reduce_fx="sum")
-        self.add_state("directions", torch.zeros(num_classes, in_features), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("angle_sum", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("norm_sum", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("segments", torch.zeros(margin, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("direction_sums", torch.zeros(num_classes, in_features), dist_reduce_fx="sum")
 
     @override
     def update(self, features: Tensor, weight: Tensor, target: Tensor) -> None:
@@ -62,23 +65,27 @@ class ClassAngles(Metric):
             target: Class of each sample, int64, ``(N,)``.
         """
         angles = target_angles(features, weight[target])
-        self.angle += angles.sum()
-        self.norm += torch.linalg.vector_norm(features.float(), dim=1).sum()
-        self.segments += segment_counts(angles, self.margin)
-        self.directions.index_add_(0, target, normalize(features.float()))
+        # Not in place, for the reasons in MeanLoss; except in the table of all classes, which takes long to copy.
+        self.count = self.count + len(target)
+        self.angle_sum = self.angle_sum + angles.sum()
+        self.norm_sum = self.norm_sum + torch.linalg.vector_norm(features.float(), dim=1).sum()
+        self.segments = self.segments + segment_counts(angles, self.margin).long()
+        direction_sums = self.direction_sums.float()
+        if direction_sums.is_inference() and not torch.is_inference_mode_enabled():
+            direction_sums = direction_sums.clone()
+        self.direction_sums = direction_sums.index_add_(0, target, normalize(features.float()))
 
     @override
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics by name."""
-        count = self.segments.sum()
-        if not count:
+        if not self.count:
             return {}
-        centres = separation(self.directions[self.directions.any(dim=1)])  # of the classes that were seen
+        centres = separation(self.direction_sums[self.direction_sums.any(dim=1)])  # of the classes that were seen
         return {
-            "angle": self.angle / count,
-            "feature_norm": self.norm / count,
+            "angle": self.angle_sum / self.count,
+            "feature_norm": self.norm_sum / self.count,
             **{f"centre_angle_{name}": angle for name, angle in centres._asdict().items()},
-            **{f"segment_{k}": fraction for k, fraction in enumerate(self.segments / count)},
+            **{f"segment_{k}": fraction for k, fraction in enumerate(self.segments / self.count)},
         }
 
 
@@ -104,6 +111,8 @@ class MeanLoss(Metric):
     @override
     def update(self, loss: Tensor, size: int) -> None:
         """Add the mean loss, 0-d, of a batch of ``size`` samples."""
+        if not size:  # the mean of an empty batch is NaN
+            return
         # Not in place: a Trainer may validate in inference mode and then train outside it. The state itself may be in
         # half precision (with bf16-true, for example), so the loss is added in at least float32.
         self.total = self.total + loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * size
@@ -139,8 +148,8 @@ class PairVerification(Metric):
         cosines: Cosine of each scored pair, float64, in their order; None before ``compute``, or if it returned NaN.
 
     Raises:
-        InputError: If no scored pair is the same or none is different, or there are no other pairs to fit on, or too
-            few images for the PCA.
+        InputError: If the scored pairs, or those that the threshold of a fold is fitted on, are not both same and
+            different, or there are too few images for the PCA.
 
     Example:
         >>> import torch
@@ -154,7 +163,6 @@ class PairVerification(Metric):
     """
 
     is_differentiable = False
-    higher_is_better = True
     full_state_update = False
 
     embeddings: list[Tensor]
@@ -166,21 +174,27 @@ class PairVerification(Metric):
         scored_same = pairs.same[pairs.is_scored]
         if not 0 < scored_same.sum() < len(scored_same):
             raise InputError(
-                "pairs: must have same (1) and different (0) ones in folds 1, 2, ..., got "
-                f"{int(scored_same.sum())} same ones of {len(scored_same)}."
-            )
-        if len(torch.unique(pairs.fold)) < 2:
-            raise InputError(
-                "pairs: must have another fold to fit the threshold on, got a single one; give some pairs fold 0, or "
-                "make more folds."
+                "pairs: scored folds must contain both same and different pairs, got "
+                f"{int(scored_same.sum())} same ones of {len(scored_same)}; choose other pairs."
             )
         self.pairs = pairs.cpu()
+        for fold in self._scored_folds():
+            fitted_same = self.pairs.same[self.pairs.fold != fold]
+            if not 0 < fitted_same.sum() < len(fitted_same):
+                raise InputError(
+                    f"pairs: the threshold of fold {fold} needs both same and different pairs in another fold to fit "
+                    f"on, got {int(fitted_same.sum())} same ones of {len(fitted_same)}; give some pairs fold 0, or "
+                    "make more folds."
+                )
         self.cosines = None
         self.pca_components = pca_components
         if pca_components is not None:
-            fewest = min(len(self._pca_image_ids(self.pairs.fold == fold)) for fold in self._scored_folds())
-            if not 1 <= pca_components <= fewest:
-                raise InputError(f"pca_components must be 1 to {fewest}, the images to fit on, got {pca_components}.")
+            min_fit_images = min(len(self._pca_image_ids(self.pairs.fold == fold)) for fold in self._scored_folds())
+            if not 1 <= pca_components < min_fit_images:
+                raise InputError(
+                    f"pca_components: must be at least 1 and below {min_fit_images}, the number of images to fit on, "
+                    f"got {pca_components}; choose another number, or make more folds."
+                )
         self.add_state("embeddings", [], dist_reduce_fx="cat")
         self.add_state("image_ids", [], dist_reduce_fx="cat")
 
@@ -196,6 +210,11 @@ class PairVerification(Metric):
         self.image_ids.append(image_ids)
 
     @override
+    def reset(self) -> None:
+        super().reset()
+        self.cosines = None
+
+    @override
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics by name, float64.
 
@@ -203,33 +222,37 @@ class PairVerification(Metric):
             InputError: If embeddings have fewer features than ``pca_components``.
         """
         self.cosines = None
-        image_ids = dim_zero_cat(self.image_ids).cpu()
-        embeddings = dim_zero_cat(self.embeddings).cpu().double()
-        if self.pca_components is not None and self.pca_components > embeddings.shape[1]:
-            raise InputError(f"embeddings of {embeddings.shape[1]} features have no {self.pca_components} components.")
         pairs, is_scored = self.pairs, self.pairs.is_scored
         needed = pairs.image_ids
+        if len(self.image_ids):
+            image_ids, embeddings = dim_zero_cat(self.image_ids).cpu(), dim_zero_cat(self.embeddings).cpu().double()
+        else:  # compute before update
+            image_ids, embeddings = needed[:0], torch.empty(0, self.pca_components or 0)
+        if self.pca_components is not None and self.pca_components > embeddings.shape[1]:
+            raise InputError(
+                f"pca_components: must be at most {embeddings.shape[1]}, the embedding width, got "
+                f"{self.pca_components}; lower it."
+            )
         is_valid = torch.isin(image_ids, needed) & embeddings.isfinite().all(dim=1)
         image_ids, embeddings = image_ids[is_valid], embeddings[is_valid]
         is_missing = ~torch.isin(needed, image_ids)
         if is_missing.any():
             rank_zero_warn(
-                f"{int(is_missing.sum())} of {len(needed)} images were not embedded, or not to finite numbers: the "
-                "metrics of the pairs are NaN."
+                f"{int(is_missing.sum())} of {len(needed)} images have missing or non-finite embeddings; all pair "
+                "metrics are NaN."
             )
             return dict.fromkeys(_VERIFICATION_METRICS, torch.tensor(math.nan, dtype=torch.float64))
         by_image = embeddings.new_zeros(int(needed[-1]) + 1, embeddings.shape[1])
         by_image[image_ids] = embeddings  # an image that was passed twice counts once
 
-        cosines, fold_accuracies = torch.zeros(len(pairs), dtype=torch.float64), []
+        cosine = _pair_cosines(by_image, pairs)
+        cosines, fold_accuracies = torch.zeros_like(cosine), []
         for fold in self._scored_folds():
             in_fold = pairs.fold == fold
-            projected = by_image
             if self.pca_components is not None:
                 pca = PCA(self.pca_components, svd_solver="covariance_eigh")
                 pca.fit(by_image[self._pca_image_ids(in_fold)].numpy())
-                projected = torch.from_numpy(pca.transform(by_image.numpy()))
-            cosine = cosine_similarity(projected[pairs.first], projected[pairs.second]).clamp(-1, 1)
+                cosine = _pair_cosines(torch.from_numpy(pca.transform(by_image.numpy())), pairs)
             accepted = cosine > _best_threshold(cosine[~in_fold], pairs.same[~in_fold])
             fold_accuracies.append((accepted == pairs.same)[in_fold].double().mean())
             cosines[in_fold] = cosine[in_fold]
@@ -265,11 +288,15 @@ class PairVerification(Metric):
 _VERIFICATION_METRICS = ("acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3")
 
 
+def _pair_cosines(embeddings: Tensor, pairs: Pairs) -> Tensor:
+    return cosine_similarity(embeddings[pairs.first], embeddings[pairs.second]).clamp(-1, 1)
+
+
 def _best_threshold(cosine: Tensor, same: Tensor) -> Tensor:
     """Return the cosine midway between the last accepted and the first rejected pair at the highest accuracy."""
     fpr, tpr, thresholds = binary_roc((cosine + 1) / 2, same.long())
     positives = same.sum()
     correct = (tpr * positives).round() - (fpr * (len(same) - positives)).round()
     best = int(correct.argmax())
-    next_thresholds = torch.cat([thresholds, thresholds.new_tensor([-1.0])])  # none is rejected where all are accepted
-    return next_thresholds[best : best + 2].mean() * 2 - 1
+    thresholds = torch.cat([thresholds, thresholds.new_tensor([-1.0])])  # below the lowest score, to accept all pairs
+    return thresholds[best : best + 2].mean() * 2 - 1

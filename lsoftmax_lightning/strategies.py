@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.imports import compare_version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -26,15 +28,19 @@ from .heads import LSoftmaxLinear
 
 
 class ClassShardedStrategy(ModelParallelStrategy):
-    """Shards the weight of the head by class over all ranks, all other parameters by FSDP2, and batches as DDP does.
+    """Shards the weight of the head by class over all ranks and all other parameters by FSDP2.
+
+    Each rank processes its share of the batch, as in DDP.
 
     For hundreds of thousands of classes: each rank stores only its shard of the weight, gradient and momentum. The
     result is that of training on one rank. Batch normalisation is synchronised if the Trainer has ``sync_batchnorm``.
     Validation, test and prediction run on the gathered network. A checkpoint is one file, as with any other strategy,
-    and training can resume from it on any number of ranks; the first rank assembles it in its memory.
+    and training can resume from it on any number of ranks; the first rank assembles it in its memory. Checkpoints are
+    always read safely: ``weights_only=False`` of the Trainer has no effect.
 
     A LightningModule needs an :class:`~lsoftmax_lightning.LSoftmaxLinear` as its ``head``, trained by
-    :meth:`~lsoftmax_lightning.LSoftmaxLinear.cross_entropy`. A module that overrides ``configure_model`` shards itself.
+    :meth:`~lsoftmax_lightning.LSoftmaxLinear.cross_entropy`. A module that overrides ``configure_model`` shards itself;
+    its evaluation needs ``reshard_after_forward=False``, because ranks may have different numbers of batches.
 
     Args:
         **kwargs: ``process_group_backend`` and ``timeout`` of
@@ -91,16 +97,16 @@ class ClassShardedStrategy(ModelParallelStrategy):
     @override
     def on_validation_start(self) -> None:
         # Every rank evaluates the same network, on batches of which it may have fewer than the others.
-        for part in self._module.children():
-            if isinstance(part, FSDPModule):
-                with torch.inference_mode(False):  # training continues with these parameters
+        with torch.inference_mode(False):  # training continues with these parameters
+            for part in self._module.modules():
+                if isinstance(part, FSDPModule):
                     part.unshard()
-                for buffer in part.buffers():  # batch statistics, which differ between ranks
-                    dist.broadcast(buffer, src=0)
+        for buffer in self._module.buffers():  # batch statistics, which differ between ranks
+            dist.broadcast(buffer, src=0)
 
     @override
     def on_validation_end(self) -> None:
-        for part in self._module.children():
+        for part in self._module.modules():
             if isinstance(part, LSoftmaxLinear):
                 part.free_full_weight()
             elif isinstance(part, FSDPModule):
@@ -123,7 +129,11 @@ class ClassShardedStrategy(ModelParallelStrategy):
         return self._gathered(optimizer.state_dict())
 
     def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the state with full tensors on the first rank, and an empty one on the others."""
+        """Return the state with full tensors on the first rank, and an empty one on the others.
+
+        ``get_optimizer_state_dict`` of torch, which the base class uses, would step an optimizer without state first.
+        With weight decay that changes the momentum.
+        """
 
         def gather(value: DTensor) -> Tensor | None:
             full = value.full_tensor()
@@ -134,7 +144,7 @@ class ClassShardedStrategy(ModelParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        return read(checkpoint_path)  # each rank copies only its shard into memory
+        return read(checkpoint_path)  # mapped into memory: a rank holds one full tensor at a time
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -156,21 +166,24 @@ class ClassShardedStrategy(ModelParallelStrategy):
 
 
 def _check_sharding(module: LightningModule, parts: Sequence[nn.Module]) -> None:
-    """Refuse what would train wrongly without an error."""
-    if dist.get_backend() == "gloo" and torch.__version__ < "2.9":
+    """Reject configurations that would silently train incorrectly."""
+    if dist.get_backend() == "gloo" and compare_version("torch", operator.lt, "2.9"):
         raise InputError(
-            f"over gloo torch {torch.__version__} adds gradients up where it should take their mean, in silence "
-            "(pytorch#162338): a sharded head on CPUs needs torch 2.9 or later."
+            f"ClassShardedStrategy: the gloo backend requires torch>=2.9, got {torch.__version__}; earlier versions "
+            "sum gradients instead of averaging them (pytorch#162338)."
         )
     criterion = getattr(module, "criterion", None)
     if criterion is not None and not is_plain_cross_entropy(criterion):
         raise InputError(
-            f"a sharded head trains by cross-entropy: nn.CrossEntropyLoss with at most a label_smoothing, not "
-            f"{criterion}."
+            f"criterion: must be nn.CrossEntropyLoss with default weight, reduction and ignore_index, got {criterion}; "
+            "use another strategy for other losses."
         )
     known = {id(parameter) for part in parts for parameter in part.parameters()}
     if lost := [name for name, parameter in module.named_parameters() if id(parameter) not in known]:
-        raise InputError(f"{lost[0]} is a parameter of no part; a sharded head takes it in a module of its own.")
+        raise InputError(
+            f"ClassShardedStrategy: every parameter must belong to a child module, got {lost[0]} on the "
+            "LightningModule; move it into an nn.Module."
+        )
 
 
 def _sharded_like(value: Any, current: Any) -> Any:

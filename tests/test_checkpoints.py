@@ -273,6 +273,35 @@ def test_a_backbone_alone_is_taken_and_a_head_begins_at_random(caplog: pytest.Lo
     assert "The head of (4, 64) is randomly initialized. Dropped: head.weight." in caplog.messages[-1]
 
 
+class Stateful(nn.Sequential):
+    """A backbone with a state that is no tensor."""
+
+    num_features = 4
+
+    def __init__(self, extra: int = 0) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 4))
+        self.extra = extra
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"extra": self.extra}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.extra = state["extra"]
+
+
+def test_the_extra_state_of_a_module_is_read() -> None:
+    arguments = ["--config=digits.yaml", *SHORT]
+    backbone = f'--model.backbone={{"class_path": "{__name__}.Stateful", "init_args": {{"extra": %d}}}}'
+    main(["fit", *arguments, backbone % 3])
+    checkpoint = "runs/digits/version_0/checkpoints/last.ckpt"
+    assert read(checkpoint)["state_dict"]["backbone._extra_state"] == {"extra": 3}
+    cli = main(["fit", *arguments, backbone % 2, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"])
+    assert cli is not None
+    assert cli.model.backbone.extra == 3
+    model = make_model(num_classes=10, backbone=Stateful(), warm_start=checkpoint)
+    assert model.backbone.extra == 3
+
+
 def test_torchvisions_weights_are_of_use() -> None:
     from torchvision.models import resnet18
 

@@ -51,6 +51,17 @@ class Model(BoringModel):
         self.width, self.optimizer = width, optimizer
 
 
+def test_the_datamodule_of_the_current_run_is_not_that_of_an_earlier_one() -> None:
+    trainer, data = make_trainer(fast_dev_run=True), BoringDataModule()
+    assert compat.current_datamodule(trainer) is None
+    for run in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
+        run(BoringModel(), datamodule=data)
+        assert compat.current_datamodule(trainer) is data
+        run(BoringModel(), DataLoader(data.random_full))
+        assert compat.current_datamodule(trainer) is None
+        assert trainer.datamodule is data  # otherwise this function is not needed
+
+
 class Recorder(compat.CommandLine):
     """Records the hooks instead of running the command."""
 

@@ -162,7 +162,7 @@ def test_embeddings_that_are_not_finite_give_nan(value: float, pca_components: i
     pairs, people = make_pairs()
     embeddings = noisy(people, noise=0.6)
     embeddings[5, 3] = value
-    with pytest.warns(UserWarning, match="1 of .* were not embedded, or not to finite numbers"):
+    with pytest.warns(UserWarning, match="1 of .* images have missing or non-finite embeddings"):
         found = metric_values(pairs, embeddings, pca_components=pca_components)
     assert all(math.isnan(value) for value in found.values())
 
@@ -171,7 +171,7 @@ def test_missing_images_give_nan_and_a_warning() -> None:
     pairs, people = make_pairs()
     metric = PairVerification(Pairs.from_table(pairs))
     metric.update(noisy(people, 0.5)[:100], torch.arange(100))
-    with pytest.warns(UserWarning, match="500 of 600 images were not embedded"):
+    with pytest.warns(UserWarning, match="500 of 600 images have missing or non-finite embeddings"):
         assert all(math.isnan(value) for value in metric.compute().values())
 
 
@@ -181,10 +181,12 @@ def test_missing_images_give_nan_and_a_warning() -> None:
         (torch.zeros(4, 3, dtype=torch.int64), r"int64 \(P, 4\)"),
         (torch.zeros(4, 4), "float32"),
         (torch.tensor([[0, 1, 1, 1], [-1, 1, 0, 2]]), "none below 0"),
-        (torch.tensor([[0, 1, 1, 1], [2, 3, 1, 2]]), "same .* and different"),
+        (torch.tensor([[0, 1, 1, 1], [2, 3, 1, 2]]), "both same and different"),
         (torch.tensor([[0, 1, 1, 1], [2, 3, 2, 2]]), "same .* and different"),
         (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 1]]), "another fold to fit"),
-        (torch.tensor([[0, 1, 1, 0], [2, 3, 0, 0]]), "same .* and different"),
+        (torch.tensor([[0, 1, 1, 0], [2, 3, 0, 0]]), "both same and different"),
+        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2]]), "fold 1 needs both same and different .* got 0 same ones of 1"),
+        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2], [4, 5, 0, 1]]), "fold 1 needs both same and different pairs"),
     ],
 )
 def test_bad_pairs_are_refused(pairs: Tensor, said: str) -> None:
@@ -194,11 +196,57 @@ def test_bad_pairs_are_refused(pairs: Tensor, said: str) -> None:
 
 def test_bad_components_are_refused() -> None:
     pairs, people = make_pairs(folds=2, count=10)
-    for components in (0, 21):
-        with pytest.raises(InputError, match=f"must be 1 to 20, the images to fit on, got {components}"):
+    for components in (0, 20, 21):
+        with pytest.raises(InputError, match=f"at least 1 and below 20, the number of .*, got {components}"):
             PairVerification(Pairs.from_table(pairs), pca_components=components)
-    with pytest.raises(InputError, match="embeddings of 12 features have no 13 components"):
+    with pytest.raises(InputError, match="pca_components: must be at most 12, the embedding width, got 13"):
         metric_values(pairs, noisy(people, 0.5), pca_components=13)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric PairVerification was called before")
+def test_without_images_all_is_nan() -> None:
+    metric = PairVerification(Pairs.from_table(make_pairs()[0]), pca_components=3)
+    with pytest.warns(UserWarning, match="600 of 600 images have missing or non-finite embeddings"):
+        assert all(math.isnan(value) for value in metric.compute().values())
+
+
+def test_reset_removes_the_cosines() -> None:
+    pairs, people = make_pairs()
+    metric = PairVerification(Pairs.from_table(pairs))
+    metric.update(noisy(people, 0.5), torch.arange(len(people)))
+    metric.compute()
+    metric.reset()
+    assert metric.cosines is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_angles_are_exact_in_a_module_of_any_precision_and_in_and_after_inference_mode(dtype: torch.dtype) -> None:
+    features, target = torch.randn(300, 8), torch.arange(300) % 3
+    expected = ClassAngles(3, 8, 2)
+    expected.update(features, torch.eye(3, 8), target)
+    metric = ClassAngles(3, 8, 2).to(dtype)
+    with torch.inference_mode():
+        metric.reset()
+        metric.update(features[:100], torch.eye(3, 8), target[:100])
+    metric.update(features[100:200], torch.eye(3, 8), target[100:200])
+    with torch.inference_mode():
+        metric.update(features[200:], torch.eye(3, 8), target[200:])
+    torch.testing.assert_close(metric.compute(), expected.compute())
+
+
+def test_angles_of_diverged_features_are_nan() -> None:
+    metric = ClassAngles(2, 2, 2)
+    metric.update(torch.full((2, 2), math.nan), torch.eye(2), torch.tensor([0, 1]))
+    values = metric.compute()
+    assert values["angle"].isnan()
+    assert values["feature_norm"].isnan()
+
+
+def test_samples_are_counted_exactly() -> None:
+    metric = ClassAngles(2, 2, 1)
+    metric.segments += 2**24
+    metric.update(torch.ones(1, 2), torch.eye(2), torch.tensor([0]))
+    assert metric.segments.tolist() == [2**24 + 1]
 
 
 @pytest.mark.parametrize("margin", [1, 4])
@@ -257,6 +305,7 @@ def test_the_mean_loss_weighs_batches_by_their_size_and_keeps_nan() -> None:
     loss = MeanLoss()
     loss.update(torch.tensor(1.0), 3)
     loss.update(torch.tensor(2.0), 1)
+    loss.update(torch.tensor(float("nan")), 0)
     assert loss.compute() == 1.25
     loss.update(torch.tensor(float("nan")), 2)
     assert loss.compute().isnan()

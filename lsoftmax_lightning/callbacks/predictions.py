@@ -13,9 +13,11 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from ..atomic import atomic_path, csv_safe, disk_errors, temporary_path
 from ..class_names import names_by_index
+from ..compat import current_datamodule
 from ..errors import InputError, RunError
 
 MERGED_ROWS = 2**12  # rows in memory when the files of the ranks are merged
@@ -25,8 +27,10 @@ class Predictions(Callback):
     """Write the predictions of a module to a file, one row per image, in the order of the data.
 
     The first column is the path of the image, or its index if the data are not in files. The other columns are the 1-D
-    outputs of ``predict_step``. For a :class:`~lsoftmax_lightning.ClassificationModule` they are ``prediction`` (the
-    name of the class), ``probability``, and ``angle`` to the weight of that class in degrees.
+    outputs of ``predict_step``, which must be the same in every batch. For a
+    :class:`~lsoftmax_lightning.ClassificationModule` they are ``prediction`` (the name of the class), ``probability``,
+    and ``angle`` to the weight of that class in degrees. Floats are written with nine digits, which is exact for
+    float32.
 
     Each rank writes its rows batch by batch to a temporary file beside the output, and rank 0 merges the files at the
     end. The ranks must share the folder. Only one batch is in memory if ``trainer.predict`` is called with
@@ -40,8 +44,9 @@ class Predictions(Callback):
         embeddings: Whether to write the embeddings beside it as ``.npy``, float32 (N, D), in the same order.
 
     Raises:
-        InputError: If an argument is wrong for the module, or a package is missing.
-        RunError: If the disk is full, or the folder is read-only.
+        InputError: If an argument is wrong for the module, ``predict_step`` returns anything else, there are several
+            dataloaders, or a package is missing.
+        RunError: If the disk is full, or the folder is read-only or not shared by all ranks.
     """
 
     def __init__(self, output: str | None = None, embeddings: bool = False) -> None:
@@ -57,7 +62,8 @@ class Predictions(Callback):
         folder = trainer.log_dir if trainer.loggers else None  # a collective: every rank must read it
         if self.output is None and folder is None:
             raise InputError(
-                "predictions.output: without a logger there is no folder of the run, got None; name a file."
+                "predictions.output: without a logger there is no folder of the run, and fast_dev_run disables all "
+                "loggers, got None; name a file."
             )
         self._path = Path(self.output or Path(str(folder), "predictions.csv"))
         if self._path.suffix == ".parquet" and not find_spec("pyarrow"):
@@ -70,76 +76,98 @@ class Predictions(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Open the temporary files of this rank."""
-        data = getattr(trainer.datamodule, "predict_data", None)  # type: ignore[attr-defined]
+        if len(trainer.num_predict_batches) > 1:
+            raise InputError(
+                f"predictions: need a single dataloader, got {len(trainer.num_predict_batches)}; predict with each in "
+                "a call of its own."
+            )
+        datamodule = current_datamodule(trainer)
+        data = getattr(datamodule, "predict_data", None)
         self._paths = getattr(getattr(data, "images", None), "paths", ())
-        self._class_names = names_by_index(trainer.datamodule)  # type: ignore[attr-defined]
+        self._id_column = "path" if self._paths else "index"
+        self._class_names = names_by_index(datamodule)
         self._count = 0  # rows written by this rank
-        self._is_integer = {"path" if self._paths else "index": not self._paths}  # by column
-        self._width = 0  # of an embedding
+        self._is_integer: dict[str, bool] = {}  # by output, in the order of the columns
+        self._embedding_dim = 0
         with self._disk_errors():
             paths = [self._path, self._embeddings_path] if self.embeddings else [self._path]
             files = self._temporary_files
-            table, *arrays = [files.enter_context(temporary_path(path)) for path in paths]
-            self._temporary_names = [str(path) for path in (table, *arrays)]
-            self._table: TextIO = files.enter_context(table.open("w", newline="", encoding="utf-8"))
-            self._array: BinaryIO | None = files.enter_context(arrays[0].open("wb")) if arrays else None
-        self._writer = csv.writer(self._table)
+            table, *embeddings = [files.enter_context(temporary_path(path)) for path in paths]
+            self._temporary_names = [str(path) for path in (table, *embeddings)]
+            self._table_file: TextIO = files.enter_context(table.open("w", newline="", encoding="utf-8"))
+            self._embedding_file: BinaryIO | None = (
+                files.enter_context(embeddings[0].open("wb")) if embeddings else None
+            )
+        self._writer = csv.writer(self._table_file)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Write the rows of a batch."""
         module_name = type(pl_module).__name__
-        if not isinstance(outputs, dict):
-            raise InputError(
-                f"predict_step: {module_name} must return a dict of tensors, got {type(outputs).__name__}; override "
-                "predict_step."
-            )
-        tensors = {name: value for name, value in outputs.items() if value.ndim == 1}
-        if not tensors and not self.embeddings:
+        _check_outputs(outputs, module_name)
+        is_integer = {name: not value.is_floating_point() for name, value in outputs.items() if value.ndim == 1}
+        if not is_integer and not self.embeddings:
             raise InputError(
                 f"predictions.embeddings: must be true for {module_name}, which predicts only embeddings, got false; "
                 "set --predictions.embeddings true (in Python, embeddings=True)."
             )
-        self._is_integer |= {name: not value.is_floating_point() for name, value in tensors.items()}
+        if not self._count:
+            self._is_integer = is_integer
+        if is_integer != self._is_integer:
+            raise InputError(
+                f"predict_step: {module_name} must return the same 1-D outputs in every batch, and each either as "
+                f"integers or as floats, got {_types(is_integer)} after {_types(self._is_integer)}."
+            )
         columns = {
-            name: (value.long() if self._is_integer[name] else value).tolist() for name, value in tensors.items()
+            name: (outputs[name].long() if integer else outputs[name]).tolist()
+            for name, integer in self._is_integer.items()
         }
         if self._class_names and "prediction" in columns:
             columns["prediction"] = [self._class_names.get(index, str(index)) for index in columns["prediction"]]
         size = len(next(iter(outputs.values())))
         indices = [trainer.global_rank + trainer.world_size * (self._count + i) for i in range(size)]
-        self._count += size
         image_ids = [self._paths[index] for index in indices] if self._paths else indices
         with self._disk_errors():
             for row in zip(image_ids, *columns.values(), strict=True):
-                self._writer.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
-        if self._array is not None:
+                self._writer.writerow([f"{value:.9g}" if isinstance(value, float) else value for value in row])
+        if self._embedding_file is not None:
             if "embedding" not in outputs:
                 raise InputError(
                     f"predictions.embeddings: needs `embedding` from predict_step of {module_name}, got only "
                     f"{', '.join(outputs)}; return it, or set embeddings to false."
                 )
             embedding = outputs["embedding"].float().cpu().numpy()
-            self._width = embedding.shape[1]
+            if embedding.ndim != 2 or (self._count and embedding.shape[1] != self._embedding_dim):
+                raise InputError(
+                    f"predict_step: {module_name} must return `embedding` as (N, D), with the same D in every batch, "
+                    f"got {embedding.shape}."
+                )
+            self._embedding_dim = embedding.shape[1]
             with self._disk_errors():
-                self._array.write(np.ascontiguousarray(embedding).data)  # tofile hides the cause of an error
+                self._embedding_file.write(np.ascontiguousarray(embedding).data)  # tofile hides the cause of an error
+        self._count += size
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Merge the files of all ranks."""
         with self._disk_errors():
-            self._table.close()
-            if self._array is not None:
-                self._array.close()
+            self._table_file.close()
+            if self._embedding_file is not None:
+                self._embedding_file.close()
         # the names contain host names and process ids, so each rank must send its own
         names = [trainer.strategy.broadcast(self._temporary_names, src=rank) for rank in range(trainer.world_size)]
-        tables, *arrays = [[Path(name) for name in rank_names] for rank_names in zip(*names, strict=True)]
+        tables, *embeddings = [[Path(name) for name in rank_names] for rank_names in zip(*names, strict=True)]
         trainer.strategy.barrier()
         if trainer.is_global_zero:
+            if missing := [name for rank_names in names for name in rank_names if not Path(name).is_file()]:
+                raise RunError(
+                    f"predictions.output: all ranks must share the folder of {self._path}, got no {missing[0]} of "
+                    "another rank; choose a folder on a shared disk."
+                )
             with self._disk_errors(), ExitStack() as complete:
                 self._merge_tables(tables, complete.enter_context(atomic_path(self._path)))
-                if arrays:
-                    self._merge_embeddings(arrays[0], complete.enter_context(atomic_path(self._embeddings_path)))
+                if embeddings:
+                    self._merge_embeddings(embeddings[0], complete.enter_context(atomic_path(self._embeddings_path)))
             rank_zero_info(f"The predictions are in {self._path}")
         trainer.strategy.barrier()
         self._temporary_files.close()
@@ -162,7 +190,7 @@ class Predictions(Callback):
             return
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(csv_safe(self._is_integer))
+            writer.writerow(csv_safe([self._id_column, *self._is_integer]))
             writer.writerows(map(csv_safe, _interleaved_rows(rank_files)))
 
     def _write_parquet(self, rank_files: list[Path], path: Path) -> None:
@@ -170,10 +198,10 @@ class Predictions(Callback):
         from pyarrow.parquet import ParquetWriter
 
         rows = _interleaved_rows(rank_files)
-        strings = ("path", "prediction") if self._class_names else ("path",)
+        strings = {"path", "prediction"} if self._class_names else {"path"}
         types = {
             name: pyarrow.string() if name in strings else pyarrow.int64() if is_integer else pyarrow.float32()
-            for name, is_integer in self._is_integer.items()
+            for name, is_integer in {self._id_column: True, **self._is_integer}.items()
         }
         with ParquetWriter(path, pyarrow.schema(types)) as writer:
             while chunk := list(itertools.islice(rows, MERGED_ROWS)):
@@ -183,22 +211,48 @@ class Predictions(Callback):
                 )
 
     def _merge_embeddings(self, rank_files: list[Path], path: Path) -> None:
-        count = sum(file.stat().st_size for file in rank_files) // (4 * self._width)
-        header = {"descr": "<f4", "fortran_order": False, "shape": (count, self._width)}
+        count = sum(file.stat().st_size for file in rank_files) // (4 * self._embedding_dim)
+        header = {"descr": "<f4", "fortran_order": False, "shape": (count, self._embedding_dim)}
         with ExitStack() as stack:
             files = [stack.enter_context(rank_file.open("rb")) for rank_file in rank_files]
             output = stack.enter_context(path.open("wb"))
             np.lib.format.write_array_header_1_0(output, header)
             while True:
                 shards = [
-                    np.fromfile(file, "<f4", MERGED_ROWS * self._width).reshape(-1, self._width) for file in files
+                    np.fromfile(file, "<f4", MERGED_ROWS * self._embedding_dim).reshape(-1, self._embedding_dim)
+                    for file in files
                 ]
-                block = np.empty((sum(map(len, shards)), self._width), "<f4")
+                block = np.empty((sum(map(len, shards)), self._embedding_dim), "<f4")
                 if not len(block):
                     return
                 for rank, shard in enumerate(shards):
                     block[rank :: len(shards)] = shard
                 output.write(block.data)
+
+
+def _check_outputs(outputs: Any, module_name: str) -> None:
+    """Check that ``predict_step`` returned a dict of tensors with a row for each image."""
+    types = {name: type(value).__name__ for name, value in outputs.items()} if isinstance(outputs, dict) else {}
+    if not types or not all(isinstance(value, Tensor) for value in outputs.values()):
+        raise InputError(
+            f"predict_step: {module_name} must return a dict of tensors, got {types or type(outputs).__name__}; "
+            "override predict_step."
+        )
+    shapes = {name: tuple(value.shape) for name, value in outputs.items()}
+    if () in shapes.values() or len({shape[0] for shape in shapes.values()}) > 1:
+        raise InputError(
+            f"predict_step: {module_name} must return tensors with a row for each image of the batch, got the shapes "
+            f"{shapes}; leave out the others."
+        )
+    if reserved := {"index", "path"} & outputs.keys():
+        raise InputError(
+            f"predict_step: {module_name} must not return `{min(reserved)}`, the name of the first column, got "
+            f"{', '.join(outputs)}; rename it."
+        )
+
+
+def _types(is_integer: dict[str, bool]) -> str:
+    return ", ".join(f"{name} ({'integer' if integer else 'float'})" for name, integer in is_integer.items())
 
 
 def _interleaved_rows(rank_files: list[Path]) -> Iterator[list[str]]:

@@ -31,7 +31,7 @@ from ..callbacks.run_length import run_length
 from ..checkpoints import check_format, saved_data_spec, stamp
 from ..checkpoints import warm_start as start_from
 from ..chunked_loss import is_plain_cross_entropy
-from ..compat import schedulers_in, trainer_of
+from ..compat import current_datamodule, schedulers_in, trainer_of
 from ..data_spec import DataSpec
 from ..errors import InputError, first_line
 from ..heads import LSoftmaxLinear
@@ -293,14 +293,15 @@ class LSoftmaxModule(LightningModule):
 
     def _store_data_spec(self) -> None:
         """Store the specification of the Trainer's data, unless it is empty."""
-        spec = DataSpec.from_datamodule(getattr(trainer_of(self), "datamodule", None))
+        trainer = trainer_of(self)
+        spec = DataSpec.from_datamodule(trainer and current_datamodule(trainer))
         if any(spec):
             self.data_spec = spec
 
     def on_validation_start(self) -> None:
         """Check that the data match those of the training."""
         if self.trainer.state.fn != "fit":
-            self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
+            self.check_data(current_datamodule(self.trainer))
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -389,7 +390,7 @@ class LSoftmaxModule(LightningModule):
         self.data_spec = saved_data_spec(checkpoint) or self.data_spec
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == "fit":
-            self.check_data(trainer.datamodule, training=True)  # type: ignore[attr-defined]
+            self.check_data(current_datamodule(trainer), training=True)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return LambdaAnnealing, unless the Trainer has one."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from ..backbones.modes import evaluation_mode
+from ..compat import current_datamodule
 from ..data_spec import DataSpec
 from ..errors import InputError
 from ..functional import gather_target_logits
@@ -44,7 +45,7 @@ class ClassificationModule(LSoftmaxModule):
 
     def setup(self, stage: str) -> None:
         """Reject datamodules of image pairs, whose image indices would be taken for classes."""
-        if pairs_of(self.trainer.datamodule, "val") is not None:  # type: ignore[attr-defined]
+        if pairs_of(current_datamodule(self.trainer), "val") is not None:
             raise InputError("these data validate on pairs of images: train a VerificationModule on them.")
 
     def configure_metrics(self) -> None:

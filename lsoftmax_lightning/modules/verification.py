@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..compat import current_datamodule
 from ..data_spec import DataSpec
 from ..errors import InputError
 from ..metrics import PairVerification
@@ -89,7 +90,7 @@ class VerificationModule(LSoftmaxModule):
         return {"embedding": self.embed(images)}
 
     def _create_metric(self, stage: str) -> None:
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = current_datamodule(self.trainer)
         pairs = pairs_of(datamodule, stage)
         if pairs is None:
             raise InputError(

@@ -52,6 +52,23 @@ class Sure(ClassificationModule):
         return outputs | {"sure": outputs["probability"] > 0.3}
 
 
+class Outputs(ClassificationModule):
+    """A module with given outputs in each batch, of 25 images."""
+
+    def __init__(self, *outputs: Any) -> None:
+        super().__init__(4, "digits", image_shape=(1, 8, 8))
+        self.outputs = outputs
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.outputs[batch_idx]
+
+
+def predict_outputs(path: str, *outputs: Any, embeddings: bool = False) -> None:
+    data = Blobs()
+    data.batch_size = 25
+    make_trainer(callbacks=[Predictions(path, embeddings)]).predict(Outputs(*outputs), data, return_predictions=False)
+
+
 def read(path: str) -> list[dict[str, str]]:
     with Path(path).open() as file:
         return list(csv.DictReader(file))
@@ -169,6 +186,98 @@ def test_embeddings_alone() -> None:
     )
     assert list(read("faces.csv")[0]) == ["index"]
     assert len(np.load("faces.npy")) == 50
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_small_probabilities_are_written_exactly(kind: str) -> None:
+    values = torch.logspace(-30, 30, 50)
+    predict_outputs(f"out.{kind}", *({"probability": part} for part in values.split(25)))
+    rows = read("out.csv") if kind == "csv" else parquet.read_table("out.parquet").to_pylist()
+    assert torch.equal(torch.tensor([float(row["probability"]) for row in rows]), values)
+
+
+def test_columns_keep_the_order_of_the_first_batch() -> None:
+    a, b = torch.zeros(25), torch.ones(25)
+    predict_outputs("out.csv", {"b": b, "a": a}, {"a": a, "b": b})
+    assert {(row["a"], row["b"]) for row in read("out.csv")} == {("0", "1")}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (["x"], ["x", "y"], "x (float), y (float) after x (float)"),
+        (["x", "y"], ["x"], "x (float) after x (float), y (float)"),
+    ],
+)
+def test_other_columns_in_a_later_batch_are_an_error(first: list[str], second: list[str], message: str) -> None:
+    with pytest.raises(InputError, match="must return the same 1-D outputs in every batch") as caught:
+        predict_outputs("out.csv", *(dict.fromkeys(names, torch.ones(25)) for names in (first, second)))
+    assert message in str(caught.value)
+
+
+def test_another_type_in_a_later_batch_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"got x \(integer\) after x \(float\)"):
+        predict_outputs("out.parquet", {"x": torch.ones(25)}, {"x": torch.ones(25, dtype=torch.int64)})
+    with pytest.raises(InputError, match=r"got x \(float\) after x \(integer\)"):
+        predict_outputs("out.parquet", {"x": torch.ones(25, dtype=torch.bool)}, {"x": torch.ones(25)})
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"x": ["a"] * 25}, r"must return a dict of tensors, got \{'x': 'list'\}"),
+        ({}, "must return a dict of tensors, got dict"),
+        (torch.ones(25), "must return a dict of tensors, got Tensor"),
+        ({"x": torch.ones(()), "y": torch.ones(25)}, r"a row for each image .* got the shapes \{'x': \(\), 'y'"),
+        ({"x": torch.ones(25), "y": torch.ones(())}, "a row for each image"),
+        ({"x": torch.ones(25), "y": torch.ones(24)}, "a row for each image"),
+        ({"index": torch.ones(25)}, "must not return `index`, the name of the first column"),
+        ({"x": torch.ones(25), "path": torch.ones(25)}, "must not return `path`"),
+    ],
+)
+def test_outputs_without_a_row_for_each_image_are_an_error(outputs: Any, message: str) -> None:
+    with pytest.raises(InputError, match=rf"^predict_step: Outputs .*{message}"):
+        predict_outputs("out.csv", outputs, outputs)
+    assert not list(Path().glob("*out*"))
+
+
+@pytest.mark.parametrize("shapes", [[(25,), (25,)], [(25, 3, 4), (25, 3, 4)], [(25, 3), (25, 4)]])
+def test_an_embedding_that_is_no_matrix_is_an_error(shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(InputError, match=r"^predict_step: Outputs must return `embedding` as \(N, D\)"):
+        predict_outputs("out.csv", *({"embedding": torch.ones(shape)} for shape in shapes), embeddings=True)
+
+
+def test_paths_and_class_names_are_those_of_the_current_data() -> None:
+    write_folder(Path("photos"), count=10)
+    trainer, model = make_trainer(callbacks=[Predictions("out.csv")]), make_model()
+    trainer.predict(model, Blobs("photos"), return_predictions=False)
+    assert "path" in read("out.csv")[0]
+    trainer.predict(model, torch.utils.data.DataLoader(torch.ones(5, 1, 8, 8)), return_predictions=False)
+    rows = read("out.csv")
+    assert [row["index"] for row in rows] == list("01234")
+    assert all(row["prediction"] in "0123" for row in rows)
+
+
+def test_several_dataloaders_are_an_error() -> None:
+    class Two(Sure):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+            return super().predict_step(batch, batch_idx)
+
+    loaders = [torch.utils.data.DataLoader(torch.ones(5, 1, 8, 8)) for _ in range(2)]
+    with pytest.raises(InputError, match=r"^predictions: need a single dataloader, got 2"):
+        make_trainer(callbacks=[Predictions("out.csv")]).predict(Two(4, "digits", image_shape=(1, 8, 8)), loaders)
+
+
+def predict_in_folders() -> None:
+    folder = Path(os.environ["RANK"])
+    folder.mkdir()
+    os.chdir(folder)
+    predict("out.csv")
+
+
+def test_a_folder_that_ranks_do_not_share_is_named() -> None:
+    done = run_on(2, predict_in_folders)
+    assert "predictions.output: all ranks must share the folder of out.csv, got no ." in done.stderr
 
 
 def test_what_cannot_be_written_is_an_error() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
 
@@ -23,7 +24,7 @@ from lsoftmax_lightning.schedules import PowerLaw
 from lsoftmax_lightning.strategies import ClassShardedStrategy
 from lsoftmax_lightning.transforms import RandomCropFlip
 
-from .processes import Net
+from .processes import Net, OfSize
 from .training import BlobsDataModule, make_model, make_trainer
 
 COUNTS = (1, 2, 4)
@@ -123,6 +124,40 @@ def work(folder: Path) -> None:
     difference = compare_losses()
     if os.environ["RANK"] == "0":
         torch.save(difference, folder / f"difference {count}.pt")
+
+
+class Normed(ClassificationModule):
+    """With a child that has buffers, and no parameters."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(5, Net(), image_shape=(1, 8, 8), **settings)
+        self.norm = nn.BatchNorm2d(1, affine=False)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return super().forward_features(self.norm(x))
+
+
+class Blocks(Normed):
+    """Shards itself, each layer on its own."""
+
+    def configure_model(self) -> None:
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        self.head.shard(mesh)
+        for layer in self.backbone:  # type: ignore[union-attr]
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+
+
+def evaluate(folder: Path) -> None:
+    """Evaluates the network of the first process on all, of which some have fewer batches."""
+    for kind in (Normed, Blocks):
+        torch.manual_seed(0)
+        model, data = kind(), OfSize(9)
+        assert model.norm.running_mean is not None
+        model.norm.running_mean.fill_(int(os.environ["RANK"]))
+        make_trainer(strategy=ClassShardedStrategy(), devices=2).test(model, data, verbose=False)
+        assert model.norm.running_mean == 0
 
 
 def refusals(folder: Path) -> None:

@@ -392,3 +392,13 @@ def test_a_compiled_backbone_is_compiled_once_and_leaves_no_trace(monkeypatch: p
     assert model(torch.rand(2, 1, 8, 8)).shape == (2, 4)
     assert "compile" not in model.hparams
     assert model.state_dict().keys() == make_model().state_dict().keys()
+
+
+def test_data_of_an_earlier_run_are_neither_stored_nor_compared() -> None:
+    trainer, model = make_trainer(), make_model(num_classes=3)
+    trainer.validate(make_model(), BlobsDataModule(), verbose=False)
+    loader = DataLoader(TensorDataset(torch.ones(4, 1, 8, 8), torch.arange(4) % 3), batch_size=4)
+    trainer.fit(model, loader, loader)
+    assert model.data_spec is None
+    model.data_spec = DataSpec(class_names=("a", "b", "c"))
+    trainer.validate(model, loader, verbose=False)

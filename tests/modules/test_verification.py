@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from lsoftmax_lightning import VerificationModule
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
@@ -75,7 +76,7 @@ def test_each_image_is_embedded_once(data: LFWFoldDataModule) -> None:
 
 def test_a_partial_evaluation_gives_nan(data: LFWFoldDataModule) -> None:
     trainer = make_trainer(limit_test_batches=1)
-    with pytest.warns(UserWarning, match="were not embedded"):
+    with pytest.warns(UserWarning, match="have missing or non-finite embeddings"):
         (results,) = trainer.test(make(data), data, verbose=False)
     assert all(math.isnan(value) for value in results.values())
 
@@ -84,6 +85,13 @@ def test_data_without_pairs_are_asked_for_them() -> None:
     model = VerificationModule(4, "digits", image_shape=(1, 8, 8))
     with pytest.raises(InputError, match="has test_pairs, as LFWDataModule does; got BlobsDataModule"):
         make_trainer().test(model, BlobsDataModule())
+
+
+def test_pairs_of_an_earlier_run_are_not_taken(data: LFWFoldDataModule) -> None:
+    trainer, model = make_trainer(), make(data)
+    trainer.test(model, data, verbose=False)
+    with pytest.raises(InputError, match="has test_pairs, as LFWDataModule does; got NoneType"):
+        trainer.test(model, DataLoader(TensorDataset(torch.ones(4, *data.image_shape), torch.arange(4))))
 
 
 def test_a_classifier_does_not_take_pairs_for_classes(data: LFWFoldDataModule) -> None:
