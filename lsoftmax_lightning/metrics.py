@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from torchmetrics import Metric
@@ -221,6 +220,8 @@ class PairVerification(Metric):
         Raises:
             InputError: If embeddings have fewer features than ``pca_components``.
         """
+        from sklearn.decomposition import PCA  # half of what this package imports beside Lightning
+
         self.cosines = None
         pairs, is_scored = self.pairs, self.pairs.is_scored
         needed = pairs.image_ids
