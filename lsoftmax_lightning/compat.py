@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import partial
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +25,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _Su
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from typing_extensions import override
 
 LEAF_SPEC_WARNING = ".*treespec, LeafSpec"
@@ -237,6 +239,15 @@ def worker_message(error: Exception) -> str:
     An error of this process keeps its message.
     """
     return str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+
+
+def end_workers(batches: Iterator[Any]) -> None:
+    """End the workers of an iterator of a DataLoader, if it has any (torch 2.6 and 2.14).
+
+    Without this they run for as long as something, such as the traceback of an error, refers to the iterator.
+    """
+    if isinstance(batches, _MultiProcessingDataLoaderIter):
+        batches._shutdown_workers()
 
 
 def spawned_rank_message(error: ProcessRaisedException, kinds: str) -> str | None:
