@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from typing_extensions import override
 
 
@@ -206,3 +208,12 @@ def epoch_progress(checkpoint: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Return the counts of epochs in a checkpoint of the Trainer, to be read or changed (Lightning 2.6.6)."""
     progress: dict[str, dict[str, int]] = checkpoint["loops"]["fit_loop"]["epoch_progress"]
     return progress
+
+
+def end_workers(batches: Iterator[Any]) -> None:
+    """End the workers of an iterator of a DataLoader, if it has any (torch 2.6 and 2.14).
+
+    Without this they run for as long as something, such as the traceback of an error, refers to the iterator.
+    """
+    if isinstance(batches, _MultiProcessingDataLoaderIter):
+        batches._shutdown_workers()

@@ -1,6 +1,7 @@
 """What the package relies on in private parts of libraries, and in the texts of their errors and warnings."""
 
 import inspect
+import multiprocessing
 import os
 import pickle
 import socket
@@ -38,6 +39,7 @@ from torch.utils.tensorboard.summary import scalar
 from lsoftmax_lightning import compat, library_messages
 from lsoftmax_lightning.errors import DataError, InputError
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
+from lsoftmax_lightning.signals import ignore_signals
 from lsoftmax_lightning.user_errors import ADVICE, USER_ERRORS, user_message
 
 from .helpers.forked import run_on
@@ -359,6 +361,16 @@ def test_the_message_of_a_worker_is_found_in_its_traceback(num_workers: int) -> 
         next(iter(loader))
     assert ("Traceback" in str(caught.value)) == bool(num_workers)
     assert library_messages.worker_message(caught.value) == "a.png is damaged.\nTake it away."
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_workers_of_an_iterator_that_is_kept_end(num_workers: int) -> None:
+    before = multiprocessing.active_children()
+    batches = iter(DataLoader(range(100), num_workers=num_workers, worker_init_fn=ignore_signals))  # type: ignore[arg-type]
+    next(batches)
+    assert len(multiprocessing.active_children()) == len(before) + num_workers
+    compat.end_workers(batches)
+    assert multiprocessing.active_children() == before
 
 
 def fail(rank: int, error: Exception) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..compat import end_workers
 from ..errors import DataError, InputError
 from ..library_messages import worker_message
 from ..seeds import hashed_seed
@@ -204,9 +207,15 @@ class BatchLoader:
             pin_memory=pin,
             generator=torch.Generator(),
         )
+        batches = iter(loader)
+        end = partial(end_workers, batches)
+        atexit.register(end)  # Python terminates workers at exit and waits for them, but they ignore SIGTERM
         try:
-            for images, targets, index in loader:
+            for images, targets, index in batches:
                 batch_draws = draws[index]
                 yield images, targets, batch_draws.pin_memory() if pin else batch_draws
         except DataError as error:  # the message from a worker contains its traceback
             raise DataError(worker_message(error)) from error
+        finally:
+            end()
+            atexit.unregister(end)

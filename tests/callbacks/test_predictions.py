@@ -2,8 +2,11 @@
 
 import csv
 import gc
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tracemalloc
 import weakref
 from functools import partial
@@ -27,6 +30,8 @@ from lsoftmax_lightning.errors import DataError, InputError, RunError
 from ..helpers.forked import run_on
 from ..helpers.formats import write_folder, write_image
 from ..helpers.training import BlobsDataModule, file_size_limit, make_model, make_trainer
+
+ROOT = Path(__file__).parents[2]
 
 
 class Blobs(BlobsDataModule):
@@ -306,6 +311,31 @@ def test_what_cannot_be_written_is_an_error() -> None:
     trainer = make_trainer(callbacks=[Predictions("x.csv")])
     with pytest.raises(InputError, match=r"^predict_step: Other must return a dict of tensors, got int"):
         trainer.predict(Other(4, "digits", image_shape=(1, 8, 8)), Blobs(), return_predictions=False)
+
+
+def test_workers_end_with_an_error_that_is_kept() -> None:
+    write_folder(Path("photos"))
+    Path("photos/broken.png").write_text("no image")
+    before = multiprocessing.active_children()
+    with pytest.raises(DataError) as caught:
+        predict("x.csv", predict_folder="photos")
+    assert caught.tb is not None
+    assert multiprocessing.active_children() == before
+
+
+KEPT = """
+from pathlib import Path
+from tests.callbacks.test_predictions import Blobs, write_folder
+write_folder(Path("photos"))
+data = Blobs("photos")
+data.setup("predict")
+batches = iter(data.predict_dataloader())
+next(batches)
+"""
+
+
+def test_python_exits_while_images_are_read() -> None:
+    subprocess.run([sys.executable, "-c", KEPT], check=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", "\n=1"]
