@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from ..compat import worker_message
 from ..errors import DataError, InputError
 from ..seeds import hashed_seed
-from ..signals import ignore_signals
+from ..signals import ignore_signals, signals_blocked
 from .images import ImageStore, ImageSubset
 
 DRAW_SCALE = 2**24
@@ -205,7 +205,9 @@ class BatchLoader:
             generator=torch.Generator(),
         )
         try:
-            for images, targets, index in loader:
+            with signals_blocked():
+                batches = iter(loader)  # starts the workers
+            for images, targets, index in batches:
                 batch_draws = draws[index]
                 yield images, targets, batch_draws.pin_memory() if pin else batch_draws
         except DataError as error:  # the message from a worker contains its traceback
