@@ -131,8 +131,7 @@ def ignore_signals(worker_id: int = 0) -> None:
     """Ignore SIGINT and SIGTERM in a DataLoader worker: pass it as ``worker_init_fn``.
 
     A scheduler signals the whole process group. A worker that ends first breaks the batch that the run needs to save
-    its checkpoint; the run itself ends its workers. A worker that starts within :func:`signals_blocked` does not
-    receive an earlier signal either.
+    its checkpoint; the run itself ends its workers.
     """
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -142,8 +141,8 @@ def ignore_signals(worker_id: int = 0) -> None:
 def signals_blocked() -> Iterator[None]:
     """Defer SIGINT and SIGTERM to the end of the block.
 
-    Processes that are forked in it start with both blocked, until :func:`ignore_signals`: torch has the workers of a
-    DataLoader end at SIGTERM before it calls ``worker_init_fn``.
+    Processes forked in it inherit the blocked signals. torch installs a handler in a DataLoader worker that ends it at
+    SIGTERM, and calls :func:`ignore_signals` some time later: a signal in between would end the worker.
     """
     if sys.platform == "win32":
         yield
