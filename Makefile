@@ -1,5 +1,5 @@
 # What a maintainer does; in an environment of `make install`.
-.PHONY: install check test docs package
+.PHONY: install check test test-slow docs package
 
 install: ## the package, editable, with all that the rest takes
 	pip install -e '.[dev]'
@@ -9,6 +9,9 @@ check: ## style, types, scripts, schemas
 
 test: ## as README has it
 	pytest
+
+test-slow: ## the long ones, which `pytest` leaves out
+	pytest -m slow
 
 docs: ## into docs/_build; a warning is an error, and the examples in docstrings are run
 	sphinx-build -qW --keep-going docs docs/_build/html

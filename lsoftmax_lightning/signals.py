@@ -142,6 +142,23 @@ def ignore_signals(worker_id: int = 0) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Defer SIGINT and SIGTERM to the end of the block.
+
+    Processes forked in it inherit the blocked signals. torch installs a handler in a DataLoader worker that ends it at
+    SIGTERM, and calls :func:`ignore_signals` some time later: a signal in between would end the worker.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def mark_launcher() -> None:
     """Store the id of this process in the environment of the ranks that Lightning launches, for :func:`stop`."""
     if "LOCAL_RANK" not in os.environ:

@@ -69,8 +69,23 @@ def test_pooling_rounds_up_for_any_image_size() -> None:
         assert backbone(torch.randn(2, 3, 29, 41)).shape == (2, 7)
 
 
+# the smallest network of each family
+FAMILIES = {
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
+    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "resnet18", "resnext50_32x4d"),
+    *("shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn", "vit_b_32", "wide_resnet50_2"),
+}
+
+
 # RegNet computes its widths from tensors, which the meta device has not
-@pytest.mark.parametrize("name", [n for n in list_backbones() if n not in PAPER and "regnet" not in n])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow)
+        for n in list_backbones()
+        if n not in PAPER and "regnet" not in n
+    ],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_torchvision_classifier_gives_features(name: str) -> None:
     side = 299 if name == "inception_v3" else 224

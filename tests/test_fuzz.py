@@ -1,6 +1,7 @@
-"""Whatever a user may get wrong ends in a run or in an error that fits a screen.
+"""Wrong settings of any kind end in a run or in an error that fits a screen, without a traceback.
 
-Of each kind FUZZ examples are tried, 250 where it is not set, and then always the same.
+FUZZ is the number of examples of each kind, 150 by default; by default they are always the same. The tests that are not
+marked as slow try fewer.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ FIXED = [
     *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.fast_dev_run=true"),
     *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
 ]
+EXAMPLES = int(os.environ.get("FUZZ", "150"))
 BASE: dict[str, Any] = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
 NUMBERS = [
     *(
@@ -207,7 +209,7 @@ def within(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def runs_or_says_what_is_wrong(args: list[str]) -> None:
+def assert_runs_or_reports(args: list[str]) -> None:
     said = io.StringIO()
     code: Any = 0
     try:
@@ -236,9 +238,10 @@ UNTRIED = {
 }
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(EXAMPLES // 20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_wrong_types_of_every_setting_are_errors_without_traceback(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ["fit", "--config", config.name, *TINY, *small_data(config.name, tmp_path / "small", monkeypatch)]
     shown = io.StringIO()
@@ -247,9 +250,9 @@ def test_wrong_types_of_every_setting_are_errors_without_traceback(
     settings = sorted(flat(yaml.safe_load(shown.getvalue())).keys() - UNTRIED)
     assert {"trainer.logger.purge_step", "checkpoint.monitor", "model.optimizer.differentiable"} <= set(settings)
     draw = random.Random(os.environ.get("FUZZ", config.name))
-    for _ in range(int(os.environ.get("FUZZ", "150")) // 20):
+    for _ in range(count):
         setting, value = draw.choice(settings), draw.choice(WRONG_TYPES)
-        runs_or_says_what_is_wrong([*args, f"--{setting}={format_argument(value)}"])
+        assert_runs_or_reports([*args, f"--{setting}={format_argument(value)}"])
 
 
 @pytest.fixture(autouse=True)
@@ -266,14 +269,29 @@ def _cheap(request: pytest.FixtureRequest) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("kind", [arguments, configs, texts, command_lines])
-@settings(
-    max_examples=int(os.environ.get("FUZZ", "150")),
-    deadline=None,
-    derandomize="FUZZ" not in os.environ,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+KINDS = pytest.mark.parametrize("kind", [arguments, configs, texts, command_lines])
+SETTINGS: dict[str, Any] = {
+    "deadline": None,
+    "derandomize": "FUZZ" not in os.environ,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
+
+
+@KINDS
+@settings(max_examples=20, **SETTINGS)
 @given(data=st.data())
-def test_whatever_is_asked_for(kind: Callable[[], st.SearchStrategy[list[str]]], data: st.DataObject) -> None:
-    runs_or_says_what_is_wrong(data.draw(kind()))
+def test_fuzzed_cli_never_shows_a_traceback(
+    kind: Callable[[], st.SearchStrategy[list[str]]], data: st.DataObject
+) -> None:
+    assert_runs_or_reports(data.draw(kind()))
+
+
+@pytest.mark.slow
+@KINDS
+@settings(max_examples=EXAMPLES, **SETTINGS)
+@given(data=st.data())
+def test_fuzzed_cli_never_shows_a_traceback_in_many_examples(
+    kind: Callable[[], st.SearchStrategy[list[str]]], data: st.DataObject
+) -> None:
+    assert_runs_or_reports(data.draw(kind()))

@@ -1,12 +1,9 @@
-"""Runs that are stopped, by whatever means, and go on to the same weights."""
+"""Runs that are stopped resume and end with the same weights."""
 
 import json
 import multiprocessing
 import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
@@ -19,34 +16,31 @@ import yaml
 from lightning import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lsoftmax_lightning.__main__
 from lsoftmax_lightning.cli import main
+from lsoftmax_lightning.datamodules import loader
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from lsoftmax_lightning.signals import ignore_signals
 from lsoftmax_lightning.user_errors import errors_without_traceback
 
 from .helpers.command_line import FIRST_IS_BEST, QUIET, SHORT, fails
-from .helpers.forked import run_on
+from .helpers.forked import launch, run_on
 from .helpers.formats import write_folder
+from .helpers.interrupted import TerminateAt, train
 from .helpers.training import file_size_limit
 
-HELPERS = Path(__file__).parent / "helpers"
+ROOT = str(Path(__file__).parents[1])
 LONG = [
-    *("fit", "--config=digits.yaml", *QUIET, "--trainer.max_epochs=12"),
-    # with everything that has a state or draws
-    *("--model.backbone={class_path: interrupted.Random}", "--data=interrupted.Shifted"),
+    *("fit", "--config=digits.yaml", *QUIET),
+    # everything that has a state or draws
+    *("--model.backbone={class_path: tests.helpers.interrupted.Random}", "--data=tests.helpers.interrupted.Shifted"),
     *("--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss"),
     *("--model.lr_scheduler.patience=1", "--model.lr_scheduler.factor=0.7", "--model.lr_scheduler_interval=epoch"),
 ]
-EXIT_CODES = {"SIGTERM": "143", "SIGINT": "130", "end": "0"}
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(HELPERS)}
-
-
-def run(*program: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *program]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
+KILLS = ["SIGKILL", "batch", "validation", "checkpoint"]
+VALIDATED_WITHIN_EPOCHS = ["--trainer.val_check_interval=7", "--trainer.check_val_every_n_epoch=null"]
+ACCUMULATED = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"]
 
 
 def last(folder: str | Path) -> dict[str, Any]:
@@ -67,24 +61,31 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stops", "settings"),
+    ("epochs", "stops", "settings"),
     [
-        (3 * ["SIGKILL", "batch", "validation", "checkpoint"], []),
-        (5 * ["SIGTERM", "SIGINT"], ["--trainer.val_check_interval=7", "--trainer.check_val_every_n_epoch=null"]),
-        (["SIGTERM", "batch", "SIGINT"], ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"]),
+        pytest.param(6, KILLS, [], id="killed"),
+        pytest.param(6, ["SIGTERM", "SIGINT"], VALIDATED_WITHIN_EPOCHS, id="signalled"),
+        pytest.param(6, ["SIGTERM", "batch", "SIGINT"], ACCUMULATED, id="accumulating"),
+        pytest.param(12, 3 * KILLS, [], id="killed often", marks=pytest.mark.slow),
+        pytest.param(
+            12, 5 * ["SIGTERM", "SIGINT"], VALIDATED_WITHIN_EPOCHS, id="signalled often", marks=pytest.mark.slow
+        ),
     ],
-    ids=["killed", "told_to_stop", "accumulating"],
 )
-def test_stopped_at_any_moment_a_run_ends_with_the_same_weights(stops: list[str], settings: list[str]) -> None:
-    whole = run("-m", "lsoftmax_lightning", *LONG, *settings, "--trainer.logger.name=whole")
+def test_a_run_stopped_at_random_moments_resumes_exactly(epochs: int, stops: list[str], settings: list[str]) -> None:
+    args = [*LONG, *settings, f"--trainer.max_epochs={epochs}"]
+    whole = run_on(1, partial(main, [*args, "--trainer.logger.name=whole"]))
     assert whole.returncode == 0, whole.stderr
-    stopped = [*LONG, *settings, "--trainer.logger.name=stopped", "--ckpt_path=last"]
-    done = run(str(HELPERS / "interrupted.py"), ",".join([*stops, "end"]), "0", *stopped)
-    said = re.findall(rf"^({'|'.join({*stops, 'end'})}) (-?\d+)$", done.stdout, re.MULTILINE)
-    assert said == [(stop, EXIT_CODES.get(stop, "-9")) for stop in [*stops, "end"]], done.stderr
+    args += ["--trainer.logger.name=stopped", "--ckpt_path=last"]
+    for seed, stop in enumerate(stops):
+        done = run_on(1, partial(train, args, stop, seed))
+        assert done.returncode == EXIT_CODES.get(stop, -signal.SIGKILL), (seed, stop, done.stderr)
+        assert "Traceback" not in done.stderr
+    done = run_on(1, partial(main, args))
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 
-    # stopped before its first checkpoint a run begins anew
+    # a run that is stopped before its first checkpoint starts again, in a new folder
     folders = [Path("runs/whole/version_0"), max(Path("runs/stopped").iterdir())]
     one, other = map(last, folders)
     for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
@@ -158,32 +159,38 @@ def test_a_signal_outside_of_training_ends_with_its_code(command: str, hook: str
     assert len(list(Path().rglob("checkpoints/last.ckpt"))) == (hook in ("on_test_batch_end", "on_fit_end"))
 
 
-@pytest.mark.parametrize("command", ["test", "predict"])
+@pytest.mark.parametrize("command", [pytest.param("test", marks=pytest.mark.slow), "predict"])
 def test_a_signal_to_one_rank_ends_all(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = [command, "--config=digits.yaml", *QUIET, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    send = Send(signal.SIGTERM, f"on_{command}_batch_end", rank=1)
     Path("program.py").write_text(
         "import signal\nfrom tests.test_interruption import Send, run_cli\n"
-        f"args = {[command, '--config=digits.yaml', *QUIET, '--trainer.devices=2', '--trainer.strategy=ddp']}\n"
-        f"run_cli(args, Send(signal.SIGTERM, 'on_{command}_batch_end', rank=1))\n"
+        f"run_cli({args}, Send(signal.SIGTERM, 'on_{command}_batch_end', rank=1))\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", ROOT)
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, timeout=120, check=False)
+    done = launch(lambda: run_cli(args, send))
     assert done.returncode == 143, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("Stopped by SIGTERM.") == 1
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-def test_workers_outlive_the_signal_that_a_scheduler_sends_to_all(num_workers: int) -> None:
+def test_workers_survive_a_signal_to_the_process_group() -> None:
+    def ignore_late(worker_id: int) -> None:
+        """Give the second worker a slow start, during which the signal arrives."""
+        time.sleep(worker_id)
+        ignore_signals()
+
     write_folder(Path("images"))
-    data = ["--data.root=images", "--data.memory_gib=0", f"--data.num_workers={num_workers}", "--data.batch_size=4"]
+    data = ["--data.root=images", "--data.memory_gib=0", "--data.num_workers=2", "--data.batch_size=4"]
     network = ["--data.image_size=16", "--data.crop_padding=2", "--model.backbone=digits"]
-    args = ["fit", "--config=folder.yaml", *data, *network, *QUIET, "--trainer.max_epochs=3"]
+    args = ["fit", "--config=folder.yaml", *data, *network, *QUIET, "--trainer.max_epochs=2"]
 
     def stopped() -> None:
         os.setpgrp()
+        loader.ignore_signals = ignore_late  # type: ignore[assignment]
         run_cli(args, Send(signal.SIGTERM, "on_before_optimizer_step", group=True))
 
     done = run_on(1, stopped)
@@ -227,32 +234,26 @@ def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPat
     assert config.read_text() == before
 
 
-def test_two_processes_stop_together_and_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(HELPERS)
+def test_two_processes_stop_together_and_resume_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", ROOT)
     args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]
-    args += ["--trainer.max_epochs=8"]
+    args += ["--trainer.max_epochs=4"]
     whole = run_on(2, partial(main, [*args, "--trainer.logger.name=whole"]))
     assert whole.returncode == 0, whole.stderr
-    stopped = [*args, "--trainer.logger.name=stopped", "--ckpt_path=last"]
-    program = [sys.executable, "-m", "lsoftmax_lightning"]
-    with subprocess.Popen(
-        [*program, *stopped], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as first:
-        while not list(Path().glob("runs/stopped/version_0/checkpoints/*.ckpt")) and first.poll() is None:
-            time.sleep(0.05)
-        first.send_signal(signal.SIGTERM)
-        said, _ = first.communicate(timeout=60)
-    assert first.returncode == 143, said
-    assert said.count("Stopped after") == 1
-    assert 0 < last("runs/stopped/version_0")["global_step"] < 160
-    done = run_on(2, partial(main, stopped))
+    args += ["--trainer.logger.name=stopped", "--ckpt_path=last"]
+    stop = [f"--trainer.callbacks+={TerminateAt.__module__}.TerminateAt", "--trainer.callbacks.step=25"]
+    stopped = launch(partial(main, [*args, *stop]), *args, *stop, program=lsoftmax_lightning.__main__)
+    assert stopped.returncode == 143, stopped.stderr
+    assert (stopped.stdout + stopped.stderr).count("Stopped after") == 1
+    assert 25 < last("runs/stopped/version_0")["global_step"] < 80
+    done = run_on(2, partial(main, args))
     assert done.returncode == 0, done.stderr
     one, other = last("runs/whole/version_0"), last("runs/stopped/version_0")
     assert_same(one["state_dict"], other["state_dict"])
 
 
 @pytest.mark.filterwarnings("ignore:There is no runs/digits/version_0")
-def test_last_is_the_last_run_of_fit_and_goes_on_in_its_folder(caplog: pytest.LogCaptureFixture) -> None:
+def test_last_is_the_last_run_of_fit_and_continues_in_its_folder(caplog: pytest.LogCaptureFixture) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
     main(fit)
     Path("runs/digits/version_1").mkdir()  # of a test
@@ -348,7 +349,7 @@ def test_the_best_of_all_epochs_is_tested_where_a_run_continues(how: str) -> Non
     assert json.loads((folder / "checkpoints/index.json").read_text()) == {"best": "best.ckpt", "last": "last.ckpt"}
 
 
-def test_a_checkpoint_that_does_not_fit_the_disk_is_an_error_and_the_one_before_is_whole(
+def test_a_full_disk_is_an_error_and_keeps_the_previous_checkpoint(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
@@ -375,7 +376,7 @@ def test_another_seed_is_another_run(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.filterwarnings("ignore:There is no")
-def test_what_the_optimizer_cannot_go_on_with_is_refused_and_what_has_no_effect_is_told(
+def test_other_optimizers_are_refused_and_settings_without_effect_are_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
@@ -429,15 +430,16 @@ class Block(Callback):
         threading.Event().wait()
 
 
-def test_a_stopped_command_that_cannot_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_command_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsoftmax_lightning.callbacks.exit_on_signals.EXIT_SECONDS", 1)
     send = Send(signal.SIGTERM, "on_test_batch_end")
     done = run_on(1, lambda: run_cli(["fit", "--config=digits.yaml", *SHORT], send, Block()))
     assert done.returncode == 143
 
 
-def test_workers_that_were_not_told_to_end_do_not_keep_a_stopped_command() -> None:
+def test_workers_that_still_run_are_killed_when_a_command_is_stopped() -> None:
     def stopped() -> None:
+        inherited = multiprocessing.active_children()  # of the process that runs the tests
         context = multiprocessing.get_context("fork")
         others = context.Process(target=lambda: time.sleep(100), daemon=True)
         others.start()
@@ -448,7 +450,7 @@ def test_workers_that_were_not_told_to_end_do_not_keep_a_stopped_command() -> No
                 time.sleep(0.5)
                 os.kill(os.getpid(), signal.SIGTERM)
         finally:
-            assert multiprocessing.active_children() == [others]
+            assert set(multiprocessing.active_children()) == {*inherited, others}
             others.kill()
 
     done = run_on(1, stopped)

@@ -1,4 +1,4 @@
-"""The wheel, as somebody has it who has no checkout."""
+"""The wheel, in an environment without a checkout."""
 
 import subprocess
 import sys
@@ -6,6 +6,8 @@ import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,14 +18,24 @@ def call(*args: str | Path) -> str:
     return done.stdout
 
 
-def test_the_wheel_is_whole_and_does_what_the_images_do() -> None:
+DATA_FILES = {"py.typed", "configs/digits.yaml", "compare/paper_accuracies.yaml"}
+
+
+def test_the_package_and_the_configs_that_the_wheel_includes_have_the_data_files() -> None:
+    package = ROOT / "lsoftmax_lightning"
+    assert all((package / name).is_file() or (ROOT / name).is_file() for name in DATA_FILES)
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert '[tool.hatch.build.targets.wheel.force-include]\nconfigs = "lsoftmax_lightning/configs"' in settings
+
+
+@pytest.mark.slow
+def test_the_wheel_is_complete_and_does_what_the_images_do() -> None:
     call(sys.executable, "-m", "build", "-o", "dist", ROOT)
     files = sorted(Path("dist").iterdir())
     assert [file.suffix for file in files] == [".whl", ".gz"]
     assert "WARNING" not in call(sys.executable, "-m", "twine", "check", "--strict", *files)
     names = set(zipfile.ZipFile(files[0]).namelist())
-    data_files = {"py.typed", "configs/digits.yaml", "compare/paper_accuracies.yaml"}
-    assert {f"lsoftmax_lightning/{name}" for name in data_files} <= names
+    assert {f"lsoftmax_lightning/{name}" for name in DATA_FILES} <= names
     assert not {name for name in names if name.startswith(("tests", "docs", "benchmarks"))}
     with tarfile.open(files[1]) as archive:
         for name in ("/tests/test_package.py", "/lsoftmax_lightning/compare/paper_accuracies.yaml"):

@@ -1,7 +1,8 @@
-"""A head divided by class over processes trains as one in one piece."""
+"""A head that is sharded by class over processes trains as a whole one."""
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lsoftmax_lightning import ClassificationModule
 
 from .helpers.forked import run_on
 from .helpers.processes import Net
-from .helpers.sharding import COUNTS, evaluate, go_on, refusals, work
+from .helpers.sharding import COUNTS, RUNS, evaluate, go_on, refusals, work
 
 pytestmark = pytest.mark.usefixtures("chunks")
 
@@ -28,11 +29,32 @@ def test_all_processes_evaluate_one_network(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    for task, counts in ((work, COUNTS), (go_on, COUNTS), (refusals, [2])):
-        for count in counts:
-            done = run_on(count, partial(task, tmp_path))
-            assert done.returncode == 0, done.stderr
+# numbers of processes before and after a checkpoint
+RESUMED = [(4, 1), (1, 2), (4, 2), (2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("resumed", "max_count"),
+    [(RESUMED, 2), pytest.param(list(product(COUNTS, COUNTS)), 4, marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_any_number_of_processes_trains_as_one(
+    resumed: list[tuple[int, int]],
+    max_count: int,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """All runs take place on up to ``max_count`` processes, and the plain one on all of ``COUNTS``."""
+
+    def run(count: int, task: Callable[..., None], *args: Any) -> None:
+        done = run_on(count, partial(task, tmp_path, *args))
+        assert done.returncode == 0, done.stderr
+
+    for count in COUNTS:
+        run(count, work, list(RUNS) if count <= max_count else ["plain"])
+    for count in COUNTS:
+        run(count, go_on, [before for before, after in resumed if after == count])
+    run(2, refusals)
 
     def read(name: str) -> Any:
         return torch.load(tmp_path / f"{name}.pt", weights_only=True)
@@ -45,7 +67,7 @@ def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Call
     # most weights by less than 0.01, and by up to 0.1 where it changes the side of a ReLU.
     for name, tolerance in (("plain", 1e-6), ("clipped and accumulated", 1e-6), ("bf16-mixed", 0.2)):
         one = read(f"{name} 1")
-        for count in COUNTS[1:]:
+        for count in COUNTS[1:] if name == "plain" else [count for count in COUNTS[1:] if count <= max_count]:
             other = read(f"{name} {count}")
             found = difference(one["weights"], other["weights"])
             record_property(f"difference of weights after 30 steps, {name}, {count} processes", found)
@@ -53,8 +75,8 @@ def test_any_number_of_processes_is_as_one(tmp_path: Path, record_property: Call
             if name != "bf16-mixed":
                 assert other["figures"] == pytest.approx(one["figures"], rel=1e-5, abs=1e-5)
     one = read("plain 1")["weights"]
-    found = max(difference(one, read(f"{before} to {after}")) for before in COUNTS for after in COUNTS)
-    record_property("difference of weights, gone on with on any other number of processes", found)
+    found = max(difference(one, read(f"{before} to {after}")) for before, after in resumed)
+    record_property("difference of weights, resumed on another number of processes", found)
     assert found < 1e-6
     loaded = ClassificationModule.load_from_checkpoint(
         tmp_path / "plain" / "4 after step=12.ckpt", backbone=Net(), weights_only=True

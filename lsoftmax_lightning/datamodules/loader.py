@@ -16,7 +16,7 @@ from ..compat import end_workers
 from ..errors import DataError, InputError
 from ..library_messages import worker_message
 from ..seeds import hashed_seed
-from ..signals import ignore_signals
+from ..signals import ignore_signals, signals_blocked
 from .images import ImageStore, ImageSubset
 
 DRAW_SCALE = 2**24
@@ -207,7 +207,8 @@ class BatchLoader:
             pin_memory=pin,
             generator=torch.Generator(),
         )
-        batches = iter(loader)
+        with signals_blocked():
+            batches = iter(loader)  # starts the workers
         end = partial(end_workers, batches)
         atexit.register(end)  # Python terminates workers at exit and waits for them, but they ignore SIGTERM
         try:

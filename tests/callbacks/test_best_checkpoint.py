@@ -1,6 +1,9 @@
 """The best checkpoint of a run that was killed, moved or continued elsewhere, and checkpoints that name other files."""
 
+import functools
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,21 @@ def train(folder: Path, keep: dict[str, Any], max_epochs: int = 5, mode: str = "
     """Train in a folder; with ``max``, the worst validation counts as the best, so that it is an early one."""
     best = BestCheckpoint(folder, monitor="val/loss", mode=mode, **keep)
     callbacks = [best, LastCheckpoint(folder), ExactResume()]
-    trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=max_epochs)
-    trainer.fit(make_model(), BlobsDataModule(), **fit)
+    trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=max_epochs, limit_train_batches=2)
+    model = make_model(optimizer=partial(torch.optim.SGD, lr=0.01))  # with which the loss falls from the first step
+    trainer.fit(model, BlobsDataModule(), **fit)
     return best
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BestCheckpoint]:
+    """Return the callback of an uninterrupted run, trained once for each of its settings."""
+
+    @functools.cache
+    def whole(mode: str, max_epochs: int, **keep: Any) -> BestCheckpoint:
+        return train(tmp_path_factory.mktemp("whole"), keep, max_epochs, mode)
+
+    return whole
 
 
 def assert_same_best(one: BestCheckpoint, other: BestCheckpoint) -> None:
@@ -50,16 +65,15 @@ def assert_same_best(one: BestCheckpoint, other: BestCheckpoint) -> None:
 @pytest.mark.parametrize("continued", ["moved", "elsewhere"])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_the_best_checkpoint_is_kept_where_a_run_continues(
-    continued: str, epochs: int, keep: dict[str, Any], tmp_path: Path
+    continued: str, epochs: int, keep: dict[str, Any], whole_run: Callable[..., BestCheckpoint], tmp_path: Path
 ) -> None:
-    whole = train(tmp_path / "whole", keep)
     train(tmp_path / "begun", keep, epochs)
     if continued == "moved":
         (tmp_path / "begun").rename(tmp_path / "moved")
         again = train(tmp_path / "moved", keep, ckpt_path=tmp_path / "moved" / "last.ckpt")
     else:
         again = train(tmp_path / "elsewhere", keep, ckpt_path=tmp_path / "begun" / "last.ckpt")
-    assert_same_best(again, whole)
+    assert_same_best(again, whole_run("max", 5, **keep))
 
 
 @pytest.mark.parametrize("keep", KEEPS, ids=str)
@@ -67,14 +81,18 @@ def test_the_best_checkpoint_is_kept_where_a_run_continues(
 @pytest.mark.parametrize("before", [(LastCheckpoint, "_save_checkpoint"), (BestCheckpoint, "_remove_checkpoint")])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The best checkpoint in")
 def test_a_kill_between_the_best_and_the_last_checkpoint_changes_nothing(
-    before: tuple[type[ModelCheckpoint], str], epoch: int, keep: dict[str, Any], tmp_path: Path
+    before: tuple[type[ModelCheckpoint], str],
+    epoch: int,
+    keep: dict[str, Any],
+    whole_run: Callable[..., BestCheckpoint],
+    tmp_path: Path,
 ) -> None:
     def kill(callback: ModelCheckpoint, trainer: Trainer, path: str) -> None:
         if trainer.current_epoch == epoch:
             raise Killed
         original(callback, trainer, path)
 
-    whole = train(tmp_path / "whole", keep, **FALLING)
+    whole = whole_run(**FALLING, **keep)
     original = getattr(*before)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*before, kill)

@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import re
+import shutil
 import struct
 import time
 import warnings
@@ -383,10 +384,18 @@ def test_sprites_hold_images_of_any_shape(size: tuple[int, int]) -> None:
         assert tile.sum() == tile[:, left : left + shown].sum()
 
 
-def test_data_without_a_length_are_drawn() -> None:
+def test_data_without_a_length_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot_steps = []
+
+    def draw_last(snapshot: Snapshot) -> Any:
+        snapshot_steps.append(snapshot.step)
+        return draw(snapshot) if snapshot.step == 160 else ()
+
+    monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.draw", draw_last)
     trainer, folder = with_logger(Dashboard(max_samples=12, save=True), max_epochs=20)
     trainer.fit(make_model(), Wrapped(length=False))
-    assert steps(read(folder), "val/confusion") == [8, 32, 56, 80, 104, 128, 152, 160]  # every third epoch
+    assert snapshot_steps == [8, 32, 56, 80, 104, 128, 152, 160]  # every third epoch
+    assert steps(read(folder), "val/confusion") == [160]
     rows = table(folder, "val_features_000160")
     assert 6 <= len(rows) <= 12
     assert {row["class"] for row in rows} == set("0123")
@@ -695,14 +704,21 @@ def folder_as_events(run: Path) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def softmax_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run with margin 1."""
+    logger = TensorBoardLogger(str(tmp_path_factory.mktemp("softmax")), name="", version="run", default_hp_metric=False)
+    make_trainer(logger=logger, callbacks=[Dashboard()]).fit(make_model(margin=1), BlobsDataModule())
+    return Path(logger.log_dir)
+
+
 @pytest.mark.parametrize(
     "damage",
     [unreadable_hparams, folder_as_hparams, fifo_as_hparams, damaged_events, fifo_as_events, folder_as_events],
 )
-def test_a_softmax_run_that_cannot_be_read_is_skipped_with_a_warning(damage: Any) -> None:
+def test_a_softmax_run_that_cannot_be_read_is_skipped_with_a_warning(damage: Any, softmax_run: Path) -> None:
     for name in ("good", "bad"):
-        logger = TensorBoardLogger(".", name="runs", version=name, default_hp_metric=False)
-        make_trainer(logger=logger, callbacks=[Dashboard()]).fit(make_model(margin=1), BlobsDataModule())
+        shutil.copytree(softmax_run, Path("runs", name))
     path = damage(Path("runs/bad"))
     for name, seconds in (("good", 1), ("bad", 2)):
         os.utime(Path("runs", name, "hparams.yaml"), (seconds, seconds))

@@ -1,4 +1,4 @@
-"""Programs in processes of their own, by forks: torch and Lightning take longer to import than most tests to run."""
+"""Programs in processes of their own, by forks: importing torch and Lightning takes longer than most tests run."""
 
 import multiprocessing.util
 import os
@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import ModuleType
 
 import torch.distributed as dist
 
@@ -33,17 +34,21 @@ def srun(rank: int, count: int, port: int, nodes: int = 1) -> dict[str, object]:
 
 
 def run_on(
-    count: int, task: Callable[[], object], environment: Callable[[int, int, int], dict[str, object]] = torchrun
+    count: int,
+    task: Callable[[], object],
+    environment: Callable[[int, int, int], dict[str, object]] = torchrun,
+    kill_others: bool = True,
 ) -> CompletedProcess[str]:
-    """Has that many processes do something together.
+    """Run a task in several processes.
 
     Args:
-        count: How many.
-        task: What they do, after which they end.
-        environment: Of a process, from its rank, their count and a port.
+        count: Number of processes.
+        task: Called in each of them.
+        environment: Environment variables of a process as a function of its rank, the count and a port.
+        kill_others: Whether the failure of one process ends the others, which may wait for it.
 
     Returns:
-        What they printed, and the code of the first that failed, or 0; the others are then ended.
+        The output of all of them, and the exit code of the first that failed, or 0.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,15 +61,32 @@ def run_on(
         if pid in ranks:
             del ranks[pid]
             failed = failed or os.waitstatus_to_exitcode(status)
-            if failed:
-                for other in ranks:  # which may wait for the one that failed
+            if failed and kill_others:
+                for other in ranks:
                     os.kill(other, signal.SIGKILL)
     stdout, stderr = ("".join(pair[at].read_text() for pair in paths) for at in (0, 1))
     return CompletedProcess([], failed, stdout, stderr)
 
 
+def launch(task: Callable[[], object], *args: str, program: ModuleType | None = None) -> CompletedProcess[str]:
+    """Run a task as the program that a user starts, from whose command line Lightning launches the other ranks.
+
+    Args:
+        task: The program.
+        args: Its arguments.
+        program: The module that ``python -m`` runs; by default the file ``program.py``.
+    """
+
+    def start() -> None:
+        sys.argv = ["program.py", *args]
+        sys.modules["__main__"] = program or ModuleType("__main__")
+        task()
+
+    return run_on(1, start, lambda rank, count, port: {})
+
+
 def _fork(environment: dict[str, object], task: Callable[[], object], stdout: Path, stderr: Path) -> int:
-    """The process' number."""
+    """Return the process id."""
     pid = os.fork()
     if pid:
         return pid

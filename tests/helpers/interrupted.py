@@ -1,18 +1,13 @@
-"""Trains with `fit`, again and again, each time in a process that is stopped: `python interrupted.py HOW SEED ARGS...`.
-
-Python and torch are imported once; each training is a fork.
-"""
+"""Training with `fit` that stops itself at a random moment, by a backbone and data that draw from all generators."""
 
 import os
 import random
 import signal
-import sys
 import threading
-import traceback
 from typing import Any
 
 import numpy as np
-from lightning import Callback
+from lightning import Callback, Trainer
 from torch import Tensor, nn
 
 from lsoftmax_lightning.datamodules import DigitsDataModule
@@ -22,7 +17,7 @@ from lsoftmax_lightning.user_errors import errors_without_traceback
 
 
 class Random(nn.Sequential):
-    """A backbone that draws from all generators there are."""
+    """Backbone that draws from the generators of Python, NumPy and torch."""
 
     num_features = 16
 
@@ -38,7 +33,7 @@ class Random(nn.Sequential):
 
 
 class Shifted(DigitsDataModule):
-    """Digits, each time in another place."""
+    """Digits under random shifts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,12 +41,17 @@ class Shifted(DigitsDataModule):
 
 
 class Stop(Callback):
-    """Kills the process amid a batch or a validation, or at any time sends it a signal."""
+    """Kill the process within a batch or a validation, or send it a signal at any time.
+
+    Args:
+        how: Name of a signal, ``batch``, ``validation``, or anything else to do nothing.
+        draw: Draws the moment.
+    """
 
     def __init__(self, how: str, draw: random.Random) -> None:
         self.how = how
-        self.countdown = draw.randrange(1, 40 if how == "batch" else 5)
-        self.seconds = draw.uniform(0, 0.3)
+        self.countdown = draw.randrange(1, 20 if how == "batch" else 5)
+        self.seconds = draw.uniform(0, 0.2)
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.how.startswith("SIG") and self.countdown:
@@ -60,8 +60,8 @@ class Stop(Callback):
             timer.daemon = True
             timer.start()
 
-    def _count(self, amid: str) -> None:
-        if amid == self.how:
+    def _count(self, where: str) -> None:
+        if where == self.how:
             self.countdown -= 1
             if self.countdown == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -73,7 +73,19 @@ class Stop(Callback):
         self._count("validation")
 
 
-def amid_a_checkpoint(countdown: int) -> None:
+class TerminateAt(Callback):
+    """Send SIGTERM to the process of rank zero in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill_in_a_checkpoint(countdown: int) -> None:
+    """Kill the process when half of a file is written: the ``countdown``-th one that is synchronised."""
     fsync = os.fsync
 
     def half_written(descriptor: int) -> None:
@@ -87,35 +99,16 @@ def amid_a_checkpoint(countdown: int) -> None:
     os.fsync = half_written
 
 
-def train(args: list[str], how: str, draw: random.Random) -> None:
-    """What a fork does."""
+def train(args: list[str], how: str, seed: int) -> None:
+    """Run the command line until it is stopped; in a process of its own.
+
+    Args:
+        args: Arguments of the command line.
+        how: As of :class:`Stop`, or ``checkpoint``.
+        seed: Seed of the moment.
+    """
+    draw = random.Random(seed)
     if how == "checkpoint":
-        amid_a_checkpoint(draw.randrange(1, 6))
+        kill_in_a_checkpoint(draw.randrange(1, 6))
     with errors_without_traceback():
         LSoftmaxCLI(args, callbacks=[Stop(how, draw)])
-
-
-def fork(args: list[str], how: str, draw: random.Random) -> int:
-    """The exit code of a training; of one that was killed, the signal, negative."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            train(args, how, draw)
-            code = 0
-        except SystemExit as error:
-            code = int(error.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-if __name__ == "__main__":
-    hows, seed, *arguments = sys.argv[1:]
-    draws = random.Random(seed)
-    for each in hows.split(","):
-        print(each, fork(arguments, each, draws), flush=True)

@@ -107,11 +107,11 @@ def whole(model: ClassificationModule) -> dict[str, Tensor]:
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in model.state_dict().items()}
 
 
-def work(folder: Path) -> None:
-    """Trains, tests and saves."""
+def work(folder: Path, names: list[str]) -> None:
+    """Train, test and save the named runs."""
     count = os.environ["WORLD_SIZE"]
-    for name, settings in RUNS.items():
-        trainer, model = train(folder / name, **settings)
+    for name in names:
+        trainer, model = train(folder / name, **RUNS[name])
         figures = dict(trainer.callback_metrics)
         if name == "plain":
             figures |= trainer.test(model, BlobsDataModule(), verbose=False)[0]
@@ -182,9 +182,9 @@ def refusals(folder: Path) -> None:
         torch.save(messages, folder / "refusals.pt")
 
 
-def go_on(folder: Path) -> None:
-    """Goes on from the checkpoint of each number of processes."""
-    for before in COUNTS:
+def go_on(folder: Path, counts: list[int]) -> None:
+    """Resume from the checkpoints of these numbers of processes."""
+    for before in counts:
         _, model = train(folder / "again", str(folder / f"plain/{before} after step=12.ckpt"))
         weights = whole(model)
         if os.environ["RANK"] == "0":
