@@ -365,12 +365,12 @@ def test_the_message_of_a_worker_is_found_in_its_traceback(num_workers: int) -> 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_workers_of_an_iterator_that_is_kept_end(num_workers: int) -> None:
-    before = multiprocessing.active_children()
+    before = set(multiprocessing.active_children())
     batches = iter(DataLoader(range(100), num_workers=num_workers, worker_init_fn=ignore_signals))  # type: ignore[arg-type]
     next(batches)
-    assert len(multiprocessing.active_children()) == len(before) + num_workers
+    assert len(set(multiprocessing.active_children()) - before) == num_workers
     compat.end_workers(batches)
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) <= before  # one of an earlier test may end meanwhile
 
 
 def fail(rank: int, error: Exception) -> None:

@@ -316,11 +316,11 @@ def test_what_cannot_be_written_is_an_error() -> None:
 def test_workers_end_with_an_error_that_is_kept() -> None:
     write_folder(Path("photos"))
     Path("photos/broken.png").write_text("no image")
-    before = multiprocessing.active_children()
+    before = set(multiprocessing.active_children())
     with pytest.raises(DataError) as caught:
         predict("x.csv", predict_folder="photos")
     assert caught.tb is not None
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) <= before
 
 
 KEPT = """
