@@ -77,6 +77,7 @@ BELOW: dict[str, set[str]] = {
     "datamodules": {
         "atomic",
         "checkpoints",
+        "compat",
         "data_spec",
         "errors",
         "library_messages",
@@ -192,7 +193,8 @@ def private_names(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
-            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            owner = node.value.func if isinstance(node.value, ast.Call) else node.value
+            own = isinstance(owner, ast.Name) and owner.id in ("self", "cls", "super")
             names |= {node.attr} if not own else set()
         elif isinstance(node, ast.ImportFrom):
             names |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}

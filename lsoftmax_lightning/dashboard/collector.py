@@ -15,6 +15,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
 from ..class_names import names_by_index
+from ..compat import current_datamodule
 from ..geometry import evenly_spaced, target_angles
 from ..heads import LSoftmaxLinear
 from ..metrics import PairVerification
@@ -207,7 +208,7 @@ class SnapshotObserver(HeadObserver):
     def _start_collection(self, trainer: Trainer, num_batches: Sequence[float]) -> None:
         if not trainer.sanity_checking and next(iter(self._sharing_observers(trainer)), None) is self:
             max_samples = math.ceil(self.max_samples / trainer.world_size)
-            datamodule = trainer.datamodule  # type: ignore[attr-defined]
+            datamodule = current_datamodule(trainer)
             self._collector = EvalCollector(max_samples, datamodule, sum(num_batches))
 
     def _end_collection(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -239,7 +240,7 @@ def collect_snapshot(
         stage: ``val`` or ``test``.
         collector: What was collected of the batches.
     """
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    datamodule = current_datamodule(trainer)
     fields: dict[str, Any] = {
         "stage": stage,
         "step": trainer.global_step,

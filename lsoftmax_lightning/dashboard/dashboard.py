@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from ..atomic import atomic_path, write_csv
 from ..class_names import names_by_index
+from ..compat import current_datamodule
 from ..errors import InputError
 from ..geometry import target_angles
 from ..heads import LSoftmaxLinear
@@ -142,7 +143,7 @@ class Dashboard(SnapshotObserver):
 
     def _check_names(self, trainer: Trainer, num_classes: int) -> None:
         """Warn of classes without a name where others have one."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = current_datamodule(trainer)
         unnamed = sorted(set(range(num_classes)) - names_by_index(data).keys())
         if unnamed and getattr(data, "class_names", None) is not None:
             rank_zero_warn(

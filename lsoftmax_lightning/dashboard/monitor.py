@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
-from ..compat import add_summary, disable_default_hp_metric
+from ..compat import add_summary, current_datamodule, disable_default_hp_metric
 from ..heads import LSoftmaxLinear
 from ..metrics import ClassAngles, MeanLoss
 from ..pairs import pairs_of
@@ -56,7 +56,7 @@ class MarginMonitor(HeadObserver):
         if head is None or not trainer.is_global_zero:
             return
         schedule = _schedule(trainer, pl_module)
-        has_pairs = pairs_of(trainer.datamodule, "val") is not None  # type: ignore[attr-defined]
+        has_pairs = pairs_of(current_datamodule(trainer), "val") is not None
         follows_accuracy = getattr(schedule, "accuracy_decay", None) is not None
         metrics = dict.fromkeys(["val/acc", "test/acc", "train/angle" if has_pairs else "val/angle"])
         for logger in tensorboard_loggers(trainer):
@@ -140,7 +140,7 @@ class MarginMonitor(HeadObserver):
 
     def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         head = self.observed_head(pl_module)
-        has_pairs = pairs_of(trainer.datamodule, stage) is not None  # type: ignore[attr-defined]
+        has_pairs = pairs_of(current_datamodule(trainer), stage) is not None
         self._measuring = head is not None and not trainer.sanity_checking and not has_pairs
         if head is not None and self._measuring:
             self._angles = ClassAngles(head.num_classes, head.in_features, head.margin).to(pl_module.device)

@@ -766,6 +766,15 @@ def test_angles_of_training_are_bounded_without_validation(monkeypatch: pytest.M
     assert snapshot.train_angles.untyped_storage().nbytes() == 4 * 50
 
 
+def test_names_of_an_earlier_datamodule_are_not_shown() -> None:
+    trainer, folder = with_logger(Dashboard(save=True))
+    model, data = make_model(), BlobsDataModule()
+    trainer.fit(model, data)
+    trainer.test(model, DataLoader(TensorDataset(torch.rand(20, 1, 8, 8), torch.arange(20) % 4), 20), verbose=False)
+    assert {row["true class"] for row in table(folder, "val_confusion_000008")} == set(data.class_names)
+    assert {row["true class"] for row in table(folder, "test_confusion")} == set("0123")
+
+
 def test_formulas_in_class_names_are_quoted_in_csv() -> None:
     class Formulas(HardBlobs):
         class_names = ("=1+1", "@a", "-b", "-1")
