@@ -223,8 +223,8 @@ class SnapshotObserver(HeadObserver):
             observer.observe_snapshot(trainer, snapshot)
 
     @override
-    def _detach(self) -> None:
-        super()._detach()
+    def detach(self) -> None:
+        super().detach()
         self._collector = None
 
 

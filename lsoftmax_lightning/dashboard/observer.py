@@ -65,7 +65,7 @@ class HeadObserver(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach()  # a run that failed was not torn down
+        self.detach()  # a run that failed was not torn down
         head = head_of(pl_module)
         self.is_observing = head is not None
         if head is None:
@@ -77,11 +77,11 @@ class HeadObserver(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach()
+        self.detach()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()
+        self.detach()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -148,14 +148,15 @@ class HeadObserver(Callback):
                 )
             self._skipped |= {name}
 
-    def _forward_hook(self, observed: nn.Module, args: tuple[HeadCall], output: HeadCall) -> None:
-        logits = output.plain_logits
-        self._call = HeadCall(output.features.detach(), None if logits is None else logits.detach())
-
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Stop observing, and release what was observed."""
         if self._hook is not None:
             self._hook.remove()
         self._call = self._batch = self._hook = None
+
+    def _forward_hook(self, observed: nn.Module, args: tuple[HeadCall], output: HeadCall) -> None:
+        logits = output.plain_logits
+        self._call = HeadCall(output.features.detach(), None if logits is None else logits.detach())
 
     def _take_call(self, batch: Any) -> tuple[HeadCall, Tensor] | None:
         """Return the call of the head for a batch, and its classes, once."""
