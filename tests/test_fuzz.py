@@ -1,7 +1,6 @@
 """Wrong settings of any kind end in a run or in an error that fits a screen, without a traceback.
 
-FUZZ is the number of examples of each kind, 150 by default; by default they are always the same. The tests that are not
-marked as slow try fewer.
+FUZZ is the number of examples of each kind; by default 20, and 150 in the slow tests, which are always the same.
 """
 
 import contextlib
@@ -36,7 +35,7 @@ FIXED = [
     *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.fast_dev_run=true"),
     *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
 ]
-EXAMPLES = int(os.environ.get("FUZZ", "150"))
+FEW, MANY = (int(os.environ.get("FUZZ", default)) for default in ("20", "150"))
 BASE: dict[str, Any] = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
 NUMBERS = [
     *(
@@ -238,7 +237,9 @@ UNTRIED = {
 }
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(EXAMPLES // 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [max(2, FEW // 20), pytest.param(MANY // 20, marks=pytest.mark.slow)], ids=["few", "many"]
+)
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_wrong_types_of_every_setting_are_errors_without_traceback(
     config: Path, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,7 +280,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @KINDS
-@settings(max_examples=20, **SETTINGS)
+@settings(max_examples=FEW, **SETTINGS)
 @given(data=st.data())
 def test_fuzzed_cli_never_shows_a_traceback(
     kind: Callable[[], st.SearchStrategy[list[str]]], data: st.DataObject
@@ -289,7 +290,7 @@ def test_fuzzed_cli_never_shows_a_traceback(
 
 @pytest.mark.slow
 @KINDS
-@settings(max_examples=EXAMPLES, **SETTINGS)
+@settings(max_examples=MANY, **SETTINGS)
 @given(data=st.data())
 def test_fuzzed_cli_never_shows_a_traceback_in_many_examples(
     kind: Callable[[], st.SearchStrategy[list[str]]], data: st.DataObject

@@ -50,8 +50,8 @@ class Stop(Callback):
 
     def __init__(self, how: str, draw: random.Random) -> None:
         self.how = how
-        self.countdown = draw.randrange(1, 20 if how == "batch" else 5)
-        self.seconds = draw.uniform(0, 0.2)
+        self.countdown = draw.randrange(1, 30 if how == "batch" else 5)
+        self.seconds = draw.uniform(0, 0.1)
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.how.startswith("SIG") and self.countdown:
