@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import math
 import re
 import runpy
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from torchvision.datasets import CIFAR10
 
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare.paper import paper_accuracy, paper_experiment
+from lsoftmax_lightning.compare.planning import Run, plan
 
 from .helpers.forked import run_on, srun, torchrun
 from .helpers.formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
@@ -118,18 +121,59 @@ def run_ours(args: list[str], starter: str, planned: list[int]) -> None:
     assert (len(planned) > before) is (args[0] == "compare" and "--report" not in args)
 
 
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Plan comparisons without training, which tests/compare does; the number of runs of each."""
+    planned: list[int] = []
+    monkeypatch.setattr("lsoftmax_lightning.compare.train", lambda runs, *rest: planned.append(len(runs)) or {})
+    monkeypatch.setattr("lsoftmax_lightning.commands.report", lambda paths, folder: None)
+    return planned
+
+
+def at_least(page: Path) -> int:
+    """The number of runs of each comparison on a page."""
+    return 4 if page.name == "results.md" else 5
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 @pytest.mark.filterwarnings("ignore")  # so small a training is not what anybody would want
-def test_every_command_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_runs(page: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan_first(
+        configs: list[str],
+        margins: list[int],
+        seeds: list[int],
+        settings: list[str],
+        sweep: dict[str, Any],
+        folder: Path,
+    ) -> list[Run]:
+        """Plan one run: each takes a quarter of a second."""
+        assert len(margins) * len(seeds) * math.prod(map(len, sweep.values())) >= at_least(page)
+        first = {name: values[:1] for name, values in sweep.items()}
+        return plan(configs, margins[:1], seeds[:1], settings, first, folder)
+
     found = list(commands(page))
     if found:
         prepare(monkeypatch)
-    planned: list[int] = []  # runs of each comparison, which is what is tried of it; tests/compare trains some
-    monkeypatch.setattr("lsoftmax_lightning.compare.train", lambda runs, *rest: planned.append(len(runs)) or {})
-    monkeypatch.setattr("lsoftmax_lightning.commands.report", lambda paths, folder: None)
+    monkeypatch.setattr("lsoftmax_lightning.compare.plan", plan_first)
     for words in found:
         run(words, planned)
-    assert all(runs > (3 if page.name == "results.md" else 4) for runs in planned)
+    assert set(planned) <= {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if " compare --config" in page.read_text()], ids=lambda page: page.name
+)
+@pytest.mark.filterwarnings("ignore")
+def test_every_run_of_every_comparison_is_planned(
+    page: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(monkeypatch)
+    for words in commands(page):
+        if "compare" in words:
+            run(words, planned)
+    assert planned
+    assert min(planned) >= at_least(page)
 
 
 def test_the_tables_on_the_page_of_results_are_those_of_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:

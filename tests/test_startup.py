@@ -82,8 +82,10 @@ def test_a_wrong_command_gets_one_line(args: list[str], end: str, capsys: pytest
     assert capsys.readouterr().err == start + end
 
 
-def test_a_config_may_stand_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("settings.yaml").write_text("fit:\n  trainer: {max_epochs: 3}\n")
+def test_a_config_with_settings_of_several_commands_may_stand_before_the_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("settings.yaml").write_text("fit:\n  trainer: {max_epochs: 3}\ntest:\n  trainer: {max_epochs: 3}\n")
     with pytest.raises(SystemExit) as caught:
         main(["--config=settings.yaml", "fit", "--config=digits.yaml", "--print_config"])
     assert caught.value.code == 0

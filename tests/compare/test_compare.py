@@ -1,4 +1,4 @@
-"""Comparisons from the first command to the table, each run in a process of its own."""
+"""Comparisons from the first command to the table."""
 
 import json
 import math
@@ -10,26 +10,35 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from select import select
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
+from lightning import Trainer
 from rich.progress import TaskID
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typing_extensions import override
 
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare import compare
 from lsoftmax_lightning.compare.planning import Run, plan
 from lsoftmax_lightning.compare.training import Job, job_environment, train
+from lsoftmax_lightning.compare.worker import ProgressFile
 from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.errors import InputError, RunError
+from lsoftmax_lightning.signals import SignalHandler
 
 from ..helpers.command_line import FIRST_IS_BEST, QUIET, fails
+from ..helpers.forked import run_on
+from ..helpers.forked_runs import forked_runs  # noqa: F401
 
 SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
 
 
+@pytest.mark.usefixtures("forked_runs")
 def test_a_comparison_is_trained_and_another_call_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {"model.label_smoothing": [0, 0.1]}
     rows = compare("digits", [1, 2], [0], SHORT, sweep, jobs=2)
@@ -80,17 +89,53 @@ def test_a_comparison_is_trained_and_another_call_goes_on(capsys: pytest.Capture
         assert "data.batch_size is 64 there and 32 here" in str(caught.value)
 
 
+class InterruptAt25(ProgressFile):
+    """Signals the comparison or this process at step 25, in the middle of an epoch."""
+
+    target = "comparison"
+    signum = signal.SIGKILL
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == 25:
+            comparison = os.getppid()
+            os.kill(comparison if self.target == "comparison" else os.getpid(), self.signum)
+            while os.getppid() == comparison and SignalHandler.latest < 0:  # until it or its signal is noticed
+                time.sleep(0.01)
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
+
 @pytest.mark.parametrize(
-    ("blow", "at", "said"),
+    ("signum", "target", "code", "message"),
     [
-        (signal.SIGKILL, "comparison", ""),
-        (signal.SIGINT, "comparison", "The same command continues from here.\nStopped by SIGINT.\n"),
-        (signal.SIGTERM, "worker", "error: 1 of 1 runs failed; the same command tries them again."),
+        (signal.SIGKILL, "comparison", -9, ""),
+        (signal.SIGINT, "comparison", 130, "The same command continues from here.\nStopped by SIGINT.\n"),
+        (signal.SIGTERM, "worker", 1, "error: 1 of 1 runs failed; the same command tries them again."),
     ],
 )
-def test_interrupted_comparison_resumes_exactly(blow: signal.Signals, at: str, said: str) -> None:
-    # a run that forgets its best checkpoint, that of the first epoch, has another in the end
-    args = [*QUIET, "--trainer.max_steps=300", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
+@pytest.mark.usefixtures("forked_runs")
+def test_interrupted_comparison_resumes_exactly(
+    signum: signal.Signals, target: str, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*QUIET, "--trainer.max_steps=60", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
+    ended, held_by_all = os.pipe()
+    with monkeypatch.context() as patch:
+        patch.setattr("lsoftmax_lightning.compare.worker.ProgressFile", InterruptAt25)
+        patch.setattr(InterruptAt25, "signum", signum)
+        patch.setattr(InterruptAt25, "target", target)
+        command = ["compare", "--config=digits.yaml", "--margins=2", "--seeds=3", *args]
+        done = run_on(1, partial(main, command), lambda rank, count, port: {})
+    assert done.returncode == code
+    assert done.stderr.startswith(message)
+    os.close(held_by_all)
+    assert select([ended], [], [], 120)[0]  # the run has ended, too
+    os.close(ended)
+    assert_resumes_exactly(args, 60)
+
+
+@pytest.mark.slow
+def test_interrupted_comparison_in_processes_of_its_own_resumes_exactly() -> None:
+    args = [*QUIET, "--trainer.max_steps=600", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
     command = ["compare", "--config=digits.yaml", "--margins=2", "--seeds=3", *args]
     comparison = subprocess.Popen(
         [sys.executable, "-m", "lsoftmax_lightning", *command],
@@ -99,23 +144,28 @@ def test_interrupted_comparison_resumes_exactly(blow: signal.Signals, at: str, s
         text=True,
     )
     run = Path("runs/compare-digits/m2-s3").absolute()
-    deadline = time.monotonic() + 120
-    while steps_of(run) < 30:
+    deadline = time.monotonic() + 300
+    while steps_of(run) < 10:
         assert time.monotonic() < deadline
         assert comparison.poll() is None
         time.sleep(0.05)
-    os.kill(comparison.pid if at == "comparison" else workers(run)[0], blow)
+    comparison.send_signal(signal.SIGINT)
     _, printed = comparison.communicate(timeout=120)
-    assert printed.startswith(said)
-    while workers(run):  # they end on their own
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert not (run / "run.json").exists()
-    assert 30 <= steps_of(run) < 300
+    assert printed.startswith("The same command continues from here.\nStopped by SIGINT.\n")
+    assert_resumes_exactly(args, 600)
 
+
+def assert_resumes_exactly(args: list[str], steps: int) -> None:
+    """Continue a comparison, and compare its run with one that was not interrupted.
+
+    A run that loses its best checkpoint, which is that of the first epoch, has another one at the end.
+    """
+    run = Path("runs/compare-digits/m2-s3")
+    assert not (run / "run.json").exists()
+    assert 0 < torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] < steps
     (row,) = compare("digits.yaml", [2], [3], args)
-    assert row["steps"] == 300
-    assert row["seconds"] is None  # of the last part alone they would mislead
+    assert row["steps"] == steps
+    assert row["seconds"] is None  # those of the last part alone would mislead
     main(["fit", "--config=digits.yaml", "--model.margin=2", "--seed_everything=3", *args])
     whole = json.loads(Path("runs/digits/version_0/results.json").read_text())
     assert {name: row[name] for name in whole} == whole
@@ -126,21 +176,13 @@ def steps_of(run: Path) -> float:
     return float((path.read_text().split() or [0])[0]) if path.is_file() else 0
 
 
-def workers(run: Path) -> list[int]:
-    listed = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True, check=True)
-    return [int(line.split()[0]) for line in listed.stdout.splitlines() if f"compare.worker {run}" in line]
-
-
-def test_a_run_may_take_several_devices_under_a_progress_bar() -> None:
+def test_a_run_in_processes_of_its_own_may_take_several_devices_under_a_progress_bar() -> None:
     bar = [word for word in SHORT if "progress_bar" not in word]
-    args = ["--config=digits.yaml", "--margins=2", "--seeds=0", *bar, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    command = [sys.executable, "-m", "lsoftmax_lightning", "compare", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(Path("runs/compare-digits/m2-s0/run.json").read_text())
-    assert facts["steps"] == 3
+    (row,) = compare("digits.yaml", [2], [0], [*bar, "--trainer.devices=2", "--trainer.strategy=ddp"])
+    assert row["steps"] == 3
 
 
+@pytest.mark.usefixtures("forked_runs")
 def test_a_run_that_fails_is_named_and_the_others_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {"model.optimizer.lr": ["1e30", "5e-2"], "model.lr_scheduler.milestones": [[0.5, 0.75]]}
     with pytest.raises(RunError, match="1 of 2 runs failed") as caught:
@@ -309,6 +351,7 @@ def test_a_run_without_a_last_checkpoint_says_what_it_removes(
     assert f"{tmp_path}/m1-s0isremoved,anditsrunstartsfromthebeginning" in printed
 
 
+@pytest.mark.usefixtures("forked_runs")
 def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_continues() -> None:
     compare("digits", [2], [0], SHORT)
     run = Path("runs/compare-digits/m2-s0")
