@@ -30,7 +30,7 @@ def layers(name: str) -> list[tuple[str, int]]:
     ]
 
 
-def test_table_1() -> None:
+def test_networks_equal_table_1() -> None:
     assert layers("mnist") == [("conv", 64)] * 10 + [("fc", 256)]
     assert layers("mnist_2d") == [("conv", w) for w in (32, 32, 64, 64, 128, 128)] + [("fc", 2)]
     assert layers("cifar10") == [("conv", w) for w in [64] * 5 + [96] * 4 + [128] * 4] + [("fc", 256)]
@@ -142,7 +142,7 @@ def test_the_command_line_names_the_backbone_and_the_images(capsys: pytest.Captu
     assert "error: backbone 'alexnet' does not take images of (1, 8, 8): " in said
 
 
-def test_bad_requests_are_refused() -> None:
+def test_invalid_backbones_are_refused() -> None:
     with pytest.raises(InputError, match="no backbone is named 'resnet19'"):
         create_backbone("resnet19", (3, 32, 32))
     with pytest.raises(InputError, match="wdith"):

@@ -83,7 +83,7 @@ def test_what_is_not_weights_is_refused(saved: Any, said: str) -> None:
     assert not Path("called").exists()
 
 
-def test_no_damage_at_all_goes_unnoticed() -> None:
+def test_damage_at_any_byte_is_detected() -> None:
     path = Path("some.ckpt")
     torch.save({"state_dict": {"weight": torch.randn(50)}}, path)
     whole = path.read_bytes()
@@ -113,7 +113,7 @@ def repacked(content: bytes, compression: int = zipfile.ZIP_DEFLATED, copies: in
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("how", [{}, {"compression": zipfile.ZIP_LZMA}, {"compression": 0, "copies": 2}], ids=str)
-def test_what_was_repacked_is_refused_everywhere(how: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_repacked_checkpoint_is_refused(how: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config=digits.yaml", *SHORT])
     path = Path("runs/digits/version_0/checkpoints/best.ckpt")
     path.write_bytes(repacked(path.read_bytes(), **how))
@@ -173,7 +173,7 @@ def test_a_remote_checkpoint_is_used_as_a_local_one(server: str, capsys: pytest.
     assert torch.equal(warm.head.weight, read(last)["state_dict"]["head.weight"])
 
 
-def test_no_code_is_run_from_a_checkpoint_by_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_reader_runs_code_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(Call(), "hostile.pt")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     with pytest.raises(pickle.UnpicklingError), errors_without_traceback():
@@ -199,7 +199,7 @@ def test_a_checkpoint_says_by_whom_and_in_which_format_it_was_written() -> None:
         make_trainer(max_steps=2).fit(make_model(), BlobsDataModule(), ckpt_path="later.ckpt")
 
 
-def test_what_cannot_be_written_is_said_and_leaves_what_was_there(tmp_path: Path) -> None:
+def test_failed_write_is_an_error_and_keeps_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="File exists"):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "some.ckpt")
@@ -247,7 +247,7 @@ def of_ddp_and_compile(plain: Plain) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("saved", [bare, of_lightning, of_ddp_and_compile])
-def test_a_softmax_network_is_where_a_margin_begins(
+def test_margin_training_starts_from_a_softmax_network(
     saved: Callable[[Plain], dict[str, Any]], bias: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = make_model(margin=1)
@@ -302,7 +302,7 @@ def test_the_extra_state_of_a_module_is_read() -> None:
     assert model.backbone.extra == 3
 
 
-def test_torchvisions_weights_are_of_use() -> None:
+def test_warm_start_reads_weights_of_torchvision() -> None:
     from torchvision.models import resnet18
 
     torch.save(resnet18(num_classes=4).state_dict(), "resnet.pt")
@@ -324,7 +324,7 @@ def test_torchvisions_weights_are_of_use() -> None:
         ),
     ],
 )
-def test_what_is_of_another_network_is_refused(change: Callable[[Any], Any], said: str) -> None:
+def test_warm_start_from_another_network_is_refused(change: Callable[[Any], Any], said: str) -> None:
     torch.save(change(make_model().state_dict()), "other.pt")
     with pytest.raises(InputError, match=said):
         make_model(warm_start="other.pt")
@@ -341,7 +341,7 @@ def test_a_run_that_began_warm_is_resumed_without_the_file() -> None:
     assert torch.equal(loaded.head.weight, model.head.weight)
 
 
-def test_the_command_line_begins_warm() -> None:
+def test_command_line_takes_warm_start() -> None:
     main(["fit", "--config=digits.yaml", *SHORT, "--model.margin=1"])
     best = "runs/digits/version_0/checkpoints/best.ckpt"
     begin = [*SHORT, "--model.optimizer.lr=0", f"--model.warm_start={best}"]
@@ -354,7 +354,7 @@ def test_the_command_line_begins_warm() -> None:
 @pytest.mark.parametrize("path", sorted(HERE.glob("releases/*.ckpt")), ids=lambda path: path.name)
 @pytest.mark.filterwarnings("ignore:The best checkpoint in", "ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning")  # newer than the oldest
-def test_what_an_earlier_release_wrote_is_read_and_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_of_an_earlier_release_resumes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE / "releases"))
     module: Any = importlib.import_module("flat").Module
     loaded = module.load_from_checkpoint(path, weights_only=True).eval()

@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_the_logits(m: int, size: int, smoothi
 
 
 @pytest.mark.parametrize("asked", [0, 1])
-def test_a_gradient_of_the_one_alone(asked: int) -> None:
+def test_gradient_of_only_one_input(asked: int) -> None:
     x, weight, target = batch(70, 16, 5)
     whole = torch.autograd.grad(chunked_cross_entropy(x, weight, target, 3).loss, (x, weight))[asked]
     parts = [part.detach().requires_grad_(at == asked) for at, part in enumerate((x, weight))]
@@ -55,7 +55,7 @@ def test_a_gradient_of_the_one_alone(asked: int) -> None:
     assert not chunked_cross_entropy(x.detach(), weight.detach(), target, 3).loss.requires_grad
 
 
-def test_gradients_are_to_be_had_once() -> None:
+def test_backward_runs_only_once() -> None:
     x, weight, target = batch(70, 16, 5)
     loss = chunked_cross_entropy(x, weight, target, 3).loss
     loss.backward(retain_graph=True)
@@ -87,7 +87,7 @@ def test_a_weighted_or_ignoring_criterion_is_not_replaced() -> None:
         assert not is_plain_cross_entropy(nn.CrossEntropyLoss(**settings))  # type: ignore[arg-type]
 
 
-def test_settings_that_it_would_ignore_are_refused() -> None:
+def test_unsupported_settings_are_refused() -> None:
     x, weight, target = batch(4, 16, 5)
     with pytest.raises(InputError, match="lambda_: must not require gradients"):
         chunked_cross_entropy(x, weight, target, 3, torch.tensor(1.0, requires_grad=True))
@@ -95,7 +95,7 @@ def test_settings_that_it_would_ignore_are_refused() -> None:
         chunked_cross_entropy(x, weight, target, 3, label_smoothing=2.0)
 
 
-def test_logits_far_apart() -> None:
+def test_distant_logits_stay_finite() -> None:
     x, weight, target = batch(70, 16, 5, torch.float32)
     with torch.no_grad():
         x *= 1e3  # exp of a logit is out of any range, and the margin puts the own one far below the others
@@ -107,7 +107,7 @@ def test_logits_far_apart() -> None:
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-4)
 
 
-def test_nan_is_handed_on_and_a_class_is_predicted_all_the_same() -> None:
+def test_nan_gives_nan_loss_and_a_valid_prediction() -> None:
     x, weight, target = batch(70, 16, 5)
     loss, prediction, correct = chunked_cross_entropy(x * torch.nan, weight, target, 4)
     assert loss.isnan()
@@ -117,7 +117,7 @@ def test_nan_is_handed_on_and_a_class_is_predicted_all_the_same() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:
+def test_half_precision_equals_single_within_rounding(dtype: torch.dtype, autocast: bool) -> None:
     """float16 does not hold the gradient of a logit among 2,000, and is computed in float32."""
     x, weight, target = batch(70, 32, 2000, torch.float32)
     whole = torch.autograd.grad(chunked_cross_entropy(x, weight, target, 4, 1.0).loss, (x, weight))
@@ -130,7 +130,7 @@ def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:
         assert (gradient.float() / 1024 - exact).norm() < 0.02 * exact.norm()
 
 
-def test_an_empty_batch() -> None:
+def test_empty_batch_has_loss_zero() -> None:
     x, weight, target = batch(0, 16, 5)
     loss, prediction, correct = chunked_cross_entropy(x, weight, target, 3)
     loss.backward()
@@ -141,14 +141,14 @@ def test_an_empty_batch() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, -100])
-def test_a_class_that_is_not_there(wrong: int) -> None:
+def test_absent_class_is_an_error(wrong: int) -> None:
     x, weight, target = batch(4, 16, 5)
     target[2] = wrong
     with pytest.raises(InputError, match="target must hold classes 0 to 4, got"):
         chunked_cross_entropy(x, weight, target, 3)
 
 
-def test_it_is_the_default_of_many_classes() -> None:
+def test_chunked_loss_is_the_default_for_many_classes() -> None:
     for classes in (CHUNKED_FROM - 1, CHUNKED_FROM):
         x, weight, target = batch(70, 16, classes, torch.float32)
         loss = lsoftmax_cross_entropy(x, weight, target, 3, 1.0, 0.1)
@@ -156,7 +156,7 @@ def test_it_is_the_default_of_many_classes() -> None:
         assert LSoftmaxLinear(16, classes, 3).uses_chunked_loss == (classes == CHUNKED_FROM)
 
 
-def test_a_module_of_many_classes_takes_it() -> None:
+def test_module_with_many_classes_uses_the_chunked_loss() -> None:
     model = make_model(num_classes=CHUNKED_FROM, label_smoothing=0.1)
     x, target = torch.randn(70, 64), torch.randint(CHUNKED_FROM, (70,))
     model.head.lambda_ = 0.0
@@ -169,7 +169,7 @@ def test_a_module_of_many_classes_takes_it() -> None:
     assert torch.equal(model.margin_loss(x, target)[1], logits)
 
 
-def test_it_takes_a_part_of_the_memory() -> None:
+def test_chunked_loss_takes_a_fraction_of_the_memory() -> None:
     """More than a chunk of logits at a time would not fit."""
     x, weight, target = batch(4096, 64, 20_000, torch.float32)
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -23,7 +23,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
-def test_the_seed_says_it_all() -> None:
+def test_equal_seeds_give_equal_runs() -> None:
     # a network that draws from the generators of Python, NumPy and torch, and augmented images
     args = ["--config=digits.yaml", "--model.backbone={class_path: tests.helpers.interrupted.Random}"]
     args += ["--data=tests.helpers.interrupted.Shifted"]

@@ -41,11 +41,11 @@ def test_separation_is_that_of_all_pairs(count: int) -> None:
     assert [float(angle) for angle in found] == pytest.approx([float(angle) for angle in expected], rel=1e-3)
 
 
-def test_one_direction_is_apart_from_nothing() -> None:
+def test_separation_of_one_direction_is_nan() -> None:
     assert all(math.isnan(angle) for angle in separation(torch.ones(1, 3)))
 
 
-def test_of_very_many_directions_some_are_taken() -> None:
+def test_separation_of_very_many_directions_uses_a_subset() -> None:
     directions = torch.eye(2)[torch.ones(12_000, dtype=torch.long)]
     directions[evenly_spaced(12_000)] = torch.eye(2)[0]
     assert separation(directions).mean == pytest.approx(0, abs=0.1)

@@ -46,7 +46,7 @@ def test_without_a_target_it_is_a_linear_layer(head: LSoftmaxLinear, x: Tensor) 
     assert torch.equal(linear(x), head(x))
 
 
-def test_only_the_own_class_changes(head: LSoftmaxLinear, x: Tensor, target: Tensor) -> None:
+def test_margin_changes_only_the_target_logit(head: LSoftmaxLinear, x: Tensor, target: Tensor) -> None:
     plain, margin = head(x), head(x, target)
     own = F.one_hot(target, 4).bool()
     assert torch.equal(plain[~own], margin[~own])
@@ -80,7 +80,7 @@ def test_bad_settings_are_refused(settings: dict[str, float], said: str) -> None
         LSoftmaxLinear(**{"in_features": 6, "num_classes": 4, "margin": 3} | settings)  # type: ignore[arg-type]
 
 
-def test_copies_keep_lambda_and_go_their_own_way(head: LSoftmaxLinear, x: Tensor, target: Tensor) -> None:
+def test_copies_keep_lambda_and_are_independent(head: LSoftmaxLinear, x: Tensor, target: Tensor) -> None:
     buffer = io.BytesIO()
     torch.save(head, buffer)
     buffer.seek(0)
@@ -209,11 +209,11 @@ def test_exports_without_the_margin(head: LSoftmaxLinear, x: Tensor) -> None:
     torch.testing.assert_close(exported.module()(x[:3]), head(x[:3]))
 
 
-def test_it_says_what_it_is(head: LSoftmaxLinear) -> None:
+def test_repr_names_the_settings(head: LSoftmaxLinear) -> None:
     assert repr(head) == "LSoftmaxLinear(in_features=6, num_classes=4, margin=3, lambda_=2)"
 
 
-def test_a_bare_loop_learns(x: Tensor, target: Tensor) -> None:
+def test_head_learns_in_a_plain_loop(x: Tensor, target: Tensor) -> None:
     torch.manual_seed(0)
     head = LSoftmaxLinear(6, 4, margin=2)
     features = torch.eye(4, 6)[target] + 0.1 * x

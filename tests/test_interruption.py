@@ -371,7 +371,7 @@ def test_a_full_disk_is_an_error_and_keeps_the_previous_checkpoint(
     assert cli.trainer.global_step == 6
 
 
-def test_another_seed_is_another_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_with_another_seed_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(UserWarning, match="There is no"):
         main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
     printed = fails(capsys, "fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last", "--seed_everything=1")

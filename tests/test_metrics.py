@@ -78,7 +78,7 @@ def naive(pairs: Tensor, embeddings: Tensor, pca_components: int | None) -> dict
 
 @pytest.mark.parametrize("pca_components", [None, 3, 12])
 @pytest.mark.parametrize("noise", [0.2, 0.6, 1.5])
-def test_it_is_the_protocol(noise: float, pca_components: int | None) -> None:
+def test_metrics_equal_a_naive_protocol(noise: float, pca_components: int | None) -> None:
     pairs, people = make_pairs()
     embeddings = noisy(people, noise)
     found = metric_values(pairs, embeddings, pca_components=pca_components)
@@ -103,7 +103,7 @@ def test_identical_embeddings_of_a_person_score_all(pca_components: int | None) 
     assert found == pytest.approx(expected)
 
 
-def test_the_same_embedding_for_everybody_is_worth_nothing() -> None:
+def test_identical_embeddings_of_all_people_score_chance() -> None:
     pairs, people = make_pairs()
     found = metric_values(pairs, torch.ones(len(people), 4))
     assert (found["acc"], found["auc"]) == (0.5, 0.5)
@@ -118,13 +118,13 @@ def test_no_image_of_the_scored_fold_fits_the_pca() -> None:
     assert found == pytest.approx(naive(pairs, embeddings, 4), abs=1e-6)
 
 
-def test_where_most_pairs_are_the_same_all_may_be_accepted() -> None:
+def test_threshold_may_accept_all_pairs() -> None:
     rows = [[4 * i + j, 4 * i + j + 1, int(j < 3), i % 5 + 1] for i in range(20) for j in range(4)]
     pairs = torch.tensor(rows)
     assert metric_values(pairs, torch.ones(81, 3))["acc"] == 0.75
 
 
-def test_one_scored_fold_has_the_error_of_a_share() -> None:
+def test_standard_error_of_one_fold_is_that_of_a_proportion() -> None:
     pairs, people = make_pairs(folds=3)
     pairs[pairs[:, 3] < 3, 3] = 0
     found = metric_values(pairs, noisy(people, noise=0.6))
@@ -143,14 +143,14 @@ def test_an_image_given_twice_counts_once() -> None:
     assert once.compute() == twice.compute()
 
 
-def test_half_precision_is_taken() -> None:
+def test_half_precision_embeddings_are_accepted() -> None:
     pairs, people = make_pairs()
     embeddings = noisy(people, noise=0.6)
     exact, half = metric_values(pairs, embeddings), metric_values(pairs, embeddings.bfloat16())
     assert half["auc"] == pytest.approx(exact["auc"], abs=0.01)
 
 
-def test_images_of_no_pair_do_not_matter() -> None:
+def test_images_in_no_pair_are_ignored() -> None:
     pairs, people = make_pairs()
     embeddings = noisy(people, noise=0.6)
     assert metric_values(pairs, torch.cat([embeddings, embeddings[:3]])) == metric_values(pairs, embeddings)
@@ -282,7 +282,7 @@ def test_angles_of_classes_do_not_depend_on_the_batches(margin: int) -> None:
     assert sum(shares) == pytest.approx(1)
 
 
-def test_what_is_opposite_to_its_class_is_in_the_last_segment() -> None:
+def test_opposite_features_are_in_the_last_segment() -> None:
     metric = ClassAngles(2, 2, 3)
     metric.update(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.eye(2), torch.tensor([0, 0]))
     values = metric.compute()

@@ -134,7 +134,7 @@ def test_two_processes_train_and_draw_as_one() -> None:
         assert [event.step for event in events.Scalars("val/angle")] == [19, 39, 59]
 
 
-def test_two_nodes_and_divided_classes_are_as_one_process() -> None:
+def test_two_nodes_and_sharded_classes_equal_one_rank() -> None:
     """The same command, by the name of what starts it."""
     short = ["--trainer.max_epochs=1", "--dashboard.every_n_epochs=0"]
     done = run(1, *short)
@@ -157,7 +157,7 @@ def test_two_nodes_and_divided_classes_are_as_one_process() -> None:
         assert results[1] == pytest.approx(results[0], rel=1e-3, abs=1e-3)
 
 
-def test_two_processes_augment_and_verify_as_one(tmp_path: Path) -> None:
+def test_two_ranks_augment_and_verify_as_one(tmp_path: Path) -> None:
     write_lfw(tmp_path / "lfw", folds=4, count=5)  # an odd number of test images: batches of 8 leave some over
     weights, results = [], []
     for devices in (1, 2):

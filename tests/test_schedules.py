@@ -20,7 +20,7 @@ from lsoftmax_lightning.schedules import AccuracyFeedback, Constant, LambdaSched
         (PowerLaw(gamma=1e-5, power=45), (639, 111, 14, 1.9)),
     ],
 )
-def test_power_law_gives_the_authors_figures(schedule: PowerLaw, expected: tuple[float, ...]) -> None:
+def test_power_law_gives_the_values_of_the_authors(schedule: PowerLaw, expected: tuple[float, ...]) -> None:
     for iteration, lambda_ in zip((1000, 5000, 10_000, 15_000), expected, strict=True):
         assert schedule(iteration - 1) == pytest.approx(lambda_, rel=0.05)  # they count from one
 
@@ -105,5 +105,5 @@ def test_bad_settings_are_refused(kind: type[LambdaSchedule], settings: dict[str
 
 
 @pytest.mark.parametrize("schedule", [AccuracyFeedback(), PowerLaw(), Constant(math.inf), RunFraction()])
-def test_schedules_are_values(schedule: LambdaSchedule) -> None:
+def test_schedules_compare_by_value(schedule: LambdaSchedule) -> None:
     assert pickle.loads(pickle.dumps(schedule)) == schedule

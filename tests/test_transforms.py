@@ -28,7 +28,7 @@ def numbered(count: int, side: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(7, 3, 8, 8), (7, 1, 5, 9)])
 @pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (2, False), (2, True)])
-def test_it_is_torchvisions_pad_crop_and_flip(shape: tuple[int, ...], padding: int, flip: bool) -> None:
+def test_crop_and_flip_equal_torchvision(shape: tuple[int, ...], padding: int, flip: bool) -> None:
     images = torch.randint(256, shape, dtype=torch.uint8)
     draws = torch.rand(len(images), 3)
     out = RandomCropFlip(padding, flip)(images, draws)

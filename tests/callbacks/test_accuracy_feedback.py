@@ -100,7 +100,7 @@ def test_the_chunked_loss_gives_the_same_lambda(monkeypatch: pytest.MonkeyPatch)
     assert runs[True][-1] < 1000
 
 
-def test_evaluations_do_not_count() -> None:
+def test_evaluation_does_not_change_lambda() -> None:
     model, data, recorder = make_model(margin=3, lambda_schedule=FEEDBACK), BlobsDataModule(), Recorder()
     trainer = make_trainer(callbacks=[recorder], num_sanity_val_steps=2, val_check_interval=2, max_epochs=2)
     record(model, recorder, trainer)
@@ -124,7 +124,7 @@ def test_a_resumed_run_has_the_same_lambda(stop: int, tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
-def test_a_second_fit_goes_on_and_another_model_begins_anew() -> None:
+def test_second_fit_continues_and_another_model_restarts() -> None:
     model, data, recorder = make_model(margin=3, lambda_schedule=FEEDBACK), BlobsDataModule(), Recorder()
     trainer = make_trainer(callbacks=[recorder], max_epochs=4)
     trainer.fit(model, data)

@@ -49,7 +49,7 @@ def test_lambda_is_that_of_the_step() -> None:
     assert trainer.progress_bar_metrics["lambda"] == pytest.approx(SCHEDULE(15))
 
 
-def test_gradient_accumulation_does_not_speed_it_up() -> None:
+def test_gradient_accumulation_does_not_speed_up_annealing() -> None:
     _, seen = fit(make_model(lambda_schedule=SCHEDULE), accumulate_grad_batches=4)
     assert seen == expected(2, repeat=4)
 
@@ -107,7 +107,7 @@ def test_validation_before_training_and_sanity_checks_do_not_count() -> None:
     assert recorder.seen == expected(8)
 
 
-def test_fit_twice_goes_on_where_the_trainer_is() -> None:
+def test_second_fit_continues_from_the_step_of_the_trainer() -> None:
     model, data, recorder = make_model(lambda_schedule=SCHEDULE), BlobsDataModule(), Recorder()
     trainer = make_trainer(callbacks=[recorder])
     trainer.fit(model, data)
@@ -126,14 +126,14 @@ def test_another_model_in_the_same_trainer_brings_its_own_schedule() -> None:
     assert {lambda_ for _, lambda_ in recorder.seen[8:]} == {7.0}
 
 
-def test_a_resumed_run_needs_nothing_saved(tmp_path: Path) -> None:
+def test_resumed_annealing_needs_no_saved_state(tmp_path: Path) -> None:
     first, _ = fit(make_model(lambda_schedule=SCHEDULE))
     first.save_checkpoint(tmp_path / "first.ckpt")
     _, seen = fit(make_model(lambda_schedule=SCHEDULE), max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
     assert seen == expected(16)[8:]
 
 
-def test_a_fraction_of_the_run_knows_the_run() -> None:
+def test_run_fraction_uses_the_length_of_the_run() -> None:
     for settings in ({"max_epochs": 2}, {"max_epochs": -1, "max_steps": 16}):
         _, seen = fit(make_model(lambda_schedule=RunFraction(lambda_min=0.0, fraction=0.5)), **settings)
         lambdas = [lambda_ for _, lambda_ in seen]
@@ -147,7 +147,7 @@ def test_a_run_without_an_end_is_refused_a_fraction() -> None:
         fit(make_model(lambda_schedule=RunFraction()), max_epochs=-1)
 
 
-def test_the_trainers_own_annealing_wins() -> None:
+def test_annealing_of_the_trainer_takes_precedence() -> None:
     _, seen = fit(make_model(lambda_schedule=SCHEDULE), callbacks=[LambdaAnnealing(Constant(3.0))])
     assert seen == [(step, 3.0) for step in range(8)]
 
@@ -250,11 +250,11 @@ def test_a_checkpoint_by_step_is_not_of_a_diverged_run(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {f"step={step}.ckpt" for step in range(1, 6)}
 
 
-def test_a_trainer_that_never_logs_is_served() -> None:
+def test_annealing_works_without_logging() -> None:
     fit(make_model(), log_every_n_steps=0)
 
 
-def test_a_diverged_run_is_forgotten_by_the_next_call() -> None:
+def test_next_fit_after_divergence_trains() -> None:
     model, data, trainer = make_model(), BlobsDataModule(), make_trainer(num_sanity_val_steps=0)
     model.criterion = Poison(0, math.nan)
     with pytest.raises(DivergenceError):

@@ -285,7 +285,7 @@ def test_a_folder_that_ranks_do_not_share_is_named() -> None:
     assert "predictions.output: all ranks must share the folder of out.csv, got no ." in done.stderr
 
 
-def test_what_cannot_be_written_is_an_error() -> None:
+def test_unwritable_output_is_an_error() -> None:
     with pytest.raises(InputError, match=r"^predictions\.output: must end in .* got x"):
         Predictions("x.txt")
     with pytest.raises(InputError, match=r"^predictions\.output: without a logger there is no folder of the run"):

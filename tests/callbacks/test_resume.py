@@ -50,7 +50,7 @@ def test_from_the_end_of_an_epoch_the_next_one_follows(length: dict[str, Any], t
         assert torch.equal(train(f"from_{step}", ckpt_path=tmp_path / "whole" / f"step={step}.ckpt"), whole)
 
 
-def test_a_plateau_is_told_of_each_epoch_once(tmp_path: Path) -> None:
+def test_plateau_scheduler_steps_once_per_epoch(tmp_path: Path) -> None:
     def train(folder: str, max_epochs: int = 3, **resume: Any) -> Any:
         saved = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
         model = make_model(

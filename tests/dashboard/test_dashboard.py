@@ -236,7 +236,7 @@ def test_without_tensorboard_nothing_is_drawn_unless_it_is_saved() -> None:
         make_trainer(callbacks=[Dashboard(save=True)]).fit(make_model(), BlobsDataModule())
 
 
-def test_a_quick_run_draws_nothing() -> None:
+def test_fast_dev_run_draws_nothing() -> None:
     trainer, _ = with_logger(Dashboard(save=True), fast_dev_run=True)
     trainer.fit(make_model(), BlobsDataModule())
     assert not list(Path().rglob("*"))
@@ -273,7 +273,7 @@ def test_an_interrupted_training_ends_at_once() -> None:
     assert not read(folder).Tags()["images"]
 
 
-def test_the_first_error_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_the_training_is_raised_over_one_of_the_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.draw", fail)
     trainer, _ = with_logger(Dashboard(max_share=0), max_epochs=9, callbacks=[Raise(ValueError("the first"))])
     model = make_model()
@@ -462,7 +462,7 @@ def test_classes_without_a_name_have_their_index(names: Any, expected: list[str]
     assert [row["true class"] for row in table(folder, "val_confusion_000008")] == expected
 
 
-def test_of_many_classes_a_hundred_are_shown() -> None:
+def test_at_most_a_hundred_classes_are_shown() -> None:
     collector = EvalCollector(400, None, 1)
     names = [f"class {index}" for index in range(150)]
     generator = torch.Generator().manual_seed(0)

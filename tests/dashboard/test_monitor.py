@@ -38,7 +38,7 @@ def steps(events: EventAccumulator, tag: str) -> list[int]:
     return [event.step for event in events.Scalars(tag)]
 
 
-def test_it_logs_what_a_margin_does() -> None:
+def test_monitor_logs_angles_norms_and_segments() -> None:
     trainer, events = fit(make_model(margin=2), max_epochs=2)  # epochs of 8 steps
     tags = set(events.Tags()["scalars"])
     assert {f"val/{name}" for name in FIGURES | SEPARATION | {"margin_loss", "loss", "acc"}} <= tags
@@ -52,7 +52,7 @@ def test_it_logs_what_a_margin_does() -> None:
     assert not {"val/angle", "val/margin_loss"} - set(trainer.callback_metrics)
 
 
-def test_the_figures_are_those_of_the_images() -> None:
+def test_metrics_equal_those_computed_from_the_images() -> None:
     model, data = make_model(margin=3, lambda_schedule=Constant(2.0)), BlobsDataModule()
     _, events = fit(model, data)
     found = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
@@ -69,7 +69,7 @@ def test_the_figures_are_those_of_the_images() -> None:
     assert found["lr"] == pytest.approx(0.1)
 
 
-def test_a_test_tells_the_angles_too() -> None:
+def test_test_logs_the_angles() -> None:
     trainer = make_trainer(callbacks=[MarginMonitor()])
     model, data = make_model(margin=2).eval(), BlobsDataModule()
     (results,) = trainer.test(model, data, verbose=False)
@@ -83,13 +83,13 @@ def test_a_test_tells_the_angles_too() -> None:
     assert "val/margin_loss" not in validated  # nobody has set lambda
 
 
-def test_a_figure_can_be_monitored() -> None:
+def test_checkpoint_can_monitor_an_angle() -> None:
     stopping = EarlyStopping("val/angle", patience=1, min_delta=1e9, mode="min")
     trainer, _ = fit(make_model(), callbacks=[stopping], max_epochs=9)
     assert trainer.current_epoch == 2
 
 
-def test_tensorboard_is_laid_out() -> None:
+def test_custom_scalars_layout_is_written() -> None:
     _, events = fit(make_model())
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
@@ -103,7 +103,7 @@ def test_tensorboard_is_laid_out() -> None:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_the_run_has_a_row_among_the_hyperparameters(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_listed_under_hparams(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     callbacks = [LambdaAnnealing(PowerLaw(base=9.0))] if own else []
     _, events = fit(make_model(margin=2, label_smoothing=0.1), callbacks=callbacks)
@@ -148,7 +148,7 @@ def test_other_loggers_get_the_scalars() -> None:
     assert "val/angle" in (Path(logger.log_dir) / "metrics.csv").read_text()
 
 
-def test_a_module_without_our_head_is_left_alone() -> None:
+def test_module_without_our_head_is_not_observed() -> None:
     class Other(ClassificationModule):
         def configure_model_parts(self, backbone: str | nn.Module) -> None:
             super().configure_model_parts(backbone)
@@ -201,7 +201,7 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch() -> None:
     assert steps(EventAccumulator(logger.log_dir).Reload(), "train/angle")[0] == 5
 
 
-def test_of_batches_without_classes_there_are_no_figures() -> None:
+def test_batches_without_classes_have_no_scalars() -> None:
     class Dicts(BlobsDataModule):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             images, target = super().on_after_batch_transfer(batch, dataloader_idx)
@@ -219,7 +219,7 @@ def test_of_batches_without_classes_there_are_no_figures() -> None:
     assert not {"val/angle", "train/angle", "val/margin_loss"} & {*events.Tags()["scalars"], *trainer.callback_metrics}
 
 
-def test_the_head_is_left_as_it_was() -> None:
+def test_no_hook_is_left_on_the_head() -> None:
     model = make_model()
     fit(model)
     assert num_hooks(model) == 0

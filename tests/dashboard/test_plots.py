@@ -62,7 +62,7 @@ def test_names_that_begin_with_an_underscore_are_in_legends() -> None:
         assert max(len(text.get_text()) for text in figure.axes[0].get_legend().get_texts()) <= 60
 
 
-def test_angles_are_shares_against_boundaries() -> None:
+def test_angle_histogram_shows_fractions_and_boundaries() -> None:
     angles = {"train": torch.tensor([1.0, 1.5, 91.0, 180.0]), "val": torch.tensor([45.0]), "none": torch.empty(0)}
     figure = plots.angle_histogram(angles, {"softmax": 40.0})
     (axes,) = figure.axes
@@ -89,7 +89,7 @@ def test_the_confusion_matrix_has_counts_or_shares_of_rows(shares: bool) -> None
 
 
 @pytest.mark.parametrize("count", [3, 100])
-def test_the_map_of_angles(count: int) -> None:
+def test_angle_map_shows_the_matrix(count: int) -> None:
     names = [f"class {number}" for number in range(count)]
     figure = plots.angle_map(torch.full((count, count), 90.0).fill_diagonal_(0), names)
     written = texts(figure)
@@ -121,7 +121,7 @@ def test_the_roc_curve_is_that_of_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_diverged_training_is_drawn_all_the_same(value: float) -> None:
+def test_diverged_training_is_drawn(value: float) -> None:
     features, weight, target = torch.full((6, 3), value), torch.full((3, 3), value), torch.arange(6) % 3
     texts(plots.feature_scatter(*plots.plane(features, weight), target, NAMES))
     texts(plots.feature_scatter(*plots.plane(features[:, :2], weight[:, :2]), target, NAMES))

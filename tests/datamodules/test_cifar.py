@@ -20,7 +20,7 @@ from ..helpers.training import make_model, make_trainer
     ("kind", "reader", "classes", "sizes"),
     [(CIFAR10DataModule, CIFAR10, 10, (180, 20, 40)), (CIFAR100DataModule, CIFAR100, 100, (900, 100, 1000))],
 )
-def test_it_reads_its_format(
+def test_cifar_reads_its_format(
     kind: Any, reader: Any, classes: int, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_cifar(tmp_path, monkeypatch, reader)
@@ -86,9 +86,7 @@ def test_damage_is_one_error(damage: str, tmp_path: Path, monkeypatch: pytest.Mo
             assert part in str(caught.value)
 
 
-def test_what_is_no_cifar_behind_the_right_checksum_is_one_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_content_with_the_right_checksum_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, monkeypatch)
     monkeypatch.setattr(CIFAR10, "train_list", CIFAR10.test_list * 2 + [["batches.meta", CIFAR10.meta["md5"]]])
     with pytest.raises(DataError, match="cannot read CIFAR10"):

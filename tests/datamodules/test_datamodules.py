@@ -21,7 +21,7 @@ from ..helpers.formats import write_mnist
 from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 
-def test_digits_are_real_split_by_class_and_disjoint() -> None:
+def test_digits_splits_are_stratified_and_disjoint() -> None:
     data = DigitsDataModule()
     data.setup("fit")
     data.setup("test")
@@ -45,7 +45,7 @@ def test_stated_mean_and_std_are_those_of_the_training_images() -> None:
     assert normalised.std().item() == pytest.approx(1, abs=0.01)
 
 
-def test_the_split_is_seeded_and_stays() -> None:
+def test_validation_split_follows_its_seed() -> None:
     splits = []
     for seed in (0, 0, 1):
         data = BlobsDataModule(split_seed=seed)
@@ -56,7 +56,7 @@ def test_the_split_is_seeded_and_stays() -> None:
     assert not torch.equal(splits[0], splits[2])
 
 
-def test_the_split_may_be_a_number_or_a_share() -> None:
+def test_val_size_is_a_number_or_a_fraction() -> None:
     for val_size in (0.2, 40, 40.0):
         data = BlobsDataModule(val_size=val_size)
         data.setup("fit")
@@ -91,7 +91,7 @@ def test_training_batches_are_whole_shuffled_by_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("train", [True, False])
-def test_processes_share_the_batches_of_one(train: bool, world_size: int) -> None:
+def test_ranks_share_the_batches_of_one_rank(train: bool, world_size: int) -> None:
     kind = {"shuffle": train, "drop_last": train}
     alone = batches(**kind)
     shares = [batches(**kind, rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -114,7 +114,7 @@ def test_processes_share_the_batches_of_one(train: bool, world_size: int) -> Non
         ),
     ],
 )
-def test_batches_that_do_not_work_out_are_refused(settings: dict[str, int], said: str) -> None:
+def test_invalid_batch_sizes_are_refused(settings: dict[str, int], said: str) -> None:
     with pytest.raises(InputError, match=said):
         batches(**settings)
 
@@ -141,7 +141,7 @@ def test_images_have_the_precision_of_the_weights(precision: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
-def test_precision_does_not_move_the_crops(precision: Any) -> None:
+def test_crops_do_not_depend_on_precision(precision: Any) -> None:
     seen = []
 
     class Spy(RandomCropFlip):
@@ -222,7 +222,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.parametrize("val_size", [2, 198, 500])  # fewer than one of each class, on either side
-def test_a_split_that_cannot_be_is_refused(val_size: int) -> None:
+def test_impossible_split_is_refused(val_size: int) -> None:
     with pytest.raises(InputError, match=f"val_size: must leave .* of every class, got {val_size} for 200 images: "):
         BlobsDataModule(val_size=val_size).setup("fit")
 
@@ -272,7 +272,7 @@ def test_mnist_downloads_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(data.test_data.targets) == 100
 
 
-def test_without_network_one_error_says_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_without_network_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(*args: Any, **kwargs: Any) -> None:
         raise urllib.error.URLError("no network")
 

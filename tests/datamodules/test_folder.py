@@ -27,7 +27,7 @@ def make(root: Path, **settings: Any) -> ImageFolderDataModule:
     return ImageFolderDataModule(**{"root": str(root), "image_size": 8, "batch_size": 4, "num_workers": 0} | settings)
 
 
-def test_the_layout_says_classes_and_parts(tmp_path: Path) -> None:
+def test_folders_define_classes_and_splits(tmp_path: Path) -> None:
     write_folder(tmp_path)
     data = make(tmp_path, val_size=4)
     assert (data.class_names, data.num_classes, data.image_shape) == (("blue", "red"), 2, (3, 8, 8))
@@ -41,7 +41,7 @@ def test_the_layout_says_classes_and_parts(tmp_path: Path) -> None:
         assert (images[targets == 0].amax(dim=(0, 2, 3)) == torch.tensor([0, 0, 250])).all()
 
 
-def test_a_val_folder_is_taken(tmp_path: Path) -> None:
+def test_val_folder_is_used(tmp_path: Path) -> None:
     write_folder(tmp_path, ("train", "test"))
     write_folder(tmp_path, ("val",), count=3)
     data = make(tmp_path)
@@ -49,7 +49,7 @@ def test_a_val_folder_is_taken(tmp_path: Path) -> None:
     assert [len(part.targets) for part in (data.train_data, data.val_data, data.test_data)] == [20, 6, 20]
 
 
-def test_it_trains(tmp_path: Path) -> None:
+def test_folder_config_trains(tmp_path: Path) -> None:
     write_folder(tmp_path)
     data = make(tmp_path, crop_padding=1, flip=True)
     trainer = make_trainer(max_epochs=3)
@@ -75,7 +75,7 @@ def test_files_and_memory_give_the_same_batches(num_workers: int, tmp_path: Path
         assert torch.equal(targets, same_targets)
 
 
-def test_the_budget_is_of_all_images(tmp_path: Path) -> None:
+def test_memory_budget_counts_all_images(tmp_path: Path) -> None:
     write_folder(tmp_path)
     size = 40 * 3 * 8 * 8 / 2**30
     for memory_gib, in_memory in ((size, True), (size * 0.999, False)):
@@ -98,7 +98,7 @@ def test_augmentation_is_reproducible_and_new_each_epoch(tmp_path: Path) -> None
     assert not torch.equal(epochs[0], epochs[2])
 
 
-def test_loading_takes_no_draw_from_the_model(tmp_path: Path) -> None:
+def test_loading_does_not_change_the_random_state(tmp_path: Path) -> None:
     write_folder(tmp_path)
     data = make(tmp_path, crop_padding=2)
     data.setup("fit")
@@ -113,7 +113,7 @@ def saved(path: Path, image: Image.Image, **settings: Any) -> Path:
     return path
 
 
-def test_every_kind_of_image_becomes_colours(tmp_path: Path) -> None:
+def test_every_image_mode_becomes_rgb(tmp_path: Path) -> None:
     colour = Image.new("RGB", (12, 10), (200, 100, 50))
     palette = colour.convert("P", palette=Image.Palette.ADAPTIVE)
     for path in (
@@ -303,7 +303,7 @@ def test_the_layout_is_checked_before_any_work(tmp_path: Path) -> None:
         make(tmp_path)
 
 
-def test_one_class_is_no_classification(tmp_path: Path) -> None:
+def test_single_class_is_an_error(tmp_path: Path) -> None:
     write_image(tmp_path / "train" / "red" / "0.png")
     with pytest.raises(DataError, match="must contain at least two class folders"):
         make(tmp_path)

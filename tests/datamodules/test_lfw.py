@@ -109,7 +109,7 @@ def test_people_of_lfw_among_those_trained_on_are_reported(tmp_path: Path) -> No
         LFWDataModule(str(tmp_path / "faces"), str(tmp_path / "lfw"), **SMALL)
 
 
-def test_crlf_and_blank_lines_change_nothing(tmp_path: Path) -> None:
+def test_crlf_and_blank_lines_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "pairs.txt"
     path.write_text(pairs_text())
     expected = read_pairs(path)
@@ -145,7 +145,7 @@ def test_images_may_be_of_any_format(extension: str, tmp_path: Path) -> None:
     assert {path.suffix for path in data.test_files.paths + data.train_files.paths} == {extension}
 
 
-def test_a_byte_order_mark_is_no_matter_but_other_text_is(tmp_path: Path) -> None:
+def test_byte_order_mark_is_ignored_and_other_text_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "pairs.txt"
     path.write_text(pairs_text(), encoding="utf-8-sig")
     assert len(read_pairs(path)) == 12

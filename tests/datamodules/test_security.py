@@ -15,7 +15,7 @@ from ..helpers.formats import Call, write_cifar
 
 
 @pytest.mark.parametrize("kind", [CIFAR10DataModule, CIFAR100DataModule, MNISTDataModule])
-def test_a_download_that_is_not_the_authors_is_not_opened(
+def test_download_with_a_wrong_checksum_is_not_opened(
     kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched = []
@@ -34,7 +34,7 @@ def test_a_download_that_is_not_the_authors_is_not_opened(
     assert {path for path in tmp_path.rglob("*") if path.is_file()} <= set(fetched)
 
 
-def test_a_pickle_that_is_not_the_authors_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickle_with_a_wrong_checksum_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, monkeypatch)
     payload = pickle.dumps(Call())
     (tmp_path / CIFAR10.base_folder / "data_batch_1").write_bytes(payload)

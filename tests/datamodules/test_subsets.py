@@ -68,7 +68,7 @@ def test_the_classes_keep_their_proportions(train_size: float) -> None:
     assert targets.tolist() == [i % 4 for i in index]
 
 
-def test_uneven_classes_keep_theirs_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uneven_classes_keep_their_proportions_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [1000, 600, 398, 2]
     targets = torch.arange(4).repeat_interleave(torch.tensor(sizes))
     images = torch.zeros(2000, 1, 8, 8, dtype=torch.uint8)
@@ -89,7 +89,7 @@ def test_indices_ascend_and_labels_are_not_changed_in_place() -> None:
     assert torch.equal(targets, torch.arange(100) % 4)
 
 
-def test_subsets_of_a_seed_are_nested_and_those_of_others_differ() -> None:
+def test_subsets_are_nested_by_seed() -> None:
     small, large, other = (
         draw(**settings)[0]
         for settings in (
@@ -116,7 +116,7 @@ def test_the_seed_is_that_of_seed_everything_unless_one_is_given() -> None:
         assert found[one][1] != found[other][1]
 
 
-def test_draws_do_not_touch_the_split_or_the_generators() -> None:
+def test_drawing_a_subset_keeps_split_and_random_state() -> None:
     torch.manual_seed(0)
     plain, drawn = ManyDataModule(), ManyDataModule(train_size=100, label_noise=0.3)
     state = torch.get_rng_state()
@@ -127,7 +127,7 @@ def test_draws_do_not_touch_the_split_or_the_generators() -> None:
     assert set(indices(drawn.train_data.images).tolist()) < set(indices(plain.train_data.images).tolist())
 
 
-def test_by_default_nothing_changes() -> None:
+def test_default_uses_all_images_and_true_labels() -> None:
     index, targets = draw()
     assert len(index) == 1600
     assert targets.tolist() == [i % 4 for i in index]
@@ -138,7 +138,7 @@ def test_by_default_nothing_changes() -> None:
     assert data.train_data is train_data
 
 
-def test_the_shuffle_of_a_seed_stays_what_it_was() -> None:
+def test_shuffle_of_a_seed_is_stable_between_releases() -> None:
     seed_everything(3)
     data = ManyDataModule()
     data.setup("fit")
@@ -171,7 +171,7 @@ def test_exactly_the_stated_fraction_of_the_labels_is_drawn(
     assert sum(int(target) != i % 4 for i, target in zip(index, targets, strict=True)) == count
 
 
-def test_all_labels_drawn_means_none_is_kept_on_purpose() -> None:
+def test_full_label_noise_draws_every_label() -> None:
     index, targets = draw(label_noise=1.0)
     share = sum(int(target) == i % 4 for i, target in zip(index, targets, strict=True)) / len(index)
     assert share == pytest.approx(0.25, abs=0.05)
@@ -246,7 +246,7 @@ def test_images_and_labels_stay_paired_in_every_store(kind: str, tmp_path: Path)
         LFWFoldDataModule,
     ],
 )
-def test_every_datamodule_takes_them(
+def test_every_datamodule_takes_subset_arguments(
     kind: type[BatchDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {} if kind is DigitsDataModule else {"root": str(tmp_path)}
@@ -323,7 +323,7 @@ def test_fit_says_what_is_trained_on(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages.count(said) == 1
 
 
-def test_the_command_line_takes_them() -> None:
+def test_command_line_takes_subset_arguments() -> None:
     settings = ["--data.train_size=200", "--data.label_noise=0.1", "--data.train_seed=4"]
     cli = main(["fit", "--config=digits.yaml", *QUIET, "--trainer.fast_dev_run=true", *settings])
     assert cli is not None

@@ -42,7 +42,7 @@ class LazyModule(ClassificationModule):
         super().__init__(num_classes, layers, **kwargs)
 
 
-def test_forward_and_embed_know_no_margin() -> None:
+def test_forward_and_embed_do_not_apply_the_margin() -> None:
     models = [make_model(margin=margin).eval() for margin in (1, 4)]
     x = torch.randn(5, 1, 8, 8)
     assert torch.equal(models[0](x), models[1](x))
@@ -61,7 +61,7 @@ def test_a_module_pickles_copies_and_saves() -> None:
     assert all(torch.equal(other.eval()(x), model.eval()(x)) for other in copies)
 
 
-def test_it_learns_and_always_logs_the_same_names() -> None:
+def test_training_learns_and_logs_fixed_names() -> None:
     trainer = make_trainer(max_epochs=4)
     model, data = make_model(margin=4), BlobsDataModule()
     trainer.fit(model, data)
@@ -71,7 +71,7 @@ def test_it_learns_and_always_logs_the_same_names() -> None:
     assert results["test/acc"] > 0.95
 
 
-def test_figures_are_of_plain_logits_and_exact_for_a_last_smaller_batch() -> None:
+def test_metrics_use_plain_logits_and_are_exact_for_a_smaller_last_batch() -> None:
     data = BlobsDataModule(batch_size=16)  # 50 test images: 3 batches of 16 and one of 2
     model, trainer = make_model(margin=4).eval(), make_trainer()
     (results,) = trainer.test(model, data, verbose=False)
@@ -227,7 +227,7 @@ def test_labels_beyond_the_head_are_refused() -> None:
         make_trainer().test(model, data)
 
 
-def test_plain_dataloaders_do() -> None:
+def test_plain_dataloaders_are_accepted() -> None:
     data = BlobsDataModule()
     data.setup("fit")
     images, targets = data.train_data

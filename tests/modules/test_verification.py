@@ -81,7 +81,7 @@ def test_a_partial_evaluation_gives_nan(data: LFWFoldDataModule) -> None:
     assert all(math.isnan(value) for value in results.values())
 
 
-def test_data_without_pairs_are_asked_for_them() -> None:
+def test_data_without_pairs_is_an_error() -> None:
     model = VerificationModule(4, "digits", image_shape=(1, 8, 8))
     with pytest.raises(InputError, match="has test_pairs, as LFWDataModule does; got BlobsDataModule"):
         make_trainer().test(model, BlobsDataModule())
@@ -101,7 +101,7 @@ def test_a_classifier_does_not_take_pairs_for_classes(data: LFWFoldDataModule) -
 
 
 @pytest.mark.parametrize("pca_components", [0, 65])
-def test_components_that_features_have_not_are_refused(pca_components: int, data: LFWFoldDataModule) -> None:
+def test_more_pca_components_than_features_is_an_error(pca_components: int, data: LFWFoldDataModule) -> None:
     with pytest.raises(InputError, match=f"pca_components must be 1 to 64, got {pca_components}"):
         make(data, pca_components=pca_components)
 
@@ -116,7 +116,7 @@ def test_predict_gives_embeddings_in_order(data: LFWFoldDataModule) -> None:
         torch.testing.assert_close(found, model.forward_features(data.normalize(images)))
 
 
-def test_a_checkpoint_rebuilds_it(data: LFWFoldDataModule, tmp_path: Path) -> None:
+def test_a_checkpoint_rebuilds_the_module(data: LFWFoldDataModule, tmp_path: Path) -> None:
     trainer, model = make_trainer(), make(data, pca_components=5, mirror=True)
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
