@@ -1,5 +1,5 @@
 # What a maintainer does; in an environment of `make install`.
-.PHONY: install check test test-slow docs package
+.PHONY: install check test test-slow test-oldest test-3.12 test-3.13 docs package
 
 install: ## the package, editable, with all that the rest takes
 	pip install -e '.[dev]'
@@ -12,6 +12,16 @@ test: ## as README has it
 
 test-slow: ## the long ones, which `pytest` leaves out
 	pytest -m slow
+
+test-oldest: ## on Python 3.10, with the oldest releases that pyproject.toml allows
+	python3.10 -m venv .venvs/oldest
+	.venvs/oldest/bin/pip install -q -c tests/oldest.txt -e '.[dev]'
+	.venvs/oldest/bin/pytest
+
+test-3.12 test-3.13: test-%: ## on this Python, with the newest releases
+	python$* -m venv .venvs/$*
+	.venvs/$*/bin/pip install -q -e '.[dev]'
+	.venvs/$*/bin/pytest
 
 docs: ## into docs/_build; a warning is an error, and the examples in docstrings are run
 	sphinx-build -qW --keep-going docs docs/_build/html
