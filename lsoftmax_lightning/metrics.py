@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from torchmetrics import Metric
@@ -220,6 +219,8 @@ class PairVerification(Metric):
             return dict.fromkeys(_VERIFICATION_METRICS, torch.tensor(math.nan, dtype=torch.float64))
         by_image = embeddings.new_zeros(int(needed[-1]) + 1, embeddings.shape[1])
         by_image[image_ids] = embeddings  # an image that was passed twice counts once
+
+        from sklearn.decomposition import PCA  # here for the reason in datamodules.base.stratified_split
 
         cosines, fold_accuracies = torch.zeros(len(pairs), dtype=torch.float64), []
         for fold in self._scored_folds():
