@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
@@ -56,4 +57,6 @@ class ForkedRun:
 @pytest.fixture
 def forked_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train the runs of comparisons in forks."""
-    monkeypatch.setattr("lsoftmax_lightning.compare.training.subprocess.Popen", ForkedRun)
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
+    forking = SimpleNamespace(Popen=ForkedRun, **names)  # libraries call the true module
+    monkeypatch.setattr("lsoftmax_lightning.compare.training.subprocess", forking)
