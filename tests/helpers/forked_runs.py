@@ -13,7 +13,7 @@ import pytest
 
 from lsoftmax_lightning.compare import worker
 
-from .forked import _fork
+from .forked import fork
 
 
 class ForkedRun:
@@ -33,7 +33,7 @@ class ForkedRun:
             sys.modules["__main__"], sys.argv = worker, args[2:]  # with which Lightning starts other ranks
             worker.main(args[3], int(args[4]))
 
-        self.pid = _fork({}, run, Path(os.devnull), Path(os.devnull))
+        self.pid = fork({}, run, Path(os.devnull), Path(os.devnull))
 
     def poll(self) -> int | None:
         if self.returncode is None:
