@@ -135,7 +135,7 @@ def test_interrupted_comparison_resumes_exactly(
 
 @pytest.mark.slow
 def test_interrupted_comparison_in_processes_of_its_own_resumes_exactly() -> None:
-    args = [*QUIET, "--trainer.max_steps=600", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
+    args = [*QUIET, "--trainer.max_epochs=60", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
     command = ["compare", "--config=digits.yaml", "--margins=2", "--seeds=3", *args]
     comparison = subprocess.Popen(
         [sys.executable, "-m", "lsoftmax_lightning", *command],

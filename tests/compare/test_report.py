@@ -55,6 +55,12 @@ def write_run(
         torch.save(record | {"angles": torch.rand(6) * 90}, run / "test.pt")
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing: a figure takes longer than the rest of a report."""
+    monkeypatch.setattr("lsoftmax_lightning.compare.reporting.draw", lambda runs: ())
+
+
 def cells(folder: Path) -> list[list[str]]:
     lines = (folder / "table.md").read_text().splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
@@ -108,6 +114,7 @@ def test_each_swept_setting_has_its_rows_its_differences_and_its_figures(tmp_pat
         ({"class_path": "CIFAR10DataModule", "init_args": {"flip": True}}, "cifar10", ["93.50", "94.08"]),
     ],
 )
+@pytest.mark.usefixtures("no_figures")
 def test_the_table_shows_the_accuracies_of_the_paper_with_their_source(
     data: dict[str, Any], backbone: str, accuracies: list[str], tmp_path: Path
 ) -> None:
@@ -122,12 +129,14 @@ def test_the_table_shows_the_accuracies_of_the_paper_with_their_source(
     assert "check the paper" in text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_another_network_on_the_papers_data_is_not_compared_with_it(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5, data={"class_path": "MNISTDataModule"}, backbone="mnist_2d")
     report(tmp_path)
     assert "paper" not in (tmp_path / "table.md").read_text().lower()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_settings_of_several_calls_are_kept_apart(tmp_path: Path) -> None:
     for margin, gap in ((1, 0), (2, 0.1)):
         for swept in ({}, {"data.a": 1}, {"data.b": 1}, {"data.b": [1, "x"]}):
@@ -194,6 +203,7 @@ def test_a_folder_of_no_comparison_is_refused(tmp_path: Path) -> None:
         report(tmp_path / "gone")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_notes_say_how_many_images_and_which_labels(tmp_path: Path) -> None:
     data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": 1000.0, "label_noise": 0.2}}
     for margin in (1, 2):
@@ -213,12 +223,14 @@ def test_the_facts_of_a_run_state_them(tmp_path: Path) -> None:
         assert stated == (settings if name == "noisy" else {})
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_without_them_the_notes_say_nothing_of_them(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.9)
     report(tmp_path)
     assert "train_size" not in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_formulas_are_quoted_in_the_results_and_numbers_are_not(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.9, {"model.a": "=1+1", "model.b": "-x", "model.c": "-0.1", "model.d": -2})
     next(tmp_path.glob("*/results.json")).write_text('{"test/acc": 0.9, "test/mine": -1.5}')
@@ -243,6 +255,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_with_a_damaged_outcome_is_left_out_with_a_warning(damage: bytes, tmp_path: Path) -> None:
     for margin in (1, 2):
         write_run(tmp_path, margin, 0, 0.5)
@@ -256,6 +269,7 @@ def test_a_run_with_a_damaged_outcome_is_left_out_with_a_warning(damage: bytes, 
 
 
 @pytest.mark.parametrize("metrics", ['{"test/acc": null}', '{"test/acc": "0.5"}', '{"test/acc": [0.5]}', "[]", "{"])
+@pytest.mark.usefixtures("no_figures")
 def test_damaged_metrics_are_named(metrics: str, tmp_path: Path) -> None:
     for margin in (1, 2):
         write_run(tmp_path, margin, 0, 0.5)
@@ -264,6 +278,7 @@ def test_damaged_metrics_are_named(metrics: str, tmp_path: Path) -> None:
         assert len(report(tmp_path)) == 1
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_runs_of_earlier_releases_are_read(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5, {"model.x": 3})
     rows = report(tmp_path)
@@ -313,14 +328,18 @@ def test_a_full_disk_leaves_the_previous_report(tmp_path: Path) -> None:
         assert all(after[path] == before[path] for path in tmp_path.glob("*.png"))
 
 
-def test_a_report_of_the_rows_has_the_table_of_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_of_the_rows_has_the_table_of_the_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8}}
     for margin in (1, 4):
         for seed in (0, 1, 2):
             for value in (0, 0.1, "a", [1, "x"], True, None, "=1", "'a'", "a|b", ""):
                 accuracy = 0.5 + margin / 30 + seed / 70
                 write_run(tmp_path / "runs", margin, seed, accuracy, {"model.x": value}, data, backbone="mnist")
-    report(tmp_path / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr("lsoftmax_lightning.compare.reporting.draw", lambda runs: ())  # for each value of model.x
+        report(tmp_path / "runs")
     capsys.readouterr()
     rows = report(tmp_path / "runs" / "results.csv")
     table = (tmp_path / "runs" / "table.md").read_text()
@@ -336,6 +355,7 @@ def test_a_report_of_the_rows_has_the_table_of_the_runs(tmp_path: Path, capsys: 
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"results.csv", "table.md", "accuracy.png"}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_metrics_of_any_name_are_read_from_rows(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5)
     next(tmp_path.glob("*/results.json")).write_text('{"test/acc": 0.5, "accuracy": 0.25}')
@@ -397,6 +417,7 @@ def test_several_comparisons_are_reported_together(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_averaged_settings_pair_the_runs(tmp_path: Path) -> None:
     for fold, (one, two) in {1: (0.7, 0.71), 2: (0.9, 0.92), 3: (0.8, 0.83)}.items():
         for margin, accuracy in ((1, one), (2, two)):
@@ -413,6 +434,7 @@ def test_averaged_settings_pair_the_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["data.train_size", "data.init_args.train_size"])
+@pytest.mark.usefixtures("no_figures")
 def test_an_averaged_setting_may_be_one_of_the_facts(name: str, tmp_path: Path) -> None:
     for size, gap in ((1000, 0.01), (None, 0.03)):  # all images are those of the paper, whose accuracy is not shown
         data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": size}}
@@ -433,6 +455,7 @@ def test_an_averaged_setting_may_be_one_of_the_facts(name: str, tmp_path: Path) 
         ]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_averaged_settings_of_data_and_model_explain_their_facts(tmp_path: Path) -> None:
     for size in (8, 16):
         for backbone in ("digits", "mnist"):
@@ -442,6 +465,7 @@ def test_averaged_settings_of_data_and_model_explain_their_facts(tmp_path: Path)
     assert cells(tmp_path)[2][:2] == ["1", "4"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_equal_averaged_values_pair_the_runs(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.8, {"model.x": 0})
     write_run(tmp_path, 2, 0, 0.9, {"model.x": 0.0})
@@ -449,6 +473,7 @@ def test_equal_averaged_values_pair_the_runs(tmp_path: Path) -> None:
     assert cells(tmp_path)[3][3] == "+10.00"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_averages_hold_for_all_runs(tmp_path: Path) -> None:
     for fold, accuracy in ((2, 0.8), (10, 0.9)):
         write_run(tmp_path, 2, 0, accuracy, {"data.fold": fold})

@@ -54,7 +54,7 @@ def run_on(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     paths = [[Path(f"{name}_{rank}").absolute() for name in ("stdout", "stderr")] for rank in range(count)]
-    ranks = {_fork(environment(rank, count, port), task, *paths[rank]): rank for rank in range(count)}
+    ranks = {fork(environment(rank, count, port), task, *paths[rank]): rank for rank in range(count)}
     failed = 0
     while ranks:
         pid, status = os.wait()
@@ -85,7 +85,7 @@ def launch(task: Callable[[], object], *args: str, program: ModuleType | None = 
     return run_on(1, start, lambda rank, count, port: {})
 
 
-def _fork(environment: dict[str, object], task: Callable[[], object], stdout: Path, stderr: Path) -> int:
+def fork(environment: dict[str, object], task: Callable[[], object], stdout: Path, stderr: Path) -> int:
     """Return the process id."""
     pid = os.fork()
     if pid:

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
 
 from lsoftmax_lightning.compare import worker
 
-from .forked import _fork
+from .forked import fork
 
 
 class ForkedRun:
@@ -32,7 +33,7 @@ class ForkedRun:
             sys.modules["__main__"], sys.argv = worker, args[2:]  # with which Lightning starts other ranks
             worker.main(args[3], int(args[4]))
 
-        self.pid = _fork({}, run, Path(os.devnull), Path(os.devnull))
+        self.pid = fork({}, run, Path(os.devnull), Path(os.devnull))
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -56,4 +57,6 @@ class ForkedRun:
 @pytest.fixture
 def forked_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train the runs of comparisons in forks."""
-    monkeypatch.setattr("lsoftmax_lightning.compare.training.subprocess.Popen", ForkedRun)
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
+    forking = SimpleNamespace(Popen=ForkedRun, **names)  # libraries call the true module
+    monkeypatch.setattr("lsoftmax_lightning.compare.training.subprocess", forking)
