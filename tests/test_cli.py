@@ -77,7 +77,7 @@ def test_every_shipped_config_is_complete(config: Path) -> None:
     assert "num_classes" not in keys["model"]["init_args"]  # the data says it
 
 
-def test_fit_leaves_one_folder_that_test_and_predict_take_up() -> None:
+def test_test_and_predict_find_the_folder_of_fit() -> None:
     cli = main(["fit", "--config", "digits", *SHORT, "--trainer.max_epochs=3", *FIRST_IS_BEST])
     assert cli is not None
     run = Path("runs/digits/version_0")
@@ -336,7 +336,7 @@ def test_a_port_in_use_ends_all_ranks_at_once() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_data_tells_the_model() -> None:
+def test_model_arguments_are_linked_to_the_data() -> None:
     cli = main(["fit", "--config", "digits.yaml", "--trainer.fast_dev_run=true", *QUIET])
     assert cli is not None
     assert cli.model.hparams["num_classes"] == 10
@@ -413,7 +413,7 @@ RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a new 
 
 
 @RESUMED
-def test_resuming_goes_on() -> None:
+def test_resume_continues_the_training() -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
     last = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
     cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", last])
@@ -424,7 +424,7 @@ def test_resuming_goes_on() -> None:
 
 
 @RESUMED
-def test_settings_given_win_over_those_of_a_checkpoint() -> None:
+def test_given_settings_override_those_of_a_checkpoint() -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
     last = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
     cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", "--model.margin=3", last])
@@ -432,7 +432,7 @@ def test_settings_given_win_over_those_of_a_checkpoint() -> None:
     assert cli.model.head.margin == 3
 
 
-def test_what_is_no_checkpoint_of_this_network_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_of_another_network_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
     test = ["test", "--config", "digits.yaml", *QUIET, "--ckpt_path"]
     best = "runs/digits/version_0/checkpoints/best.ckpt"
@@ -446,7 +446,7 @@ def test_what_is_no_checkpoint_of_this_network_is_refused(capsys: pytest.Capture
     assert "there is no file runs" in fails(capsys, *test, "runs")
 
 
-def test_without_a_logger_nothing_of_the_users_is_overwritten() -> None:
+def test_without_a_logger_no_user_file_is_overwritten() -> None:
     config = Path("config.yaml")
     config.write_text((CONFIGS / "digits.yaml").read_text())
     before = config.read_text()
@@ -455,7 +455,7 @@ def test_without_a_logger_nothing_of_the_users_is_overwritten() -> None:
     assert not Path("results.json").exists()
 
 
-def test_the_dashboard_is_there_and_has_settings() -> None:
+def test_dashboard_is_added_with_its_settings() -> None:
     drawing = ("--dashboard.every_n_epochs=1", "--dashboard.save=true", "--dashboard.max_samples=50")
     cli = main(["fit", "--config", "digits", *SHORT, *drawing, "--trainer.log_every_n_steps=1"])
     assert cli is not None
@@ -472,7 +472,7 @@ def test_checkpoints_can_be_switched_off() -> None:
     assert not list(Path().rglob("*.ckpt"))
 
 
-def test_data_without_facts_are_asked_for_them(
+def test_data_without_num_classes_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("bare_data.py").write_text("from lightning import LightningDataModule\nclass Bare(LightningDataModule): ...\n")
@@ -491,7 +491,7 @@ def test_a_config_in_the_working_directory_comes_first(capsys: pytest.CaptureFix
     assert "already in" in fails(capsys, "configs", "--copy", "digits")
 
 
-def test_configs_lists_them_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_configs_command_lists_each_config_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
@@ -526,7 +526,7 @@ def test_faces_are_predicted_as_embeddings(capsys: pytest.CaptureFixture[str], t
     assert np.load("faces.npy").shape == (len(paths), 128)
 
 
-def test_the_data_class_may_be_another_than_the_configs(tmp_path: Path) -> None:
+def test_data_class_of_a_config_can_be_replaced(tmp_path: Path) -> None:
     write_folder(tmp_path)
     cli = main(
         [
@@ -540,7 +540,7 @@ def test_the_data_class_may_be_another_than_the_configs(tmp_path: Path) -> None:
     assert cli.model.head.num_classes == 2
 
 
-def test_random_weights_are_not_scored_in_silence() -> None:
+def test_testing_random_weights_warns() -> None:
     with pytest.warns(UserWarning, match="RANDOM weights"):
         main(["test", "--config", "digits.yaml", *QUIET])
 

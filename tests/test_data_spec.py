@@ -145,7 +145,7 @@ def test_a_trainer_refuses_other_data(data: BlobsDataModule) -> None:
     make_trainer().test(loaded, data)
 
 
-def test_data_that_say_nothing_are_not_compared() -> None:
+def test_unspecified_data_is_not_compared() -> None:
     fit_blobs("some.ckpt")
     make_trainer().test(make_model(), Foreign(), ckpt_path="some.ckpt")
     make_trainer().test(make_model(), Foreign().test_dataloader(), ckpt_path="some.ckpt")
@@ -162,7 +162,7 @@ def test_data_that_say_nothing_are_not_compared() -> None:
     assert saved_data_spec(read("new.ckpt")) == DataSpec.from_datamodule(Renamed())
 
 
-def test_verification_is_of_other_people_but_training_of_the_same(tmp_path: Path) -> None:
+def test_verification_may_use_other_classes_and_resumed_training_may_not(tmp_path: Path) -> None:
     def fold(test: int, val: int) -> LFWFoldDataModule:
         return LFWFoldDataModule(str(tmp_path), test, val, image_size=8, batch_size=8, num_workers=0)
 
@@ -177,7 +177,7 @@ def test_verification_is_of_other_people_but_training_of_the_same(tmp_path: Path
         make_trainer(max_epochs=2).fit(model, other, ckpt_path="faces.ckpt")
 
 
-def test_many_class_names_are_one_text() -> None:
+def test_class_names_are_stored_as_one_string() -> None:
     names = tuple(f"identity {number}\n\udc80" for number in range(100_000))
     spec = DataSpec(names, (3, 8, 8), (0.5,), (0.1,), "cover")
     model = make_model()
@@ -189,7 +189,7 @@ def test_many_class_names_are_one_text() -> None:
 
 
 @pytest.mark.parametrize("text", [3, "", "[1]", "{", "[" * 10_000])
-def test_a_damaged_description_is_refused(text: Any) -> None:
+def test_damaged_specification_is_refused(text: Any) -> None:
     with pytest.raises(InputError, match="the checkpoint is damaged: its description of the data is not valid"):
         saved_data_spec({"lsoftmax_lightning": {"data": text}})
 
@@ -245,7 +245,7 @@ def test_attributes_that_are_known_after_setup_are_unknown_before() -> None:
     assert DataSpec.from_datamodule(Late()) == DataSpec.from_datamodule(Foreign())
 
 
-def test_what_says_nothing_does_not_replace_a_specification() -> None:
+def test_empty_specification_does_not_replace_another() -> None:
     model = make_model()
     model.data_spec = spec = DataSpec(class_names=("a", "b", "c", "d"))
     make_trainer().fit(model, Foreign())

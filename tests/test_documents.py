@@ -256,7 +256,7 @@ def accuracy_in(printed: str) -> float:
     return float(found[1])
 
 
-def test_the_programs_run() -> None:
+def test_programs_on_the_pages_run() -> None:
     assert set(FILES) == {
         "my_project.py",
         "train.py",

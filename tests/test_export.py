@@ -43,7 +43,7 @@ def run(path: str, images: Tensor) -> tuple[dict[str, str], list[Tensor]]:
 @pytest.mark.parametrize("pixels", ["uint8", "float"])
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_for_batches_of_any_size(format: Format, pixels: Pixels) -> None:
+def test_export_takes_batches_of_any_size(format: Format, pixels: Pixels) -> None:
     data, model = BlobsDataModule(), make_model().eval()
     path = f"out/model.{'onnx' if format == 'onnx' else 'pt2'}"
     if format == "onnx" and not WRITES_ONNX:
@@ -117,7 +117,7 @@ def test_without_data_the_specification_of_the_checkpoint_is_exported() -> None:
         torch.testing.assert_close(logits, model(BlobsDataModule().normalize(images)), rtol=1e-4, atol=1e-4)
 
 
-def test_mirrored_faces() -> None:
+def test_export_of_mirrored_faces_equals_the_module() -> None:
     torch.manual_seed(0)
     model = VerificationModule(4, "digits", image_shape=(1, 8, 8), mirror=True).eval()
     data = BlobsDataModule()
@@ -128,7 +128,7 @@ def test_mirrored_faces() -> None:
     torch.testing.assert_close(run("faces.pt2", images)[1][0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_differs_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_that_differs_from_the_module_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(BlobsDataModule):
         mean = (0.1,)
 

@@ -39,7 +39,7 @@ SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
 
 
 @pytest.mark.usefixtures("forked_runs")
-def test_a_comparison_is_trained_and_another_call_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {"model.label_smoothing": [0, 0.1]}
     rows = compare("digits", [1, 2], [0], SHORT, sweep, jobs=2)
     folder = Path("runs/compare-digits")
@@ -183,7 +183,7 @@ def test_a_run_in_processes_of_its_own_may_take_several_devices_under_a_progress
 
 
 @pytest.mark.usefixtures("forked_runs")
-def test_a_run_that_fails_is_named_and_the_others_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_run_is_named_and_the_others_finish(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {"model.optimizer.lr": ["1e30", "5e-2"], "model.lr_scheduler.milestones": [[0.5, 0.75]]}
     with pytest.raises(RunError, match="1 of 2 runs failed") as caught:
         compare("digits", [1], [0], [*SHORT, "--checkpoint.monitor=val/acc"], sweep, jobs=2)
@@ -352,7 +352,7 @@ def test_a_run_without_a_last_checkpoint_says_what_it_removes(
 
 
 @pytest.mark.usefixtures("forked_runs")
-def test_damaged_files_of_an_unfinished_run_are_written_anew_and_its_checkpoint_continues() -> None:
+def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> None:
     compare("digits", [2], [0], SHORT)
     run = Path("runs/compare-digits/m2-s0")
     path, whole = run / "config.yaml", (run / "config.yaml").read_text()

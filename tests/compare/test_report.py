@@ -66,7 +66,7 @@ def cells(folder: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
-def test_means_and_paired_differences_are_those_of_the_textbook(tmp_path: Path) -> None:
+def test_means_and_paired_differences_equal_a_reference(tmp_path: Path) -> None:
     softmax, margin = [0.90, 0.92, 0.97], [0.91, 0.94, 1.00]
     for seed, (one, four) in enumerate(zip(softmax, margin, strict=True)):
         write_run(tmp_path, 1, seed, one)
@@ -153,7 +153,7 @@ def test_settings_of_several_calls_are_kept_apart(tmp_path: Path) -> None:
     ]
 
 
-def test_figures_show_what_the_runs_have_left(tmp_path: Path) -> None:
+def test_figures_show_the_records_of_the_runs(tmp_path: Path) -> None:
     for margin in range(1, 13):
         for seed in (0, 1):
             write_run(tmp_path, margin, seed, 0.5 + margin / 100 + seed / 10)
@@ -176,14 +176,14 @@ def test_runs_on_pairs_have_figures_of_pairs(tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves", "roc", "pair_angles"}
 
 
-def test_a_run_that_left_no_record_is_in_the_table(tmp_path: Path) -> None:
+def test_run_without_a_record_is_in_the_table(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5)
     next(tmp_path.glob("*/test.pt")).unlink()
     assert len(report(tmp_path)) == 1
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves"}
 
 
-def test_a_run_without_our_figures_has_a_row(tmp_path: Path) -> None:
+def test_run_without_our_metrics_has_a_row(tmp_path: Path) -> None:
     write_run(tmp_path, 2, 0, 0.5)
     next(tmp_path.glob("*/results.json")).write_text('{"test/mine": 1.0}')
     assert report(tmp_path)[0]["test/mine"] == 1
@@ -198,7 +198,7 @@ def test_unfinished_runs_are_left_out(tmp_path: Path) -> None:
     assert [run.margin for run in read(tmp_path)] == [1]
 
 
-def test_a_folder_of_no_comparison_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_comparison_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no run in .* is finished"):
         report(tmp_path / "gone")
 
@@ -224,7 +224,7 @@ def test_the_facts_of_a_run_state_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_without_them_the_notes_say_nothing_of_them(tmp_path: Path) -> None:
+def test_notes_leave_out_absent_facts(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.9)
     report(tmp_path)
     assert "train_size" not in (tmp_path / "table.md").read_text()
@@ -564,7 +564,7 @@ def test_long_and_equal_names_of_figures_do_not_overwrite_each_other(tmp_path: P
 @pytest.mark.parametrize(
     "content", ["", "a,b\n1,2\n", "margin,seed\nx,0\n", "margin,seed\n1.7,0\n", "margin,seed,test/acc\n1,0,x\n", "\x00"]
 )
-def test_another_file_than_rows_is_refused(content: str, tmp_path: Path) -> None:
+def test_file_that_is_not_results_csv_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text(content)
     with pytest.raises(InputError, match=r"--report: (not a valid results\.csv, got .*other\.csv \(|no run in)"):
