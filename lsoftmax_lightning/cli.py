@@ -54,16 +54,16 @@ def configs(args: list[str]) -> None:
 
 def compare(args: list[str]) -> None:
     """Trains a config at several margins and seeds, and compares the runs."""
-    from .commands import compare_margins
+    from .commands import run_compare
 
-    compare_margins(args)
+    run_compare(args)
 
 
 def export(args: list[str]) -> None:
     """Writes the network of a checkpoint to a file for use without this package."""
-    from .commands import export_checkpoint
+    from .commands import run_export
 
-    export_checkpoint(args)
+    run_export(args)
 
 
 OWN_COMMANDS = {"compare": compare, "configs": configs, "export": export}

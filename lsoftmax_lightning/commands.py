@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import yaml
 
-from .compare import compare, report
+from .compare import compare_margins, report
 from .config_paths import expand_path
 from .errors import InputError
 from .export import Format, Pixels, export
@@ -20,7 +20,7 @@ from .settings import is_ours
 from .signals import Stopped
 
 
-def compare_margins(args: list[str]) -> None:
+def run_compare(args: list[str]) -> None:
     """Train a config at several margins and seeds, and compare the runs.
 
     Args:
@@ -30,7 +30,7 @@ def compare_margins(args: list[str]) -> None:
         InputError: If the arguments do not define a comparison.
         RunError: If a run failed.
     """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(compare).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(compare_margins).parameters.items()}
     margins, seeds = (" ".join(map(str, defaults[name])) for name in ("margins", "seeds"))
     parser = argparse.ArgumentParser(
         prog="lsoftmax_lightning compare",
@@ -92,7 +92,7 @@ def compare_margins(args: list[str]) -> None:
         raise InputError("compare needs a config, as in: compare --config digits.yaml --margins 1 4 --seeds 0 1 2")
     sweep, average = (_values(option, getattr(given, option)) for option in ("sweep", "average"))
     try:
-        compare(given.config, given.margins, given.seeds, settings, sweep, given.jobs, given.folder, average)
+        compare_margins(given.config, given.margins, given.seeds, settings, sweep, given.jobs, given.folder, average)
     except Stopped:
         print("The same command continues from here.", file=sys.stderr)
         raise
@@ -114,7 +114,7 @@ def _path(text: str) -> Path:
     return Path(expand_path(text))
 
 
-def export_checkpoint(args: list[str]) -> None:
+def run_export(args: list[str]) -> None:
     """Writes the network of a checkpoint to a file for use without this package.
 
     Args:

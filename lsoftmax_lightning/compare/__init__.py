@@ -13,10 +13,10 @@ from .reporting import report
 from .text import format_argument
 from .training import train
 
-__all__ = ["compare", "report"]
+__all__ = ["compare_margins", "report"]
 
 
-def compare(
+def compare_margins(
     config: str | Sequence[str],
     margins: Sequence[int] = (1, 2, 3, 4),
     seeds: Sequence[int] = (0, 1, 2),

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typing_extensions import override
 
 from lsoftmax_lightning.cli import main
-from lsoftmax_lightning.compare import compare
+from lsoftmax_lightning.compare import compare_margins
 from lsoftmax_lightning.compare.planning import Run, plan
 from lsoftmax_lightning.compare.training import Job, job_environment, train
 from lsoftmax_lightning.compare.worker import ProgressFile
@@ -41,7 +41,7 @@ SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
 @pytest.mark.usefixtures("forked_runs")
 def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {"model.label_smoothing": [0, 0.1]}
-    rows = compare("digits", [1, 2], [0], SHORT, sweep, jobs=2)
+    rows = compare_margins("digits", [1, 2], [0], SHORT, sweep, jobs=2)
     folder = Path("runs/compare-digits")
     assert [(row["margin"], row["model.label_smoothing"], row["seed"]) for row in rows] == [
         *((1, 0, 0), (2, 0, 0)),
@@ -67,12 +67,12 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
     capsys.readouterr()
-    assert len(compare("digits", [1, 2], [0, 1], SHORT, {"model.label_smoothing": [0]}, jobs=2)) == 6
+    assert len(compare_margins("digits", [1, 2], [0, 1], SHORT, {"model.label_smoothing": [0]}, jobs=2)) == 6
     assert "2 of 4 runs are finished already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     averaged = Path("averaged")
-    rows = compare("digits", [2], [0], SHORT, average={"model.label_smoothing": [0, 0.1]}, folder=averaged)
+    rows = compare_margins("digits", [2], [0], SHORT, average={"model.label_smoothing": [0, 0.1]}, folder=averaged)
     assert [row["averaged"] for row in rows] == ["model.label_smoothing"] * 2
     assert "--average model.label_smoothing=0,0.1 --folder averaged" in rows[0]["command"]
     assert (averaged / "table.md").read_text().splitlines()[2].startswith("| 2 | 2 | ")
@@ -85,7 +85,7 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     # other settings do not come into the same table, under the name of a run that is there or under another
     for margin in (1, 3):
         with pytest.raises(InputError, match="is of a run with other settings") as caught:
-            compare("digits", [margin], [0], [*SHORT, "--data.batch_size=32"], {"model.label_smoothing": [0]})
+            compare_margins("digits", [margin], [0], [*SHORT, "--data.batch_size=32"], {"model.label_smoothing": [0]})
         assert "data.batch_size is 64 there and 32 here" in str(caught.value)
 
 
@@ -163,7 +163,7 @@ def assert_resumes_exactly(args: list[str], steps: int) -> None:
     run = Path("runs/compare-digits/m2-s3")
     assert not (run / "run.json").exists()
     assert 0 < torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] < steps
-    (row,) = compare("digits.yaml", [2], [3], args)
+    (row,) = compare_margins("digits.yaml", [2], [3], args)
     assert row["steps"] == steps
     assert row["seconds"] is None  # those of the last part alone would mislead
     main(["fit", "--config=digits.yaml", "--model.margin=2", "--seed_everything=3", *args])
@@ -178,7 +178,7 @@ def steps_of(run: Path) -> float:
 
 def test_a_run_in_processes_of_its_own_may_take_several_devices_under_a_progress_bar() -> None:
     bar = [word for word in SHORT if "progress_bar" not in word]
-    (row,) = compare("digits.yaml", [2], [0], [*bar, "--trainer.devices=2", "--trainer.strategy=ddp"])
+    (row,) = compare_margins("digits.yaml", [2], [0], [*bar, "--trainer.devices=2", "--trainer.strategy=ddp"])
     assert row["steps"] == 3
 
 
@@ -186,7 +186,7 @@ def test_a_run_in_processes_of_its_own_may_take_several_devices_under_a_progress
 def test_failed_run_is_named_and_the_others_finish(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {"model.optimizer.lr": ["1e30", "5e-2"], "model.lr_scheduler.milestones": [[0.5, 0.75]]}
     with pytest.raises(RunError, match="1 of 2 runs failed") as caught:
-        compare("digits", [1], [0], [*SHORT, "--checkpoint.monitor=val/acc"], sweep, jobs=2)
+        compare_margins("digits", [1], [0], [*SHORT, "--checkpoint.monitor=val/acc"], sweep, jobs=2)
     name = "m1-lr=1e30-milestones=_0.5,_0.75_-s0"
     for part in (f"{name}: error: The training loss was NaN or infinite", "log.txt"):
         assert part in str(caught.value)
@@ -253,7 +253,7 @@ def test_two_comparisons_do_not_share_a_folder() -> None:
         FileLock("mine/.lock"),
         pytest.raises(InputError, match=r"^--folder: is in use by another comparison, got .*/mine; wait"),
     ):
-        compare("digits", [1], [0], SHORT, folder="mine")
+        compare_margins("digits", [1], [0], SHORT, folder="mine")
 
 
 def test_jobs_divide_devices_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +353,7 @@ def test_a_run_without_a_last_checkpoint_says_what_it_removes(
 
 @pytest.mark.usefixtures("forked_runs")
 def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> None:
-    compare("digits", [2], [0], SHORT)
+    compare_margins("digits", [2], [0], SHORT)
     run = Path("runs/compare-digits/m2-s0")
     path, whole = run / "config.yaml", (run / "config.yaml").read_text()
     plans = partial(plan, ["digits"], [2], [0], SHORT, {}, run.parent.absolute())
@@ -400,7 +400,7 @@ def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> No
         pytest.warns(UserWarning, match="config.yaml is incomplete"),
         pytest.warns(UserWarning, match=r"run\.json is missing or damaged; its run is not taken for finished"),
     ):
-        (row,) = compare("digits", [2], [0], SHORT)
+        (row,) = compare_margins("digits", [2], [0], SHORT)
     assert (row["steps"], row["seconds"]) == (3, None)
     assert flat(yaml.safe_load(path.read_text())).keys() == flat(yaml.safe_load(whole)).keys()
     assert {path.name for path in run.parent.iterdir() if path.is_dir()} == {"m2-s0"}
