@@ -24,7 +24,6 @@ from sklearn.datasets import load_digits
 from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.compare.text import format_argument
 from lsoftmax_lightning.config_files import flat
-from lsoftmax_lightning.datamodules import digits
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 
 from .helpers.command_line import small_data
@@ -263,7 +262,7 @@ def _cheap(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.callspec.params.get("kind") is not command_lines:
         commands = {"fit": commands["fit"]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "load_digits", functools.cache(load_digits))
+        patch.setattr("sklearn.datasets.load_digits", functools.cache(load_digits))
         patch.setattr(LSoftmaxCLI, "subcommands", staticmethod(lambda: commands))
         logging.disable(logging.INFO)
         yield
