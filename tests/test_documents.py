@@ -135,7 +135,13 @@ def at_least(page: Path) -> int:
     return 4 if page.name == "results.md" else 5
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+LONG = {"data.md", "deploy.md", "devices.md", "earlier_results.md", "results.md"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in LONG else []) for page in PAGES],
+)
 @pytest.mark.filterwarnings("ignore")  # so small a training is not what anybody would want
 def test_every_command_runs(page: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     def plan_first(
@@ -306,6 +312,7 @@ def test_another_project_is_found_by_its_class_path() -> None:
     assert "test/f1" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("builder", ["html", "doctest"])
 def test_the_pages_are_built_without_a_warning(builder: str) -> None:
     done = run_on(1, partial(sphinx, ["-W", "--keep-going", "-b", builder, str(ROOT / "docs"), "built"]))

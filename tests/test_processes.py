@@ -186,6 +186,7 @@ def test_two_ranks_augment_and_verify_as_one(tmp_path: Path) -> None:
     assert 0.5 < results[0]["test/auc"] <= 1
 
 
+@pytest.mark.slow
 def test_forked_and_spawned_processes_are_as_independent_ones() -> None:
     results, weights = [], []
     for strategy, start in (("ddp", run), ("ddp_notebook", run_command), ("ddp_spawn", run_launched)):

@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..compat import end_workers
 from ..errors import DataError, InputError
 from ..signals import ignore_signals
 from .base import BatchDataModule, Images
@@ -205,9 +206,12 @@ class FileDataModule(BatchDataModule):
         )  # iter() starts the workers before the progress bar starts its thread
         hidden = self.trainer and (self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero)
         problems: dict[Path, str] = {}
-        for chunk in track(chunks, "Reading images", disable=bool(hidden)):
-            store[chunk.start : chunk.stop], found = next(reading)
-            problems |= {paths[index]: problem for index, problem in found.items()}
+        try:
+            for chunk in track(chunks, "Reading images", disable=bool(hidden)):
+                store[chunk.start : chunk.stop], found = next(reading)
+                problems |= {paths[index]: problem for index, problem in found.items()}
+        finally:
+            end_workers(reading)  # the garbage collector would wait ten seconds for them, at any time
         if problems:
             self._report(splits, problems, len(paths))
 
