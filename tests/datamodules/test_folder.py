@@ -1,6 +1,7 @@
 """Folders of images: what is read, what is refused, and that memory and files give the same."""
 
 import io
+import multiprocessing
 import os
 import socket
 import struct
@@ -252,6 +253,16 @@ def test_bad_files_of_all_parts_are_named_in_one_error(memory_gib: float, num_wo
     for part in (str(tmp_path / "train" / "red" / "deep.jpg"), "more than 8 bits", "...", "skip_unreadable"):
         assert part in str(caught.value)
     assert len(str(caught.value).splitlines()) < 20
+
+
+def test_workers_end_with_an_error_of_the_reading(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "train" / "red" / "bad.jpg").write_bytes(b"")
+    others = set(multiprocessing.active_children())
+    with pytest.raises(DataError, match="1 of 41 files") as caught:
+        make(tmp_path, num_workers=2).setup("fit")
+    assert caught.tb  # refers to the iterator of the workers
+    assert set(multiprocessing.active_children()) <= others
 
 
 @pytest.mark.parametrize("memory_gib", [1, 0])
