@@ -12,8 +12,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from .config_paths import expand_path, find_config
-from .errors import MAX_ERROR_LINES, InputError
+from .errors import InputError, LSoftmaxError
 
+_MAX_ERROR = 300  # characters of an error of the parser
 _MAX_NODES = 100_000  # of a YAML text, with each alias replaced by its value
 _PATH_SETTINGS = {
     "ckpt_path",
@@ -44,6 +45,10 @@ def expand_paths(settings: Any) -> None:
             expand_paths(value)
 
 
+class ParserError(LSoftmaxError):
+    """The parser does not take the settings; it is no ValueError, which jsonargparse would catch."""
+
+
 class ConfigParser(LightningArgumentParser):
     """Lightning's parser, whose ``--config`` also takes the names of shipped configs."""
 
@@ -55,7 +60,9 @@ class ConfigParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error("\n".join(message.splitlines()[:MAX_ERROR_LINES]), ex)
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise ParserError(" ".join(message.split())[:_MAX_ERROR]) from ex
 
 
 class _ConfigFile(ActionConfigFile):

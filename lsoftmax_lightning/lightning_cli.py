@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,7 +38,7 @@ from .checkpoints import local_file, read, saved_data_spec
 from .compat import CommandLine, kill_launched_ranks, trains_in_other_processes
 from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
 from .datamodules import PredictFolderDataModule
-from .errors import InputError
+from .errors import InputError, LSoftmaxError, SettingsError
 from .library_messages import USED_FOLDER_WARNING
 from .run_folder import RunFolders, locked_run, remove_leftovers, report_changed_settings, write_results
 from .settings import apply_root, as_list, check_writer, checkpoint_mode, reads_files
@@ -298,11 +299,21 @@ class LSoftmaxCLI(CommandLine):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without the warning of Lightning that :func:`main` was called with arguments by Python code."""
-        with errors_of_settings():
-            self.config = parser.parse_args(args)
+        try:
+            with errors_of_settings():
+                self.config = parser.parse_args(args)
+        except LSoftmaxError as error:
+            raise SettingsError(self._mistake(args) or str(error)) from error
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= (seed or 0) < 2**32:
             raise InputError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
+
+    def _mistake(self, args: Any) -> str | None:
+        """Return a line about the first mistake in the settings, if it is one of names, classes or types."""
+        from .mistakes import find_mistake
+
+        words = sys.argv[1:] if args is None else args
+        return find_mistake(self.command_parsers, words)
 
     def after_fit(self) -> None:
         """Test the best checkpoint."""
