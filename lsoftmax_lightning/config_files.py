@@ -62,7 +62,8 @@ class ConfigParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        raise ParserError(" ".join(message.split())[:_MAX_ERROR]) from ex
+        text = " ".join(message.split())
+        raise ParserError(text if len(text) <= _MAX_ERROR else f"{text[: _MAX_ERROR - 3]}...") from ex
 
 
 class _ConfigFile(ActionConfigFile):

@@ -13,6 +13,7 @@ from difflib import SequenceMatcher
 from enum import Enum
 from functools import cache
 from inspect import isabstract
+from itertools import chain
 from pathlib import Path, PurePath
 from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -68,33 +69,35 @@ class _Node:
         if self.bases and isinstance(last, Namespace) and "class_path" in last:
             self.set_class(str(last.class_path))
 
-    def set_class(self, name: str) -> str | None:
-        """Set the class in force; return what is wrong with its name, if anything."""
-        kind, reason = self._resolve(name)
+    def set_class(self, name: str) -> bool:
+        """Set the class in force; return whether there is such a class."""
+        kind, _ = self._resolve(name)
         if kind is None:
-            return self._class_mistake(name, reason)
-        bases = tuple(base.kind for base in self.bases)
-        if isinstance(kind, type) and not issubclass(kind, bases):
-            return self._class_mistake(name, "")
-        if isinstance(kind, type) and isabstract(kind):
-            return self._class_mistake(name, "it is abstract")
+            return False
         num_passed = next((base.num_passed for base in self.bases), 0)
         settings = _class_settings(kind, num_passed)
         self.owner = getattr(kind, "__name__", name)
         self.children = settings and _tree(*settings, self.owner)
-        return None
+        return True
 
     def _resolve(self, name: str) -> tuple[Any, str]:
-        """Return the class of a name, or None and the reason."""
+        """Return the class of a name, or the function that returns one; or None and the reason."""
         paths = [path for path in self.class_paths() if path.rpartition(".")[2] == name]
         if "." not in name and len(paths) != 1:
             return None, f"give one of {', '.join(paths)}" if paths else ""
         try:
-            return resolve_name(paths[0] if "." not in name else name), ""
+            kind = resolve_name(paths[0] if "." not in name else name)
         except Exception as error:
             return None, f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(kind, type) and not issubclass(kind, tuple(base.kind for base in self.bases)):
+            return None, "it is a class of another kind"
+        if isinstance(kind, type) and isabstract(kind):
+            return None, "it is abstract"
+        return (kind, "") if callable(kind) else (None, "it is not a class")
 
-    def _class_mistake(self, name: str, reason: str) -> str:
+    def class_mistake(self, name: str) -> str:
+        """Return what is wrong with the name of a class."""
+        _, reason = self._resolve(name)
         kinds = " or ".join(dict.fromkeys(base.kind.__name__ for base in self.bases))
         dotted = "." in name
         names = {path if dotted else path.rpartition(".")[2]: path for path in self.class_paths()}
@@ -102,8 +105,6 @@ class _Node:
         near = _nearest(scores)
         if near:
             advice = f"did you mean {_either(near)}?"
-        elif dotted:
-            advice = f"{reason or 'it is of another kind'}."
         else:
             advice = f"{reason or 'a class of your own needs its import path, as in my_module.MyClass'}."
         return f"must name a subclass of {kinds}, got {_shown(name)}; {advice}"
@@ -159,8 +160,12 @@ def find_mistake(parsers: Mapping[str, ArgumentParser], words: Sequence[str]) ->
     commands = _Node("lsoftmax_lightning")
     commands.children = {name: root if name == command else _Node(name) for name in parsers}
     commands.children |= {name: _Node(name) for name in _COMMAND_LINE_ONLY}
-    mistakes = [*_Search(commands).words(words[:position]), *_Search(root).words(words[position + 1 :])]
-    return min(mistakes, key=lambda mistake: mistake.is_about_value).text if mistakes else None
+    about_values = []
+    for mistake in chain(_Search(commands).words(words[:position]), _Search(root).words(words[position + 1 :])):
+        if not mistake.is_about_value:
+            return mistake.text
+        about_values.append(mistake.text)
+    return about_values[0] if about_values else None
 
 
 class _Search:
@@ -201,7 +206,7 @@ class _Search:
             return
         if name == "h" or name in _COMMAND_LINE_ONLY or name.endswith(".help"):
             return
-        parts = [part for part in name.split(".") if part not in ("init_args", "")]
+        parts = [part for part in name.split(".") if part != "init_args"]
         is_class = parts[-1:] == ["class_path"]
         if is_class:
             parts.pop()
@@ -227,8 +232,8 @@ class _Search:
         elif value is None:
             yield _Mistake(f"{option}: needs a value; write {option} VALUE.")
         elif is_class:
-            if wrong := node.set_class(value):
-                yield _Mistake(f"{option}: {wrong}")
+            if not node.set_class(value):
+                yield _Mistake(f"{option}: {node.class_mistake(value)}")
         else:
             yield from self._text(node, option, value)
 
@@ -265,8 +270,8 @@ class _Search:
         if node.bases and isinstance(value, str):
             if _is_file(value):
                 yield from self._file(node, Path(value))
-            elif (wrong := node.set_class(value)) and not node.accepts(value, is_text):
-                yield _Mistake(f"{place}: {wrong}")
+            elif not node.set_class(value) and not node.accepts(value, is_text):
+                yield _Mistake(f"{place}: {node.class_mistake(value)}")
         elif node.children is not None and not node.bases:
             if isinstance(value, str) and _is_file(value):
                 yield from self._file(node, Path(value))
@@ -341,8 +346,8 @@ class _Content:
     def _spec(self, node: _Node, keys: tuple[Any, ...], spec: dict[Any, Any]) -> Iterator[_Mistake]:
         """Look at ``class_path`` and ``init_args``, or at the arguments alone."""
         name = spec.get("class_path")
-        if name is not None and (wrong := node.set_class(str(name))):
-            yield _Mistake(f"{self._place((*keys, 'class_path'))}: {wrong}")
+        if name is not None and not node.set_class(str(name)):
+            yield _Mistake(f"{self._place((*keys, 'class_path'))}: {node.class_mistake(str(name))}")
             return
         if not spec.keys() & set(_SPEC_KEYS):
             if node.children is not None:
@@ -437,7 +442,7 @@ def _candidates(node: _Node, parts: tuple[str, ...], keys: tuple[str, ...]) -> I
         package = f"{__package__}."
         for path in node.class_paths():
             below = _Node("", node.hint)
-            if path.startswith(package) and below.set_class(path) is None and below.children is not None:
+            if path.startswith(package) and below.set_class(path) and below.children is not None:
                 children.append(below.children)
     for group in children:
         for name, child in group.items():
@@ -449,6 +454,8 @@ def _candidates(node: _Node, parts: tuple[str, ...], keys: tuple[str, ...]) -> I
 
 def _similarity(given: Sequence[str], valid: Sequence[str]) -> float:
     """Return the similarity of two names, from 0 to 1, in which the last component counts most."""
+    if "".join(given) == "".join(valid):  # a dot was left out, or doubled
+        return 1.0
     last = _word_similarity(given[-1], valid[-1])
     if last < _MIN_WORD_SIMILARITY:
         return 0.0
