@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from .config_paths import expand_path, find_config
 from .errors import InputError, LSoftmaxError
+from .library_messages import missing_settings
 
 _MAX_ERROR = 300  # characters of an error of the parser
 _MAX_NODES = 100_000  # of a YAML text, with each alias replaced by its value
@@ -62,6 +63,13 @@ class ConfigParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
+        names, owner = missing_settings(message)
+        if names and owner:
+            raise ParserError(f"{', '.join(names)}: required by {owner}, got nothing; set it in init_args.") from ex
+        if names:
+            names = [name.rpartition(".")[2] for name in names]
+            advice = "name a config that has model and data, as in --config digits.yaml."
+            raise ParserError(f"{', '.join(names)}: required, got nothing; {advice}") from ex
         text = " ".join(message.split())
         raise ParserError(text if len(text) <= _MAX_ERROR else f"{text[: _MAX_ERROR - 3]}...") from ex
 

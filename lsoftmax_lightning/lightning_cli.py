@@ -41,7 +41,7 @@ from .datamodules import PredictFolderDataModule
 from .errors import InputError, LSoftmaxError, SettingsError
 from .library_messages import USED_FOLDER_WARNING
 from .run_folder import RunFolders, locked_run, remove_leftovers, report_changed_settings, write_results
-from .settings import apply_root, as_list, check_writer, checkpoint_mode, reads_files
+from .settings import apply_root, as_list, check_monitor, check_writer, checkpoint_mode, reads_files
 from .signals import mark_launcher
 from .strategies import ClassShardedStrategy
 from .user_errors import errors_of_settings
@@ -88,11 +88,12 @@ class LSoftmaxCLI(CommandLine):
         set_loader("yaml", load_bounded_yaml, (yaml.YAMLError,))
         StrategyRegistry.register("class_sharded", ClassShardedStrategy, override=True)
         mark_launcher()
+        self._callbacks = callbacks  # may log any metric
         self._resources = ExitStack()  # the lock of the run's folder, and a downloaded checkpoint
         with self._resources, self._end_launched_ranks():
-            self._parse_and_run(args, callbacks)
+            self._parse_and_run(args)
 
-    def _parse_and_run(self, args: list[str] | None, callbacks: Sequence[Callback]) -> None:
+    def _parse_and_run(self, args: list[str] | None) -> None:
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -111,7 +112,7 @@ class LSoftmaxCLI(CommandLine):
                     ExitOnSignals(),
                     MarginMonitor(),
                     ExactResume(),
-                    *callbacks,
+                    *self._callbacks,
                 ],
                 "plugins": {"class_path": "lsoftmax_lightning.checkpoints.AtomicCheckpointIO"},
             },
@@ -156,6 +157,8 @@ class LSoftmaxCLI(CommandLine):
         settings = self.config[self.subcommand]
         expand_paths(settings)
         apply_root(settings.trainer)
+        if self.subcommand == "fit" and not self._callbacks:
+            check_monitor(settings)
         settings.checkpoint.mode = checkpoint_mode(settings.checkpoint.monitor, settings.checkpoint.mode)
         if self.subcommand == "predict" and settings.ckpt_path and self.skips_data_set(settings.data):
             self._replace_data(settings)

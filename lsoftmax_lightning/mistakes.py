@@ -16,7 +16,8 @@ from inspect import isabstract
 from itertools import chain
 from pathlib import Path, PurePath
 from pkgutil import resolve_name
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -375,9 +376,12 @@ class _Content:
                 yield self._search.unknown(place, self._names((*keys, key)), node)
 
     def _names(self, keys: tuple[Any, ...]) -> list[str]:
-        return [str(key) for key in keys if not isinstance(key, int)]
+        above = self._name.removeprefix("--").split(".") if self._name.startswith("--") else []
+        return above + [str(key) for key in keys if not isinstance(key, int)]
 
     def _place(self, keys: tuple[Any, ...]) -> str:
+        if self._name.startswith("--"):
+            return "--" + ".".join(name for name in self._names(keys) if name not in _SPEC_KEYS)
         known = next((keys[:end] for end in range(len(keys), 0, -1) if keys[:end] in self._lines), None)
         line = f", line {self._lines[known]}" if known else ""
         return ": ".join([f"{self._name}{line}", *([".".join(map(str, keys))] if keys else [])])
@@ -441,15 +445,14 @@ def _candidates(node: _Node, parts: tuple[str, ...], keys: tuple[str, ...]) -> I
     if not children and len(parts) == 1:  # model or data, whose class is not given: the package's classes have these
         package = f"{__package__}."
         for path in node.class_paths():
-            below = _Node("", node.hint)
-            if path.startswith(package) and below.set_class(path) and below.children is not None:
-                children.append(below.children)
+            example = _Node("", node.hint)
+            if path.startswith(package) and example.set_class(path) and example.children is not None:
+                children.append(example.children)
     for group in children:
         for name, child in group.items():
-            names = (*parts, name)
-            path = (*keys, *(["init_args"] if node.bases else []), name)
-            yield _Candidate(names, path)
-            yield from _candidates(child, names, path)
+            below = (*parts, name), (*keys, "init_args", name) if node.bases else (*keys, name)
+            yield _Candidate(*below)
+            yield from _candidates(child, *below)
 
 
 def _similarity(given: Sequence[str], valid: Sequence[str]) -> float:
@@ -508,12 +511,19 @@ def _is_file(name: str) -> bool:
 
 def _type_name(hint: Any) -> str:
     """Return a type as a user reads it."""
+    return _either(list(dict.fromkeys(_type_names(hint))))
+
+
+def _type_names(hint: Any) -> Iterator[str]:
+    origin, arguments = get_origin(hint), get_args(hint)
     if hint is type(None):
-        return "null"
-    if get_origin(hint) is Literal:
-        return " or ".join(map(str, get_args(hint)))
-    if isinstance(hint, type) and not get_args(hint):
-        return hint.__name__
-    if isinstance(get_origin(hint), type) and get_origin(hint).__name__ != "UnionType":
-        return re.sub(r"<class '([^']+)'>", r"\1", str(hint)).replace("typing.", "")
-    return " or ".join(dict.fromkeys(_type_name(argument) for argument in get_args(hint))) or str(hint)
+        yield "null"
+    elif origin is Literal:
+        yield from map(str, arguments)
+    elif origin in (Union, UnionType):
+        for argument in arguments:
+            yield from _type_names(argument)
+    elif isinstance(hint, type) and not arguments:
+        yield hint.__name__
+    else:
+        yield re.sub(r"<class '([^']+)'>", r"\1", str(hint)).replace("typing.", "")
