@@ -31,7 +31,8 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     shipped = [path.name for path in sorted(CONFIGS.glob("*.yaml"))]
-    names = [*shipped, *(path.name for path in Path().glob("*.yaml"))]
-    if similar := difflib.get_close_matches(name, [*names, *(known.removesuffix(".yaml") for known in names)]):
-        raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones; did you mean {similar[0]}?")
+    stems = {known.removesuffix(".yaml"): known for known in [*shipped, *(path.name for path in Path().glob("*.yaml"))]}
+    if similar := difflib.get_close_matches(name.removesuffix(".yaml"), stems, n=1):
+        near = stems[similar[0]]
+        raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones; did you mean {near}?")
     raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones: {', '.join(shipped)}.")
