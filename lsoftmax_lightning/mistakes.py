@@ -334,14 +334,14 @@ class _Content:
 
     def check(self, node: _Node, keys: tuple[Any, ...], value: Any) -> Iterator[_Mistake]:
         """Look at a value and what is below it."""
-        if node.bases and isinstance(value, list):
+        if node.bases and isinstance(value, list) and _takes_list(node.hint):
             for index, item in enumerate(value):
                 yield from self.check(node, (*keys, index), item)
         elif isinstance(value, dict) and node.bases:
             yield from self._spec(node, keys, value)
         elif isinstance(value, dict) and node.children is not None:
             yield from self._group(node, keys, value)
-        elif not (isinstance(value, dict) and node.takes_any_key()):
+        else:
             yield from self._search.value(node, self._place(keys), value, is_text=False)
 
     def _spec(self, node: _Node, keys: tuple[Any, ...], spec: dict[Any, Any]) -> Iterator[_Mistake]:
@@ -350,9 +350,13 @@ class _Content:
         if name is not None and not node.set_class(str(name)):
             yield _Mistake(f"{self._place((*keys, 'class_path'))}: {node.class_mistake(str(name))}")
             return
+        if node.children is None:
+            if name is None and not node.accepts(spec, is_text=False):
+                expected = f"{_type_name(node.hint)}, as a mapping with class_path and init_args"
+                yield _Mistake(f"{self._place(keys)}: must be {expected}, got {_shown(spec)}.", is_about_value=True)
+            return
         if not spec.keys() & set(_SPEC_KEYS):
-            if node.children is not None:
-                yield from self._group(node, keys, spec)
+            yield from self._group(node, keys, spec)
             return
         for key in spec:
             if key in _SPEC_KEYS:
@@ -363,8 +367,11 @@ class _Content:
             else:
                 yield self._search.unknown(place, self._names((*keys, key)), node)
         arguments = spec.get("init_args")
-        if isinstance(arguments, dict) and node.children is not None:
+        if isinstance(arguments, dict):
             yield from self._group(node, (*keys, "init_args"), arguments)
+        elif arguments is not None:
+            place = self._place((*keys, "init_args"))
+            yield _Mistake(f"{place}: must be a mapping of arguments, got {_shown(arguments)}.", is_about_value=True)
 
     def _group(self, node: _Node, keys: tuple[Any, ...], values: dict[Any, Any]) -> Iterator[_Mistake]:
         for key, value in values.items():
@@ -523,7 +530,15 @@ def _type_names(hint: Any) -> Iterator[str]:
     elif origin in (Union, UnionType):
         for argument in arguments:
             yield from _type_names(argument)
+    elif origin is Callable:
+        yield from (base.kind.__name__ for base in _bases(hint))
     elif isinstance(hint, type) and not arguments:
         yield hint.__name__
     else:
-        yield re.sub(r"<class '([^']+)'>", r"\1", str(hint)).replace("typing.", "")
+        yield re.sub(r"[\w.]+\.(?=\w)", "", str(hint))
+
+
+def _takes_list(hint: Any) -> bool:
+    origin = get_origin(hint)
+    is_list = isinstance(origin, type) and issubclass(list, origin)
+    return is_list or (origin in (Union, UnionType) and any(map(_takes_list, get_args(hint))))
