@@ -187,7 +187,10 @@ WRONG_TYPE = "trainer:\n  max_epochs: 3\n  max_steps: many\n"
             "did you mean --trainer.callbacks.patience?",
         ),
         ("--trainer.logger.nam mine", "is not a setting of TensorBoardLogger; did you mean --trainer.logger.name?"),
-        ("--model.optimizer={class_path: SGD, init_args: 3}", "--model.optimizer: must be a mapping of arguments, got 3."),
+        (
+            "--model.optimizer={class_path: SGD, init_args: 3}",
+            "--model.optimizer: must be a mapping of arguments, got 3.",
+        ),
         ("--model.lambda_schedule=[{}]", "--model.lambda_schedule: must be LambdaSchedule, got [{}]."),
         ("--trainer.max_epochs many", "--trainer.max_epochs: must be int or null, got many."),
         ("--trainer.max_epochs", "--trainer.max_epochs: needs a value; write --trainer.max_epochs VALUE."),
