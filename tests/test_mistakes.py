@@ -249,7 +249,7 @@ def test_a_mistake_in_a_config_gets_one_line(text: str, said: str, capsys: pytes
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "model: required, got nothing; name a config that has model and data, as in --config digits.yaml."),
+        ([], "required, got nothing; name a config that has model and data, as in --config digits.yaml."),
         (["--model.margin=2"], "--model.margin: has no class yet; give --model CLASS before it, or a config."),
         (
             ["--model=ClassificationModule"],
