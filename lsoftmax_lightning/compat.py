@@ -15,6 +15,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
+from jsonargparse._typehints import get_all_subclass_paths
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
@@ -52,6 +54,11 @@ class CommandLine(LightningCLI):
     def run_command(self) -> None:
         """Run the command, with the hooks before and after it."""
         super()._run_subcommand(str(self.subcommand))
+
+    @property
+    def command_parsers(self) -> dict[str, LightningArgumentParser]:
+        """Parser of each command."""
+        return {command: self._parser(command) for command in self.subcommands()}
 
     @property
     def command_parser(self) -> LightningArgumentParser:
@@ -94,6 +101,22 @@ def plain_partial(value: Any) -> Any:
     if not isinstance(value, partial) or not str(value.func.__module__).startswith("jsonargparse"):
         return value
     return partial(value.args[-1], **{name: plain_partial(setting) for name, setting in value.keywords.items()})
+
+
+def settings_of_parser(parser: ArgumentParser) -> dict[str, Any]:
+    """Return the settings of a parser, with their types, or None for options without one (jsonargparse 4.40 and 4.53).
+
+    For groups there are only the settings in them.
+    """
+    actions = (action for action in parser._actions if not action.dest.endswith(".help"))
+    types = {action.dest: getattr(action, "_typehint", None) for action in actions}
+    groups = {name.rpartition(".")[0] for name in types}
+    return {name: kind for name, kind in types.items() if name not in groups}
+
+
+def known_subclasses(kind: type) -> list[str]:
+    """Return the import paths of a class and its subclasses that can be created (jsonargparse 4.40 and 4.53)."""
+    return get_all_subclass_paths(kind)
 
 
 def trains_in_other_processes(trainer: Trainer) -> bool:

@@ -12,8 +12,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from .config_paths import expand_path, find_config
-from .errors import MAX_ERROR_LINES, InputError
+from .errors import InputError, LSoftmaxError
+from .library_messages import missing_settings
 
+_MAX_ERROR = 300  # characters of an error of the parser
 _MAX_NODES = 100_000  # of a YAML text, with each alias replaced by its value
 _PATH_SETTINGS = {
     "ckpt_path",
@@ -44,6 +46,10 @@ def expand_paths(settings: Any) -> None:
             expand_paths(value)
 
 
+class ParserError(LSoftmaxError):
+    """The parser does not take the settings; it is no ValueError, which jsonargparse would catch."""
+
+
 class ConfigParser(LightningArgumentParser):
     """Lightning's parser, whose ``--config`` also takes the names of shipped configs."""
 
@@ -55,7 +61,17 @@ class ConfigParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error("\n".join(message.splitlines()[:MAX_ERROR_LINES]), ex)
+        if not self.exit_on_error:
+            super().error(message, ex)
+        names, owner = missing_settings(message)
+        if names and owner:
+            raise ParserError(f"{', '.join(names)}: required by {owner}, got nothing; set it in init_args.") from ex
+        if names:
+            names = [name.rpartition(".")[2] for name in names]
+            advice = "name a config that has model and data, as in --config digits.yaml."
+            raise ParserError(f"{', '.join(names)}: required, got nothing; {advice}") from ex
+        text = " ".join(message.split())
+        raise ParserError(text if len(text) <= _MAX_ERROR else f"{text[: _MAX_ERROR - 3]}...") from ex
 
 
 class _ConfigFile(ActionConfigFile):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -29,5 +30,9 @@ def find_config(name: str) -> Path:
     for path in (Path(expand_path(name)), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
-    shipped = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
-    raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones: {shipped}.")
+    shipped = [path.name for path in sorted(CONFIGS.glob("*.yaml"))]
+    stems = {known.removesuffix(".yaml"): known for known in [*shipped, *(path.name for path in Path().glob("*.yaml"))]}
+    if similar := difflib.get_close_matches(name.removesuffix(".yaml"), stems, n=1):
+        near = stems[similar[0]]
+        raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones; did you mean {near}?")
+    raise InputError(f"no config {name!r} in {Path.cwd()} nor among the shipped ones: {', '.join(shipped)}.")

@@ -12,6 +12,10 @@ class InputError(LSoftmaxError, ValueError):
     """An argument, a tensor or a setting is not what the function takes."""
 
 
+class SettingsError(InputError):
+    """The command line or a config file has a mistake."""
+
+
 class DataError(LSoftmaxError, RuntimeError):
     """Images or labels are missing, damaged, or cannot be fetched."""
 

@@ -24,6 +24,17 @@ def hides_constructor_error(error: BaseException) -> bool:
     return str(error).startswith("Expected a <class 'NoneType'>")
 
 
+def missing_settings(message: str) -> tuple[list[str], str | None]:
+    """Return the required settings that a parser misses, and the class that has them, if it is not the parser itself.
+
+    jsonargparse 4.53 names all of them, 4.40 the first.
+    """
+    match = re.search(r"arguments are required: (.+)", message)
+    names = match[1].split(", ") if match else re.findall(r'Key "([^"]+)" is required', message)[:1]
+    owners = re.findall(r"Problem with given class_path '([^']+)'", message)
+    return names, owners[-1] if owners else None
+
+
 def refused_code(error: UnpicklingError) -> str | None:
     """Return the name of the code that ``torch.load(weights_only=True)`` refused to run (torch 2.14)."""
     match = re.search(r"GLOBAL (\S+)", str(error))

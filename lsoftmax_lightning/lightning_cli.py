@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,10 +38,10 @@ from .checkpoints import local_file, read, saved_data_spec
 from .compat import CommandLine, kill_launched_ranks, trains_in_other_processes
 from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
 from .datamodules import PredictFolderDataModule
-from .errors import InputError
+from .errors import InputError, LSoftmaxError, SettingsError
 from .library_messages import USED_FOLDER_WARNING
 from .run_folder import RunFolders, locked_run, remove_leftovers, report_changed_settings, write_results
-from .settings import apply_root, as_list, check_writer, checkpoint_mode, reads_files
+from .settings import apply_root, as_list, check_monitor, check_writer, checkpoint_mode, reads_files
 from .signals import mark_launcher
 from .strategies import ClassShardedStrategy
 from .user_errors import errors_of_settings
@@ -87,11 +88,12 @@ class LSoftmaxCLI(CommandLine):
         set_loader("yaml", load_bounded_yaml, (yaml.YAMLError,))
         StrategyRegistry.register("class_sharded", ClassShardedStrategy, override=True)
         mark_launcher()
+        self._callbacks = callbacks  # may log any metric
         self._resources = ExitStack()  # the lock of the run's folder, and a downloaded checkpoint
         with self._resources, self._end_launched_ranks():
-            self._parse_and_run(args, callbacks)
+            self._parse_and_run(args)
 
-    def _parse_and_run(self, args: list[str] | None, callbacks: Sequence[Callback]) -> None:
+    def _parse_and_run(self, args: list[str] | None) -> None:
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -110,7 +112,7 @@ class LSoftmaxCLI(CommandLine):
                     ExitOnSignals(),
                     MarginMonitor(),
                     ExactResume(),
-                    *callbacks,
+                    *self._callbacks,
                 ],
                 "plugins": {"class_path": "lsoftmax_lightning.checkpoints.AtomicCheckpointIO"},
             },
@@ -155,6 +157,8 @@ class LSoftmaxCLI(CommandLine):
         settings = self.config[self.subcommand]
         expand_paths(settings)
         apply_root(settings.trainer)
+        if self.subcommand == "fit" and not self._callbacks:
+            check_monitor(settings)
         settings.checkpoint.mode = checkpoint_mode(settings.checkpoint.monitor, settings.checkpoint.mode)
         if self.subcommand == "predict" and settings.ckpt_path and self.skips_data_set(settings.data):
             self._replace_data(settings)
@@ -298,11 +302,21 @@ class LSoftmaxCLI(CommandLine):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without the warning of Lightning that :func:`main` was called with arguments by Python code."""
-        with errors_of_settings():
-            self.config = parser.parse_args(args)
+        try:
+            with errors_of_settings():
+                self.config = parser.parse_args(args)
+        except LSoftmaxError as error:
+            raise SettingsError(self._mistake(args) or str(error)) from error
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= (seed or 0) < 2**32:
             raise InputError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
+
+    def _mistake(self, args: Any) -> str | None:
+        """Return a line about the first mistake in the settings, if it is one of names, classes or types."""
+        from .mistakes import find_mistake
+
+        words = sys.argv[1:] if args is None else args
+        return find_mistake(self.command_parsers, words)
 
     def after_fit(self) -> None:
         """Test the best checkpoint."""

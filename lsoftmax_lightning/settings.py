@@ -10,6 +10,8 @@ from jsonargparse import Namespace
 
 from .datamodules.files import FileDataModule
 from .errors import InputError
+from .geometry import Separation
+from .modules import VerificationModule
 
 _WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
     "purge_step": (int | None, "a step below 2^63, or null"),
@@ -29,6 +31,19 @@ _MODES = {  # of metrics, by their names without the stage
     "tar_at_far_1e-2": "max",
     "tar_at_far_1e-3": "max",
 }
+
+
+_CLASS_METRICS = [
+    "acc",
+    "loss",
+    "margin_loss",
+    "angle",
+    "feature_norm",
+    *(f"centre_angle_{name}" for name in Separation._fields),
+]
+_PAIR_METRICS = ["acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3"]
+_WEIGHT_METRICS = [f"weight_angle_{name}" for name in Separation._fields]
+_TRAIN_METRICS = ["train/loss", "train/acc", "train/margin_acc", "lambda"]
 
 
 def as_list(loggers: Any) -> list[Any]:
@@ -68,6 +83,37 @@ def check_writer(loggers: Any) -> None:
             huge = isinstance(value, int) and not -(2**63) <= value < 2**63
             if isinstance(value, bool) or not isinstance(value, kind) or huge:
                 raise InputError(f"trainer.logger.{name} must be {expected}, got {value!r}.")
+
+
+def check_monitor(settings: Any) -> None:
+    """Check that the metric of the best checkpoint is one that a training with these settings logs.
+
+    Classes that are not of this package may log any metric: with one of them this is left to Lightning, which looks for
+    the metric after the first validation.
+
+    Args:
+        settings: Settings of ``fit``.
+
+    Raises:
+        InputError: If the metric will not exist.
+    """
+    monitor, model = settings.checkpoint.monitor, settings.model
+    callbacks = [each for each in as_list(settings.trainer.callbacks or []) if isinstance(each, Namespace)]
+    if monitor is None or not all(_is_class_of_ours(each) for each in (model, *callbacks)):
+        return
+    names = [*_CLASS_METRICS, *(f"segment_{k}" for k in range(model.init_args.margin))]
+    if is_kind(model, VerificationModule):
+        names = _PAIR_METRICS
+    expected = [*(f"val/{name}" for name in (*names, *_WEIGHT_METRICS)), *_TRAIN_METRICS]
+    if monitor not in expected:
+        raise InputError(
+            f"checkpoint.monitor: must be a metric of the run, got {monitor}; choose from {', '.join(expected)}."
+        )
+
+
+def _is_class_of_ours(settings: Any) -> bool:
+    kind = resolve_name(settings.class_path)
+    return isinstance(kind, type) and is_ours(kind)
 
 
 def checkpoint_mode(monitor: str | None, mode: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import MAX_ERROR_LINES, InputError, LSoftmaxError
+from .errors import MAX_ERROR_LINES, InputError, LSoftmaxError, SettingsError
 from .library_messages import LEAF_SPEC_WARNING, hides_constructor_error, spawned_rank_message
 from .signals import Stopped, exit_on_signals
 
@@ -75,7 +75,7 @@ def errors_without_traceback() -> Iterator[None]:
             raise
         text = str(advice) if advice is not None else f"{type(error).__name__}: {error} {_HINT}"
         print("\n".join(f"error: {text}".splitlines()[:MAX_ERROR_LINES]), file=sys.stderr)
-        raise SystemExit(1) from error
+        raise SystemExit(2 if isinstance(advice, SettingsError) else 1) from error
     finally:
         # Lightning does so for NCCL alone; gloo's threads, left to the end of the process, now and then abort it
         dist = sys.modules.get("torch.distributed")

@@ -216,7 +216,7 @@ def test_the_mode_follows_the_metric_of_the_best_checkpoint(
     [
         (["--checkpoint.monitor=val/acc", "--checkpoint.mode=min"], "the best val/acc is its maximum, got min"),
         (["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"], "the best val/loss is its minimum, got max"),
-        (["--checkpoint.monitor=val/mine"], "checkpoint.mode: is not known for val/mine; set min if"),
+        (["--checkpoint.monitor=val/feature_norm"], "checkpoint.mode: is not known for val/feature_norm; set min if"),
     ],
 )
 def test_the_worst_checkpoint_is_never_kept(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
@@ -124,6 +124,46 @@ def test_settings_of_a_checkpoint_do_not_replace_those_of_the_user() -> None:
         assert Recorder([*COMMAND, "--ckpt_path=two.ckpt"]).model.width == 1
         patch.delattr(compat.CommandLine, "_parse_ckpt_path")
         assert Recorder([*COMMAND, "--ckpt_path=two.ckpt"]).model.width == 2
+
+
+def test_a_parser_has_its_settings_with_their_types() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_argument("--group.part", type=Part)
+    parser.add_class_arguments(Model, "model", fail_untyped=False)
+    settings = compat.settings_of_parser(parser)
+    assert settings["group.part"] is Part
+    assert settings["model.width"] is int
+    assert settings["config"] is None
+    options = {"help", "config", "print_config"}
+    assert settings.keys() == options | {"group.part", "model.width", "model.optimizer"}
+
+
+def test_known_subclasses_are_those_that_can_be_created() -> None:
+    class Local(ModelCheckpoint): ...
+
+    found = compat.known_subclasses(ModelCheckpoint)
+    assert "lsoftmax_lightning.callbacks.BestCheckpoint" in found
+    assert not {name for name in found if name.endswith(("CheckpointHooks", "Local"))}  # abstract; local
+
+
+@pytest.mark.parametrize(
+    ("args", "missing"),
+    [
+        ([f"--model={__name__}.Needs"], (["depth"], f"{__name__}.Needs")),
+        ([], (["model"], None)),
+    ],
+)
+def test_required_settings_are_read_from_the_message(args: list[str], missing: tuple[list[str], str | None]) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Needs, "model", required=True)
+    with pytest.raises(ArgumentError) as caught:
+        parser.parse_args(args)
+    assert library_messages.missing_settings(str(caught.value)) == missing
+
+
+class Needs:
+    def __init__(self, depth: int) -> None: ...
 
 
 def test_an_optimizer_of_the_command_line_copies_and_pickles() -> None:

@@ -138,9 +138,9 @@ def plan(
         folder: Folder of the comparison.
 
     Raises:
-        InputError: If there is nothing to compare, a setting is not available, or the folder contains other runs.
+        InputError: If there is nothing to compare, a setting is wrong or not available, or the folder contains other
+            runs.
         DataError: If data cannot be downloaded.
-        SystemExit: If the command line does not know a setting; the error is printed.
     """
     for name, values in {"margins": margins, "seeds": seeds, **sweep}.items():
         if not values or len({str(value) for value in values}) < len(values):
