@@ -5,11 +5,14 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
 from .helpers.forked import run_on
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_gpu_benchmarks_run_on_a_cpu(tmp_path: Path) -> None:
     parts = ["ceilings", "waits", "exactness", "determinism", "steps", "fit", "head", "chunks"]
 

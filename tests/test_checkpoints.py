@@ -143,7 +143,7 @@ def server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("scheme", ["http", "file"])
-@pytest.mark.parametrize("force", ["", "--weights_only=false"])
+@pytest.mark.parametrize("force", ["", pytest.param("--weights_only=false", marks=pytest.mark.slow)])
 def test_a_remote_checkpoint_runs_no_code(
     force: str, scheme: str, server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

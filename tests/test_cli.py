@@ -325,6 +325,7 @@ def test_merged_keys_may_be_given_again() -> None:
     assert (cli.trainer.max_epochs, cli.trainer.max_steps) == (2, 7)
 
 
+@pytest.mark.slow
 def test_a_port_in_use_ends_all_ranks_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}

@@ -231,7 +231,9 @@ def test_divergence_ends_every_process() -> None:
     assert "error: The training loss was NaN or infinite" in done.stderr
 
 
-@pytest.mark.parametrize(("start", "rank", "killed"), [(run_launched, 1, False), (run_command, 0, True)])
+@pytest.mark.parametrize(
+    ("start", "rank", "killed"), [(run_launched, 1, False), pytest.param(run_command, 0, True, marks=pytest.mark.slow)]
+)
 def test_a_rank_that_dies_ends_the_run(
     start: Callable[..., subprocess.CompletedProcess[str]], rank: int, killed: bool
 ) -> None:

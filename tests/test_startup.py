@@ -140,6 +140,7 @@ def test_a_signal_that_a_library_swallows_ends_the_command() -> None:
         swallow_and_go_on()
 
 
+@pytest.mark.slow
 def test_only_the_process_of_the_command_freezes_its_imports() -> None:
     code = """
 import gc
