@@ -15,6 +15,17 @@ LEAF_SPEC_WARNING = ".*treespec, LeafSpec"
 USED_FOLDER_WARNING = "Checkpoint directory"
 """Regex of the warning of Lightning 2.6.6 that a folder of checkpoints is not empty."""
 
+ADVICE = {
+    "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
+    "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
+    "Output size is too small": "the images are too small for this backbone.",
+    "SyncBatchNorm layers only work with GPU": "synchronised batch normalisation works on GPUs alone.",
+    "gloo/transport/tcp/pair.cc": "another process of the run died; above is its own error, or none if it was killed.",
+    "can't allocate memory": "these settings take more memory than there is.",
+    "EADDRINUSE": "the port is in use: set the environment variable MASTER_PORT to another one.",
+}
+"""Messages of libraries about settings that do not go together, and what a user can do."""
+
 
 def hides_constructor_error(error: BaseException) -> bool:
     """Return whether jsonargparse raised this error in place of a constructor's, which is in the text of an outer one.

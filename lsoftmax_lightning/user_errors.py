@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import MAX_ERROR_LINES, InputError, LSoftmaxError, SettingsError
-from .library_messages import LEAF_SPEC_WARNING, hides_constructor_error, spawned_rank_message
+from .library_messages import ADVICE, LEAF_SPEC_WARNING, hides_constructor_error, spawned_rank_message
 from .signals import Stopped, exit_on_signals
 
 _DEBUG = "LSOFTMAX_LIGHTNING_DEBUG"
@@ -26,16 +26,6 @@ _LIBRARIES = (str(Path(__file__).parent), _PATHS["stdlib"], _PATHS["purelib"], _
 USER_ERRORS = r"lsoftmax_lightning\.errors\.\w+|lightning\.\S+\.MisconfigurationException"  # as tracebacks name them
 _MISCONFIGURATION = ("lightning.fabric.utilities.exceptions", "MisconfigurationException")
 _SPAWNED_RANK_ERROR = ("torch.multiprocessing.spawn", "ProcessRaisedException")
-ADVICE = {
-    "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
-    "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
-    "Output size is too small": "the images are too small for this backbone.",
-    "SyncBatchNorm layers only work with GPU": "synchronised batch normalisation works on GPUs alone.",
-    "gloo/transport/tcp/pair.cc": "another process of the run died; above is its own error, or none if it was killed.",
-    "can't allocate memory": "these settings take more memory than there is.",
-    "EADDRINUSE": "the port is in use: set the environment variable MASTER_PORT to another one.",
-}
-"""Messages of libraries about settings that do not go together, and what a user can do."""
 
 
 @contextmanager

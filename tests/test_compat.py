@@ -38,9 +38,10 @@ from torch.utils.tensorboard.summary import scalar
 
 from lsoftmax_lightning import compat, library_messages
 from lsoftmax_lightning.errors import DataError, InputError
+from lsoftmax_lightning.library_messages import ADVICE
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
 from lsoftmax_lightning.signals import ignore_signals
-from lsoftmax_lightning.user_errors import ADVICE, USER_ERRORS, user_message
+from lsoftmax_lightning.user_errors import USER_ERRORS, user_message
 
 from .helpers.forked import run_on
 from .helpers.training import make_trainer

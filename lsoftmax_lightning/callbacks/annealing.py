@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..errors import DivergenceError, InputError
+from ..heads import LSoftmaxLinear
 from ..schedules import AccuracyFeedback, LambdaSchedule
 from .run_length import run_length
 from .running_accuracy import RunningAccuracy
@@ -63,7 +64,7 @@ class LambdaAnnealing(Callback):
         self._losses: list[tuple[int, float, Tensor]] = []  # step, lambda and loss of each batch since the last check
 
     @override
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._losses.clear()
         if stage != "fit":
             return
@@ -76,20 +77,20 @@ class LambdaAnnealing(Callback):
             self._check_module(pl_module)
             schedule: Callable[..., float] = self.schedule_for(pl_module)
             accuracy = () if self._accuracy is None else (0.0,)
-            pl_module.head.lambda_ = schedule(0, 1, *accuracy)  # the loops of tuners run without callbacks
+            _head(pl_module).lambda_ = schedule(0, 1, *accuracy)  # the loops of tuners run without callbacks
 
-    def schedule_for(self, pl_module: Any) -> LambdaSchedule:
+    def schedule_for(self, pl_module: LightningModule) -> LambdaSchedule:
         """Return the schedule that applies to a module."""
         schedule: LambdaSchedule = self.schedule or getattr(pl_module, "lambda_schedule", None) or AccuracyFeedback()
         return schedule
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the module and its schedule, and start to measure the accuracy if the schedule uses it."""
         self._check_module(pl_module)
         if self._accuracy is not None:
-            self._accuracy.attach(pl_module.head, pl_module.device)
+            self._accuracy.attach(_head(pl_module), pl_module.device)
 
-    def _check_module(self, pl_module: Any) -> None:
+    def _check_module(self, pl_module: LightningModule) -> None:
         name, head = type(pl_module).__name__, getattr(pl_module, "head", None)
         annealed = set(head.modules()) if isinstance(head, nn.Module) else ()
         others = [
@@ -113,28 +114,28 @@ class LambdaAnnealing(Callback):
                 "total_steps)."
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the length of the run once, because gradient accumulation may change later."""
         self._total_steps = run_length(trainer)
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         accuracy = () if self._accuracy is None else (self._accuracy.update(),)
         schedule: Callable[..., float] = self.schedule_for(pl_module)
-        pl_module.head.lambda_ = schedule(trainer.global_step, self._total_steps, *accuracy)
+        _head(pl_module).lambda_ = schedule(trainer.global_step, self._total_steps, *accuracy)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Store the loss for a later check, so that this step does not wait for the device."""
         loss = loss.detach().clone()  # a CUDA graph reuses the memory of its outputs
-        self._losses.append((trainer.global_step, pl_module.head.lambda_, loss))
+        self._losses.append((trainer.global_step, _head(pl_module).lambda_, loss))
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the accuracy of the step."""
         if self._accuracy is not None:
             self._accuracy.end_step()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: object, batch: object, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Log lambda and stop a diverged run, every ``log_every_n_steps`` steps and at the end of an epoch.
 
@@ -142,17 +143,17 @@ class LambdaAnnealing(Callback):
         """
         every = trainer.log_every_n_steps or _MAX_STEPS  # type: ignore[attr-defined]
         if trainer.is_last_batch or trainer.should_stop or trainer.global_step % every == 0:
-            pl_module.log("lambda", pl_module.head.lambda_)  # not every step: it takes half a millisecond
-            trainer.progress_bar_metrics["lambda"] = pl_module.head.lambda_  # `prog_bar` would wait at every step
+            pl_module.log("lambda", _head(pl_module).lambda_)  # not every step: it takes half a millisecond
+            trainer.progress_bar_metrics["lambda"] = _head(pl_module).lambda_  # `prog_bar` would wait at every step
             if self._accuracy is not None:
                 pl_module.log("train/margin_acc", self._accuracy.value)
             self._stop_if_diverged(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop a diverged run before a validation can make it the best checkpoint."""
         self._stop_if_diverged(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stop a diverged run before it overwrites a good checkpoint."""
         self._stop_if_diverged(trainer, pl_module)
 
@@ -166,15 +167,15 @@ class LambdaAnnealing(Callback):
             self._accuracy.load_state_dict(state_dict)
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._accuracy is not None:
             self._accuracy.detach()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
 
-    def _stop_if_diverged(self, trainer: Trainer, pl_module: Any) -> None:
+    def _stop_if_diverged(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._losses:
             return
         steps, lambdas, losses = zip(*self._losses, strict=True)
@@ -195,9 +196,15 @@ class LambdaAnnealing(Callback):
         overflow = f"Precision {precision} overflows above 65504: try bf16-mixed or 32-true. "
         raise DivergenceError(
             f"The training loss was NaN or infinite at optimiser step {step}, where lambda was "
-            f"{dict(zip(steps, lambdas, strict=True)).get(step, math.nan):.4g} (margin {pl_module.head.margin}). "
+            f"{dict(zip(steps, lambdas, strict=True)).get(step, math.nan):.4g} (margin {_head(pl_module).margin}). "
             + (overflow if str(precision).startswith("16") else "")
             + "Try a lower learning rate, slower annealing "
             "(a larger `gain` or `fraction`, or a smaller `gamma`), or a `lambda_min` above 0. "
             f"Last good checkpoint: {kept}."
         )
+
+
+def _head(pl_module: LightningModule) -> LSoftmaxLinear:
+    """Return the head of a module that was checked."""
+    head: LSoftmaxLinear = pl_module.head  # type: ignore[assignment]
+    return head

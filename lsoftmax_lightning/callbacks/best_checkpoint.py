@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path, PurePath
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -46,7 +46,7 @@ class BestCheckpoint(CheckpointHooks):
         )
         return exists and not is_leftover
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the weights of the file again, unless training continues, because a callback may have loaded others.
 
         ``WeightAveraging``, for example, loads the weights that training continues with. Checkpoint callbacks run last.

@@ -6,7 +6,7 @@ import signal
 from functools import partial
 from typing import Any
 
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 
 from ..signals import SignalHandler, stop
 
@@ -26,13 +26,13 @@ class ExitOnSignals(Callback):
 
     _handler: SignalHandler | None = None
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Handle signals while data and checkpoint are read."""
         self._stop_if_received()
         self._handler = SignalHandler(partial(_stop_all_ranks, trainer))
         self._handler.install()
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the handler of Lightning, which is installed just before, or that of LastCheckpoint."""
         self._stop_if_received()
         if self._handler is not None:
@@ -40,7 +40,7 @@ class ExitOnSignals(Callback):
 
     on_train_start = on_train_end = on_test_start = on_predict_start = on_sanity_check_start
 
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the handler of Lightning, unless the validation is part of training."""
         if trainer.state.fn != "fit":
             self.on_sanity_check_start(trainer, pl_module)

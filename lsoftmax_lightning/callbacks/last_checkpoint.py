@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from typing_extensions import override
 
 from ..checkpoints import update_index
@@ -43,19 +43,21 @@ class LastCheckpoint(CheckpointHooks):
         self._next_check = 0  # step of the next collective check for a signal
         self._last_check = (0, 0.0)  # step and time
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the signal handlers of Lightning, which restores the previous ones after the training."""
         super().on_train_start(trainer, pl_module)
         self._handler, self._exit_after_save = SignalHandler(_announce), False
         self._next_check, self._last_check = 0, (trainer.global_step, time.monotonic())
         self._handler.install()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """End a stopped run here, where the previous step or epoch is logged."""
         if self._exit_after_save:
             self._exit(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save a pending checkpoint, or that of a run that is to stop.
 
         Nothing is saved before a validation or the end of an epoch, because a resumed run would skip them.
@@ -71,7 +73,7 @@ class LastCheckpoint(CheckpointHooks):
             self.write_checkpoint(trainer, self.format_checkpoint_name({}))
             self._save_pending, self._exit_after_save = False, stop
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless gradients are being accumulated, which a checkpoint does not contain."""
         self._save_pending = trainer.state.fn == "fit" and not trainer.sanity_checking and _is_accumulating(trainer)
         if self._save_pending:
@@ -80,7 +82,7 @@ class LastCheckpoint(CheckpointHooks):
         if trainer.state.fn == "fit" and self.is_written(trainer):
             self._exit_after_save = self._stop_requested(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, even if Lightning saves only after validations, because the run may end here."""
         super().on_train_epoch_end(trainer, pl_module)
         if not self.skips_writing(trainer):
@@ -88,7 +90,7 @@ class LastCheckpoint(CheckpointHooks):
         if trainer.global_step >= self._next_check:
             self._exit_after_save |= self._stop_requested(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a run that was stopped in its last step, so that no test follows."""
         super().on_train_end(trainer, pl_module)
         if self._stop_requested(trainer):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -55,7 +55,7 @@ class Predictions(Callback):
         self.output, self.embeddings = output, embeddings
         self._temporary_files = ExitStack()  # the files of this rank; closing it removes them
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Determine the path of the output and create its folder."""
         if stage != "predict":
             return
@@ -74,7 +74,7 @@ class Predictions(Callback):
         with self._disk_errors():
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the temporary files of this rank."""
         if len(trainer.num_predict_batches) > 1:
             raise InputError(
@@ -101,7 +101,13 @@ class Predictions(Callback):
         self._writer = csv.writer(self._table_file)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Write the rows of a batch."""
         module_name = type(pl_module).__name__
@@ -148,7 +154,7 @@ class Predictions(Callback):
                 self._embedding_file.write(np.ascontiguousarray(embedding).data)  # tofile hides the cause of an error
         self._count += size
 
-    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the files of all ranks."""
         with self._disk_errors():
             self._table_file.close()
@@ -172,7 +178,7 @@ class Predictions(Callback):
         trainer.strategy.barrier()
         self._temporary_files.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the temporary files of this rank."""
         with suppress(OSError):  # closing a file writes its buffer, which fails on a full disk
             self._temporary_files.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -51,14 +51,14 @@ class ExactResume(Callback):
         self._plateau_step_pending = False  # whether the scheduler has not stepped for the interrupted epoch
         self._resumed_within_epoch = False
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the seed of ``seed_everything``, by default 0, like the datamodules."""
         self._seed = global_seed() or 0
         self._accelerated = torch.accelerator.is_available()  # slow, so it is called only once
         self._watched, self._plateau_step_pending, self._resumed_within_epoch = {}, False, False
         trainer.precision_plugin.convert_module(pl_module)  # Lightning does it after it loads the weights
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Seed the generators; at the first batch of a resumed run, also call the hooks that Lightning skips."""
         if self._resumed_within_epoch:
             self._resumed_within_epoch = False
@@ -76,7 +76,7 @@ class ExactResume(Callback):
         else:  # torch.manual_seed would queue a call for accelerators, with a traceback
             torch.default_generator.manual_seed(seed)
 
-    def _step_plateau_schedulers(self, trainer: Trainer, pl_module: Any) -> None:
+    def _step_plateau_schedulers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = self._latest_metrics(trainer)
         for config in trainer.lr_scheduler_configs:
             if _is_plateau(config) and trainer.current_epoch % config.frequency == 0 and config.monitor in metrics:
@@ -86,7 +86,7 @@ class ExactResume(Callback):
         """Return the latest metrics; those of the checkpoint until the resumed run has its own."""
         return self._watched | trainer.callback_metrics
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the seed and the metrics that schedulers monitor; an incomplete epoch is not counted as processed."""
         names = {config.monitor for config in trainer.lr_scheduler_configs if _is_plateau(config)}
         watched = {name: float(value) for name, value in self._latest_metrics(trainer).items() if name in names}
@@ -95,7 +95,7 @@ class ExactResume(Callback):
             for counts in epoch_progress(checkpoint).values():
                 counts["processed"] = min(counts["processed"], counts["completed"])
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the seed and the metrics, and undo the first count of an epoch, because the Trainer repeats it."""
         if trainer.state.fn != "fit":
             # only training needs their states, which name files that may have moved

@@ -1,5 +1,8 @@
 """The benchmarks of the paper as LightningDataModules, and your own images."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .base import ImageDataModule
 from .cifar import CIFAR10DataModule, CIFAR100DataModule
 from .digits import DigitsDataModule
@@ -19,3 +22,6 @@ __all__ = [
     "MNISTDataModule",
     "PredictFolderDataModule",
 ]
+
+for _module in iter_modules(__path__):  # gives the classes of every file their names on the command line
+    import_module(f"{__name__}.{_module.name}")
