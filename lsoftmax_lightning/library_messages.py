@@ -27,12 +27,20 @@ ADVICE = {
 """Messages of libraries about settings that do not go together, and what a user can do."""
 
 
-def hides_constructor_error(error: BaseException) -> bool:
-    """Return whether jsonargparse raised this error in place of a constructor's, which is in the text of an outer one.
+def hidden_constructor_message(error: BaseException) -> str | None:
+    """Return the message of a constructor's error that jsonargparse replaced by another; None if it did not.
 
-    For an optional class jsonargparse 4.40 chains the error of ``None``; 4.53 chains that of the constructor.
+    For an optional class jsonargparse 4.40 chains the error of ``None``, and the text of ``error`` has the other; 4.53
+    chains that of the constructor.
     """
-    return str(error).startswith("Expected a <class 'NoneType'>")
+    cause: BaseException | None = error
+    while cause is not None and not str(cause).startswith("Expected a <class 'NoneType'>"):
+        cause = cause.__cause__
+    if cause is None:
+        return None
+    pattern = r"(?ms)^ +- (?!Expected a <class|Does not validate)(.+?)(?=\n +- |\n *Given value|\Z)"
+    match = re.search(pattern, str(error))
+    return match[1] if match else str(error)
 
 
 def missing_settings(message: str) -> tuple[list[str], str | None]:

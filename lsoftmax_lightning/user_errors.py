@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import MAX_ERROR_LINES, InputError, LSoftmaxError, SettingsError
-from .library_messages import ADVICE, LEAF_SPEC_WARNING, hides_constructor_error, spawned_rank_message
+from .library_messages import ADVICE, LEAF_SPEC_WARNING, hidden_constructor_message, spawned_rank_message
 from .signals import Stopped, exit_on_signals
 
 _DEBUG = "LSOFTMAX_LIGHTNING_DEBUG"
@@ -114,6 +114,8 @@ def user_message(error: BaseException) -> BaseException | str | None:
         if isinstance(cause, LSoftmaxError):
             return cause
         cause = cause.__cause__
+    if (hidden := hidden_constructor_message(error)) is not None:
+        return hidden
     for message, advice in ADVICE.items():
         if message in str(error):
             return advice
@@ -121,7 +123,5 @@ def user_message(error: BaseException) -> BaseException | str | None:
     while cause is not None:
         if isinstance(cause, OSError) or _is_of(_MISCONFIGURATION, cause):
             return cause
-        if hides_constructor_error(cause):
-            return error
         cause = cause.__cause__
     return spawned_rank_message(error, USER_ERRORS) if _is_of(_SPAWNED_RANK_ERROR, error) else None

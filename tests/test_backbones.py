@@ -126,7 +126,12 @@ def test_models_of_one_image_size_are_made_for_that_of_the_images(name: str, sha
         ("maxvit_t", (3, 64, 64), {}, "is not divisible by partition size 7"),
         ("maxvit_t", (3, 448, 224), {}, "Grid size must be divisible by partition size"),
         ("alexnet", (3, 32, 32), {}, "Output size is too small; use another size"),
-        ("inception_v3", (3, 64, 64), {}, "Kernel size can't be greater than actual input size; use another size"),
+        (
+            "inception_v3",
+            (3, 64, 64),
+            {},
+            "(Kernel|Output) size .*; use another size",
+        ),
     ],
 )
 def test_images_that_a_model_does_not_take_are_one_line_before_training(

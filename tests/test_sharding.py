@@ -15,8 +15,12 @@ from lsoftmax_lightning import ClassificationModule
 from .helpers.forked import run_on
 from .helpers.processes import Net
 from .helpers.sharding import COUNTS, RUNS, evaluate, go_on, refusals, work
+from .helpers.training import SHARDS_ON_CPUS
 
-pytestmark = pytest.mark.usefixtures("chunks")
+pytestmark = [
+    pytest.mark.usefixtures("chunks"),
+    pytest.mark.skipif(not SHARDS_ON_CPUS, reason="ClassShardedStrategy refuses this release of torch on CPUs"),
+]
 
 
 def difference(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:

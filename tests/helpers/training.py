@@ -15,6 +15,8 @@ from lsoftmax_lightning.datamodules.base import Images
 
 # with torch 2.6 no release of onnxscript writes batch normalisation and pooling
 WRITES_ONNX = torch.__version__ >= "2.7"
+# earlier releases sum gradients over gloo, which ClassShardedStrategy refuses
+SHARDS_ON_CPUS = torch.__version__ >= "2.9"
 
 
 class BlobsDataModule(ImageDataModule):
