@@ -242,7 +242,7 @@ class PairVerification(Metric):
                 f"{int(is_missing.sum())} of {len(needed)} images have missing or non-finite embeddings; all pair "
                 "metrics are NaN."
             )
-            return dict.fromkeys(_VERIFICATION_METRICS, torch.tensor(math.nan, dtype=torch.float64))
+            return dict.fromkeys(VERIFICATION_METRICS, torch.tensor(math.nan, dtype=torch.float64))
         by_image = embeddings.new_zeros(int(needed[-1]) + 1, embeddings.shape[1])
         by_image[image_ids] = embeddings  # an image that was passed twice counts once
 
@@ -274,7 +274,7 @@ class PairVerification(Metric):
             tpr[fpr <= 1e-2].max(),
             tpr[fpr <= 1e-3].max(),
         )
-        return {name: value.double() for name, value in zip(_VERIFICATION_METRICS, values, strict=True)}
+        return {name: value.double() for name, value in zip(VERIFICATION_METRICS, values, strict=True)}
 
     def _scored_folds(self) -> list[int]:
         folds: list[int] = torch.unique(self.pairs.fold[self.pairs.is_scored]).tolist()
@@ -286,7 +286,7 @@ class PairVerification(Metric):
         return image_ids[~torch.isin(image_ids, self.pairs[in_fold].image_ids)]
 
 
-_VERIFICATION_METRICS = ("acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3")
+VERIFICATION_METRICS = ("acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3")
 
 
 def _pair_cosines(embeddings: Tensor, pairs: Pairs) -> Tensor:

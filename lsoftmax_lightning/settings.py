@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from .datamodules.files import FileDataModule
 from .errors import InputError
 from .geometry import Separation
+from .metrics import VERIFICATION_METRICS
 from .modules import VerificationModule
 
 _WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
@@ -41,7 +42,6 @@ _CLASS_METRICS = [
     "feature_norm",
     *(f"centre_angle_{name}" for name in Separation._fields),
 ]
-_PAIR_METRICS = ["acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3"]
 _WEIGHT_METRICS = [f"weight_angle_{name}" for name in Separation._fields]
 _TRAIN_METRICS = ["train/loss", "train/acc", "train/margin_acc", "lambda"]
 
@@ -103,7 +103,7 @@ def check_monitor(settings: Any) -> None:
         return
     names = [*_CLASS_METRICS, *(f"segment_{k}" for k in range(model.init_args.margin))]
     if is_kind(model, VerificationModule):
-        names = _PAIR_METRICS
+        names = list(VERIFICATION_METRICS)
     expected = [*(f"val/{name}" for name in (*names, *_WEIGHT_METRICS)), *_TRAIN_METRICS]
     if monitor not in expected:
         raise InputError(

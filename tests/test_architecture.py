@@ -90,7 +90,7 @@ BELOW: dict[str, set[str]] = {
     "config_paths": {"errors"},
     "config_files": {"config_paths", "errors", "library_messages"},
     "mistakes": {"compat", "config_files", "config_paths", "errors"},
-    "settings": {"datamodules", "errors", "geometry", "modules"},
+    "settings": {"datamodules", "errors", "geometry", "metrics", "modules"},
     "run_folder": {"atomic", "checkpoints", "config_files", "errors", "settings"},
     "lightning_cli": {
         "atomic",

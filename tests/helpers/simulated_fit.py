@@ -95,7 +95,7 @@ def main() -> None:
     """Run all kinds, and print the results."""
     warnings.filterwarnings("ignore")
     torch._C._set_only_lift_cpu_tensors(True)
-    dashboard.draw = lambda snapshot: ()  # nobody looks at the plots, which are drawn after the steps
+    dashboard.draw = lambda snapshot: ()  # plots are drawn after the steps, and not tested here
     with Mode():
         runs = {f"{k} {p}": fit(k, p) for k in ("dense", "chunked") for p in ("32-true", "bf16-mixed")}
         planted = fit("dense", "32-true", Wait())
