@@ -135,6 +135,22 @@ def at_least(page: Path) -> int:
     return 4 if page.name == "results.md" else 5
 
 
+def plan_fewer(
+    num_values: int | None,
+    least: int,
+    configs: list[str],
+    margins: list[int],
+    seeds: list[int],
+    settings: list[str],
+    sweep: dict[str, Any],
+    folder: Path,
+) -> list[Run]:
+    """Plan one seed, and the first values of all other settings: each run takes a quarter of a second."""
+    assert len(margins) * len(seeds) * math.prod(map(len, sweep.values())) >= least
+    first = {name: values[:num_values] for name, values in sweep.items()}
+    return plan(configs, margins[:num_values], seeds[:1], settings, first, folder)
+
+
 LONG = {"data.md", "deploy.md", "devices.md", "earlier_results.md", "results.md"}
 
 
@@ -144,23 +160,10 @@ LONG = {"data.md", "deploy.md", "devices.md", "earlier_results.md", "results.md"
 )
 @pytest.mark.filterwarnings("ignore")  # so small a training is not what anybody would want
 def test_every_command_runs(page: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def plan_first(
-        configs: list[str],
-        margins: list[int],
-        seeds: list[int],
-        settings: list[str],
-        sweep: dict[str, Any],
-        folder: Path,
-    ) -> list[Run]:
-        """Plan one run: each takes a quarter of a second."""
-        assert len(margins) * len(seeds) * math.prod(map(len, sweep.values())) >= at_least(page)
-        first = {name: values[:1] for name, values in sweep.items()}
-        return plan(configs, margins[:1], seeds[:1], settings, first, folder)
-
     found = list(commands(page))
     if found:
         prepare(monkeypatch)
-    monkeypatch.setattr("lsoftmax_lightning.compare.plan", plan_first)
+    monkeypatch.setattr("lsoftmax_lightning.compare.plan", partial(plan_fewer, 1, at_least(page)))
     for words in found:
         run(words, planned)
     assert set(planned) <= {1}
@@ -174,18 +177,8 @@ def test_every_command_runs(page: Path, planned: list[int], monkeypatch: pytest.
 def test_every_setting_of_every_comparison_is_planned(
     page: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plan_one_seed(
-        configs: list[str],
-        margins: list[int],
-        seeds: list[int],
-        settings: list[str],
-        sweep: dict[str, Any],
-        folder: Path,
-    ) -> list[Run]:
-        return plan(configs, margins, seeds[:1], settings, sweep, folder)
-
     prepare(monkeypatch)
-    monkeypatch.setattr("lsoftmax_lightning.compare.plan", plan_one_seed)
+    monkeypatch.setattr("lsoftmax_lightning.compare.plan", partial(plan_fewer, None, at_least(page)))
     for words in commands(page):
         if "compare" in words:
             run(words, planned)
