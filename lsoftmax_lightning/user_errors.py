@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from .errors import MAX_ERROR_LINES, InputError, LSoftmaxError, SettingsError
 from .library_messages import ADVICE, LEAF_SPEC_WARNING, hidden_constructor_message, spawned_rank_message
+from .process_group import leave_process_group
 from .signals import Stopped, exit_on_signals
 
 _DEBUG = "LSOFTMAX_LIGHTNING_DEBUG"
@@ -67,12 +67,7 @@ def errors_without_traceback() -> Iterator[None]:
         print("\n".join(f"error: {text}".splitlines()[:MAX_ERROR_LINES]), file=sys.stderr)
         raise SystemExit(2 if isinstance(advice, SettingsError) else 1) from error
     finally:
-        # Lightning does so for NCCL alone; gloo's threads, left to the end of the process, now and then abort it
-        dist = sys.modules.get("torch.distributed")
-        if dist and dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
-            # torch 2.6 keeps Python's lock while it waits for them, who may want it to let go of the last tensors
-            time.sleep(0.1)
-            dist.destroy_process_group()
+        leave_process_group()
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 from functools import partial
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from ..compat import trains_in_other_processes
+from ..process_group import leave_process_group
 from ..signals import SignalHandler, stop
 
 EXIT_SECONDS = 15  # for loggers and other callbacks to finish
@@ -28,6 +31,8 @@ class ExitOnSignals(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Handle signals while data and checkpoint are read."""
+        if trains_in_other_processes(trainer):  # the command's own process leaves the group itself
+            atexit.register(leave_process_group)
         self._stop_if_received()
         self._handler = SignalHandler(partial(_stop_all_ranks, trainer))
         self._handler.install()
