@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse._typehints import get_all_subclass_paths
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -80,6 +81,12 @@ class CommandLine(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         pass
+
+    @override
+    def _dump_config(self) -> None:
+        if not hasattr(self, "config_dump"):  # once, without the second validation of Lightning's
+            settings: Any = {"skip_link_targets": False, "skip_none": False, "skip_validation": True, "format": "yaml"}
+            self.config_dump = yaml.safe_load(self.parser.dump(self.config, **settings))[self.subcommand]
 
     @override
     def _add_instantiators(self) -> None:

@@ -54,7 +54,7 @@ class _SaveConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         super().__init__(parser, config, **kwargs)
-        self._text = parser.dump(config, skip_none=False)
+        self._text = parser.dump(config, skip_none=False, skip_validation=True)  # it was parsed
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the parser, which does not pickle."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from lsoftmax_lightning.signals import SignalHandler
 
@@ -29,6 +30,13 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(SignalHandler, "latest", -1.0)
     monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+@pytest.fixture(autouse=True)
+def _blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are built and saved, but blank, where no test looks at them: drawing takes most of the time."""
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(Figure, "draw", lambda figure, renderer: None)
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from torch.utils.tensorboard.summary import scalar
 from lsoftmax_lightning import compat, library_messages
 from lsoftmax_lightning.errors import DataError, InputError
 from lsoftmax_lightning.library_messages import ADVICE
+from lsoftmax_lightning.lightning_cli import InstantiatedCLI
 from lsoftmax_lightning.lr_schedulers import FractionalMultiStepLR
 from lsoftmax_lightning.signals import ignore_signals
 from lsoftmax_lightning.user_errors import USER_ERRORS, user_message
@@ -492,3 +493,10 @@ def test_gloo_names_its_file_when_a_rank_dies() -> None:
 
 def test_every_advice_is_tested() -> None:
     assert {*FAILURES, PEER_DIED} == ADVICE.keys()
+
+
+def test_the_dump_of_the_settings_is_that_of_lightning() -> None:
+    cli = InstantiatedCLI(["fit", "--config=digits.yaml"])
+    ours = cli.__dict__.pop("config_dump")
+    LightningCLI._dump_config(cli)
+    assert cli.config_dump == ours

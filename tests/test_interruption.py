@@ -137,20 +137,19 @@ def run_cli(args: list[str], *callbacks: Callback) -> None:
 
 
 OUTSIDE_OF_TRAINING = [
-    ("fit", "setup"),
-    ("fit", "on_sanity_check_start"),
-    ("fit", "on_test_batch_end"),
-    ("fit", "on_fit_end"),
-    ("validate", "on_validation_batch_end"),
-    ("test", "on_test_start"),
-    ("test", "on_test_end"),
-    ("predict", "on_predict_batch_end"),
-    ("predict", "on_predict_end"),
+    ("fit", "setup", signal.SIGTERM),
+    ("fit", "on_sanity_check_start", signal.SIGINT),
+    ("fit", "on_test_batch_end", signal.SIGTERM),
+    ("fit", "on_fit_end", signal.SIGINT),
+    ("validate", "on_validation_batch_end", signal.SIGTERM),
+    ("test", "on_test_start", signal.SIGINT),
+    ("test", "on_test_end", signal.SIGTERM),
+    ("predict", "on_predict_batch_end", signal.SIGINT),
+    ("predict", "on_predict_end", signal.SIGTERM),
 ]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("command", "hook"), OUTSIDE_OF_TRAINING)
+@pytest.mark.parametrize(("command", "hook", "signum"), OUTSIDE_OF_TRAINING)
 @pytest.mark.filterwarnings("ignore:No --ckpt_path")
 def test_a_signal_outside_of_training_ends_with_its_code(command: str, hook: str, signum: signal.Signals) -> None:
     args = [command, "--config=digits.yaml", *(SHORT if command == "fit" else QUIET)]
@@ -283,13 +282,11 @@ NAMED_BY_METRIC = ["--checkpoint.filename={epoch}-{val/acc:.2f}", "--checkpoint.
     ("settings", "folder"),
     [
         ([f"--trainer.logger={CSV_FIRST}"], "runs/digits/version_0"),
-        (["--trainer.logger.save_dir=~/runs"], "home/runs/digits/version_0"),
-        (["--trainer.logger.save_dir=$SCRATCH/runs"], "scratch/runs/digits/version_0"),
+        (["--trainer.logger.save_dir=~/runs", "--trainer.logger.sub_dir=sub"], "home/runs/digits/version_0"),
+        (["--trainer.logger.save_dir=$SCRATCH/runs", *NAMED_BY_METRIC], "scratch/runs/digits/version_0"),
         (["--trainer.logger.version=mine"], "runs/digits/mine"),
-        (["--trainer.logger.sub_dir=sub"], "runs/digits/version_0"),
         (["--trainer.default_root_dir=root"], "root/runs/digits/version_0"),
         (["--checkpoint.dirpath=$SCRATCH/best"], "runs/digits/version_0"),
-        (NAMED_BY_METRIC, "runs/digits/version_0"),
     ],
 )
 def test_last_and_best_are_found_where_the_run_is(

@@ -34,7 +34,7 @@ def test_all_processes_evaluate_one_network(tmp_path: Path) -> None:
 
 
 # numbers of processes before and after a checkpoint
-RESUMED = [(4, 1), (1, 2), (4, 2), (2, 4)]
+RESUMED = [(2, 1), (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_any_number_of_processes_trains_as_one(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """All runs take place on up to ``max_count`` processes, and the plain one on all of ``COUNTS``."""
+    """Losses are compared on all of ``COUNTS``, trainings on up to ``max_count`` processes."""
 
     def run(count: int, task: Callable[..., None], *args: Any) -> None:
         done = run_on(count, partial(task, tmp_path, *args))
         assert done.returncode == 0, done.stderr
 
     for count in COUNTS:
-        run(count, work, list(RUNS) if count <= max_count else ["plain"])
+        run(count, work, list(RUNS) if count <= max_count else [])
     for count in COUNTS:
         run(count, go_on, [before for before, after in resumed if after == count])
     run(2, refusals)
@@ -71,7 +71,7 @@ def test_any_number_of_processes_trains_as_one(
     # most weights by less than 0.01, and by up to 0.1 where it changes the side of a ReLU.
     for name, tolerance in (("plain", 1e-6), ("clipped and accumulated", 1e-6), ("bf16-mixed", 0.2)):
         one = read(f"{name} 1")
-        for count in COUNTS[1:] if name == "plain" else [count for count in COUNTS[1:] if count <= max_count]:
+        for count in [count for count in COUNTS[1:] if count <= max_count]:
             other = read(f"{name} {count}")
             found = difference(one["weights"], other["weights"])
             record_property(f"difference of weights after 30 steps, {name}, {count} processes", found)
@@ -83,7 +83,7 @@ def test_any_number_of_processes_trains_as_one(
     record_property("difference of weights, resumed on another number of processes", found)
     assert found < 1e-6
     loaded = ClassificationModule.load_from_checkpoint(
-        tmp_path / "plain" / "4 after step=12.ckpt", backbone=Net(), weights_only=True
+        tmp_path / "plain" / f"{max_count} after step=12.ckpt", backbone=Net(), weights_only=True
     )
     assert loaded(torch.randn(2, 1, 8, 8)).shape == (2, 5)
 

@@ -92,6 +92,7 @@ def test_means_and_paired_differences_equal_a_reference(tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves", "features", "confusion", "angles"}
 
 
+@pytest.mark.draws
 def test_each_swept_setting_has_its_rows_its_differences_and_its_figures(tmp_path: Path) -> None:
     for value, gap in ((10, 0.02), (2, -0.01)):
         for margin in (1, 2):
@@ -153,6 +154,7 @@ def test_settings_of_several_calls_are_kept_apart(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.draws
 def test_figures_show_the_records_of_the_runs(tmp_path: Path) -> None:
     for margin in range(1, 13):
         for seed in (0, 1):
@@ -169,6 +171,7 @@ def test_figures_show_the_records_of_the_runs(tmp_path: Path) -> None:
     assert len(labels) == 12
 
 
+@pytest.mark.draws
 def test_runs_on_pairs_have_figures_of_pairs(tmp_path: Path) -> None:
     for margin in (1, 2):
         write_run(tmp_path, margin, 0, 0.5, pairs=True)
@@ -554,6 +557,7 @@ def test_an_axis_without_an_accuracy_is_not_drawn(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("accuracy_by*"))
 
 
+@pytest.mark.draws
 def test_long_and_equal_names_of_figures_do_not_overwrite_each_other(tmp_path: Path) -> None:
     for value in ("a b", "a?b", "a*b"):
         write_run(tmp_path, 1, 0, 0.5, {"model.x": value, f"model.{'y' * 150}": 1})

@@ -73,6 +73,7 @@ def table(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.draws
 def test_a_training_leaves_its_plots() -> None:
     trainer, folder = with_logger(max_epochs=2)  # epochs of 8 steps
     trainer.fit(make_model(), HardBlobs())
@@ -114,6 +115,7 @@ def test_the_projector_has_features_names_and_images() -> None:
     assert torch.equal(first, images[0])  # pixels as they were before normalisation
 
 
+@pytest.mark.draws
 def test_a_test_has_plots_of_its_own() -> None:
     trainer, folder = with_logger()
     trainer.test(make_model(), HardBlobs(), verbose=False)
@@ -176,6 +178,7 @@ def test_training_waits_for_no_plot(
     assert steps(read(folder), "val/features") == [8, 16, 24]
 
 
+@pytest.mark.draws
 def test_everything_drawn_can_be_saved() -> None:
     trainer, folder = with_logger(Dashboard(save=True))
     model, data = make_model(), HardBlobs()
@@ -425,9 +428,15 @@ def test_a_sample_without_a_known_length_is_spread_over_all_batches(batches: int
         pytest.param(range(10, 14), ["10", "11", "12", "13"], marks=pytest.mark.slow),
         pytest.param(np.array(["nw", "ne", "sw", "se"]), ["nw", "ne", "sw", "se"], marks=pytest.mark.slow),
         pytest.param(torch.arange(4), ["0", "1", "2", "3"], marks=pytest.mark.slow),
-        ([b"nw", b"n\xff", "caf\udce9", "猫"], ["nw", r"n\udcff", r"caf\udce9", "猫"]),
-        (["n\tw", "n\ne", "s\rw", "s\x00\u2028e"], [r"n\tw", r"n\ne", r"s\rw", r"s\x00\u2028e"]),
-        (["_nw", "__ne", "$sw$", "x" * 500], ["_nw", "__ne", "$sw$", "x" * 500]),
+        pytest.param(
+            [b"nw", b"n\xff", "caf\udce9", "猫"], ["nw", r"n\udcff", r"caf\udce9", "猫"], marks=pytest.mark.draws
+        ),
+        pytest.param(
+            ["n\tw", "n\ne", "s\rw", "s\x00\u2028e"],
+            [r"n\tw", r"n\ne", r"s\rw", r"s\x00\u2028e"],
+            marks=pytest.mark.draws,
+        ),
+        pytest.param(["_nw", "__ne", "$sw$", "x" * 500], ["_nw", "__ne", "$sw$", "x" * 500], marks=pytest.mark.draws),
     ],
 )
 def test_class_names_of_any_kind_are_shown(names: Any, expected: list[str]) -> None:
@@ -624,6 +633,7 @@ def test_a_collection_is_released_and_none_is_made_of_the_sanity_check(
     assert [collector() for collector in collectors] == [None]
 
 
+@pytest.mark.draws
 def test_pairs_of_images_have_their_own_plots(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4, count=4)
     data = LFWFoldDataModule(str(tmp_path), 4, 3, image_size=8, batch_size=4, num_workers=0)

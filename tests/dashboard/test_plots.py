@@ -8,6 +8,7 @@ from sklearn.metrics import roc_curve
 
 from lsoftmax_lightning.dashboard import plots
 
+pytestmark = pytest.mark.draws
 NAMES = ("cat", "$dog^$", "fish")
 
 
