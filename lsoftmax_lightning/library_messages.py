@@ -15,6 +15,12 @@ LEAF_SPEC_WARNING = ".*treespec, LeafSpec"
 USED_FOLDER_WARNING = "Checkpoint directory"
 """Regex of the warning of Lightning 2.6.6 that a folder of checkpoints is not empty."""
 
+UNNEEDED_MESSAGES = (
+    "💡 Tip|TPU available|GPU available: False|`Trainer.fit` stopped: `max"
+    "|Restoring states from|Loaded model weights from"
+)
+"""Regex of log messages of Lightning 2.6.6 about other products, absent devices, or what the commands print anyway."""
+
 ADVICE = {
     "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
     "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",

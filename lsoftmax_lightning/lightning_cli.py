@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import Namespace, set_loader
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
@@ -33,14 +34,17 @@ from .callbacks import (
     LastCheckpoint,
     MarginMonitor,
     Predictions,
+    RunProgress,
 )
 from .checkpoints import local_file, read, saved_data_spec
 from .compat import CommandLine, kill_launched_ranks, trains_in_other_processes
 from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
+from .dashboard.observer import tensorboard_loggers
 from .datamodules import PredictFolderDataModule
 from .errors import InputError, LSoftmaxError, SettingsError
 from .library_messages import USED_FOLDER_WARNING
 from .run_folder import RunFolders, locked_run, remove_leftovers, report_changed_settings, write_results
+from .screen import print_metrics, quiet_logs
 from .settings import apply_root, as_list, check_monitor, check_writer, checkpoint_mode, reads_files
 from .signals import mark_launcher
 from .strategies import ClassShardedStrategy
@@ -90,7 +94,7 @@ class LSoftmaxCLI(CommandLine):
         mark_launcher()
         self._callbacks = callbacks  # may log any metric
         self._resources = ExitStack()  # the lock of the run's folder, and a downloaded checkpoint
-        with self._resources, self._end_launched_ranks():
+        with quiet_logs(), self._resources, self._end_launched_ranks():
             self._parse_and_run(args)
 
     def _parse_and_run(self, args: list[str] | None) -> None:
@@ -206,6 +210,11 @@ class LSoftmaxCLI(CommandLine):
             kwargs["logger"] = sorted(loggers, key=lambda logger: not isinstance(logger, TensorBoardLogger))
         elif isinstance(run.trainer.logger, TensorBoardLogger):
             kwargs["logger"] = loggers
+        if run.trainer.enable_model_summary is None:  # Lightning's counts no FLOPs, and lists the metrics
+            kwargs["enable_model_summary"] = False
+        own_bar = any(isinstance(callback, ProgressBar) for callback in as_list(run.trainer.callbacks))
+        if run.trainer.enable_progress_bar is not False and not own_bar:
+            self.trainer_defaults["callbacks"].append(RunProgress())
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.accumulate_grad_batches < 1:  # which Lightning divides by
             raise InputError(f"accumulate_grad_batches must be 1 or more, got {trainer.accumulate_grad_batches}.")
@@ -284,6 +293,8 @@ class LSoftmaxCLI(CommandLine):
         if run.checkpoint.monitor and trainer.checkpoint_callbacks:
             highest = run.checkpoint.mode == "max"
             rank_zero_info(f"Best checkpoint: {'highest' if highest else 'lowest'} {run.checkpoint.monitor}")
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad and not is_lazy(p))
+        rank_zero_info(f"Network: {trained:,} trained parameters")
         if not trainer.is_global_zero or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         log_dir, sub_dir = (getattr(trainer.loggers[0], name, None) for name in ("log_dir", "sub_dir"))
@@ -331,8 +342,26 @@ class LSoftmaxCLI(CommandLine):
             best = None
         elif checkpoint.monitor:
             chosen_by = {checkpoint.monitor: checkpoint.best_model_score}
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best)
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        chosen = "".join(f", chosen by {name} {value:.4g}" for name, value in chosen_by.items())
+        print_metrics(self.trainer.callback_metrics, f"Test of the {'best checkpoint' if best else 'model'}{chosen}")
         write_results(self.trainer, chosen_by)
+        if best:
+            rank_zero_info(f"Tested checkpoint: {best}")
+        if tensorboard_loggers(self.trainer):
+            rank_zero_info(f"Dashboard: tensorboard --logdir {Path(str(self.trainer.log_dir)).parent}")
+
+    def validate(self, verbose: bool = True, **kwargs: Any) -> None:
+        """Evaluate the model on the validation set, and print the metrics if ``verbose``."""
+        self.trainer.validate(verbose=False, **kwargs)
+        if verbose:
+            print_metrics(self.trainer.callback_metrics, "Validation")
+
+    def test(self, verbose: bool = True, **kwargs: Any) -> None:
+        """Evaluate the model on the test set, and print the metrics if ``verbose``."""
+        self.trainer.test(verbose=False, **kwargs)
+        if verbose:
+            print_metrics(self.trainer.callback_metrics, "Test")
 
     def after_test(self) -> None:
         """Write the metrics to ``results.json`` in the folder of the run."""

@@ -94,6 +94,7 @@ BELOW: dict[str, set[str]] = {
     "mistakes": {"compat", "config_files", "config_paths", "errors"},
     "settings": {"datamodules", "errors", "geometry", "metrics", "modules"},
     "run_folder": {"atomic", "checkpoints", "config_files", "errors", "settings"},
+    "screen": {"library_messages"},
     "lightning_cli": {
         "atomic",
         "compat",
@@ -101,6 +102,7 @@ BELOW: dict[str, set[str]] = {
         "errors",
         "callbacks",
         "checkpoints",
+        "dashboard",
         "datamodules",
         "library_messages",
         "lr_schedulers",
@@ -108,6 +110,7 @@ BELOW: dict[str, set[str]] = {
         "modules",
         "run_folder",
         "schedules",
+        "screen",
         "settings",
         "signals",
         "strategies",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lsoftmax_lightning
@@ -18,6 +19,7 @@ from .helpers.formats import write_mnist
 RECIPES = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
 
+@pytest.mark.slow
 def test_recipes_extend_the_package() -> None:
     shutil.copytree(Path(lsoftmax_lightning.__file__).parent, "copy/lsoftmax_lightning")
     shutil.copytree(Path(__file__).parents[1] / "configs", "copy/configs")

@@ -6,6 +6,7 @@ from .best_checkpoint import BestCheckpoint
 from .exit_on_signals import ExitOnSignals
 from .last_checkpoint import LastCheckpoint
 from .predictions import Predictions
+from .progress import RunProgress
 from .resume import ExactResume
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "LastCheckpoint",
     "MarginMonitor",
     "Predictions",
+    "RunProgress",
 ]

@@ -176,6 +176,7 @@ def steps_of(run: Path) -> float:
     return float((path.read_text().split() or [0])[0]) if path.is_file() else 0
 
 
+@pytest.mark.slow
 def test_a_run_in_processes_of_its_own_may_take_several_devices_under_a_progress_bar() -> None:
     bar = [word for word in SHORT if "progress_bar" not in word]
     (row,) = compare_margins("digits.yaml", [2], [0], [*bar, "--trainer.devices=2", "--trainer.strategy=ddp"])
