@@ -15,7 +15,15 @@ import time
 from common import machine, table
 
 IMPORTS = ("torch", "lightning", "lsoftmax_lightning", "lsoftmax_lightning.heads")
-COMMANDS = ("--version", "--help", "configs", "fiet", "fit --help", "fit --config digits.yaml --print_config")
+COMMANDS = (
+    "--version",
+    "--help",
+    "configs",
+    "fiet",
+    "fit --help",
+    "fit --full_help",
+    "fit --config digits.yaml --print_config",
+)
 
 
 def seconds(arguments: list[str]) -> float:

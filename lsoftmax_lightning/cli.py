@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from .config_paths import CONFIGS, find_config
 from .errors import InputError
+from .short_help import print_short_help
 from .signals import stop_if_received
 from .user_errors import errors_without_traceback
 
@@ -69,11 +70,14 @@ def export(args: list[str]) -> None:
 OWN_COMMANDS = {"compare": compare, "configs": configs, "export": export}
 """Commands beside those of Lightning: functions of the arguments. The help shows the first line of their docstrings."""
 
-COMMANDS = {
+LIGHTNING_COMMANDS = {
     "fit": "Trains a model, then tests its best checkpoint.",
     "validate": "Evaluates a model on the validation set.",
     "test": "Evaluates a model on the test set.",
     "predict": "Writes predictions for the test set, or for a folder of images, to a file.",
+}
+COMMANDS = {
+    **LIGHTNING_COMMANDS,
     **{name: str(command.__doc__).splitlines()[0] for name, command in OWN_COMMANDS.items()},
 }
 """All commands, each with a sentence for the help."""
@@ -149,6 +153,11 @@ def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
             _parser().parse_args([command])
         if command is None or not (command in COMMANDS or command.startswith("-")):
             _refuse(command)
+        if command in LIGHTNING_COMMANDS:
+            if {"-h", "--help"} & set(args):
+                print_short_help(str(command), COMMANDS[str(command)], args[1:])
+                return None
+            args = ["--help" if arg == "--full_help" else arg for arg in args]
         if command != "configs":
             try:
                 with _without_garbage_collection(freeze=owns_process):

@@ -6,17 +6,19 @@ version in a docstring is one in which it was seen.
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
 from abc import ABC, abstractmethod
+from argparse import Action
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse._typehints import get_all_subclass_paths
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -28,6 +30,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from typing_extensions import override
+
+MAX_LISTED_CLASSES = 20
 
 
 class CommandLine(LightningCLI):
@@ -98,6 +102,20 @@ class _PlainInstantiator(_InstantiatorFn):
     def __call__(self, class_type: Any, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
         kwargs = {name: plain_partial(value) for name, value in kwargs.items()}
         return super().__call__(class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
+
+
+class ShortClassLists(DefaultHelpFormatter):
+    """Help without long lists of classes, and without the markup of docstrings (jsonargparse 4.40 and 4.53)."""
+
+    @override
+    def _get_help_string(self, action: Action) -> str:
+        text = str(super()._get_help_string(action))
+        text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", text).replace("``", "")
+        before, _, classes = text.partition(", known subclasses: ")
+        names = classes.removesuffix(")").split(", ")
+        if len(names) <= MAX_LISTED_CLASSES:
+            return text
+        return f"{before}, or the import path of one of {len(names)} known classes)"
 
 
 def plain_partial(value: Any) -> Any:

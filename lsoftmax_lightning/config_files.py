@@ -11,6 +11,7 @@ from jsonargparse import ActionConfigFile, Namespace, get_loader  # type: ignore
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from .compat import ShortClassLists
 from .config_paths import expand_path, find_config
 from .errors import InputError, LSoftmaxError
 from .library_messages import missing_settings
@@ -52,6 +53,10 @@ class ParserError(LSoftmaxError):
 
 class ConfigParser(LightningArgumentParser):
     """Lightning's parser, whose ``--config`` also takes the names of shipped configs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        defaults: Any = {"prog": "lsoftmax_lightning", "formatter_class": ShortClassLists}
+        super().__init__(*args, **defaults | kwargs)
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add an argument; replace the action of config files."""

@@ -90,10 +90,11 @@ BELOW: dict[str, set[str]] = {
     },
     "__init__": {"heads", "modules"},
     "config_paths": {"errors"},
-    "config_files": {"config_paths", "errors", "library_messages"},
+    "config_files": {"compat", "config_paths", "errors", "library_messages"},
     "mistakes": {"compat", "config_files", "config_paths", "errors"},
     "settings": {"datamodules", "errors", "geometry", "metrics", "modules"},
     "run_folder": {"atomic", "checkpoints", "config_files", "errors", "settings"},
+    "short_help": {"config_paths", "errors"},
     "screen": {"library_messages"},
     "lightning_cli": {
         "atomic",
@@ -139,7 +140,7 @@ BELOW: dict[str, set[str]] = {
         "settings",
         "signals",
     },
-    "cli": {"commands", "config_paths", "errors", "lightning_cli", "signals", "user_errors"},
+    "cli": {"commands", "config_paths", "errors", "lightning_cli", "short_help", "signals", "user_errors"},
     "__main__": {"cli"},
 }
 

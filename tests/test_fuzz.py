@@ -1,6 +1,6 @@
 """Wrong settings of any kind end in a run or in an error that fits a screen, without a traceback.
 
-FUZZ is the number of examples of each kind; by default 20, and 150 in the slow tests, which are always the same.
+FUZZ is the number of examples of each kind; by default 20, and 100 in the slow tests, which are always the same.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ FIXED = [
     *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.fast_dev_run=true"),
     *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
 ]
-FEW, MANY = (int(os.environ.get("FUZZ", default)) for default in ("20", "150"))
+FEW, MANY = (int(os.environ.get("FUZZ", default)) for default in ("20", "100"))
 BASE: dict[str, Any] = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
 NUMBERS = [
     *(

@@ -11,10 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lsoftmax_lightning
-from lsoftmax_lightning.cli import COMMANDS, main
+from lsoftmax_lightning.cli import COMMANDS, LIGHTNING_COMMANDS, main
+from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
+from lsoftmax_lightning.short_help import SETTINGS
 from lsoftmax_lightning.signals import Stopped, exit_on_signals, stop_if_received
 
 HEAVY = {"jsonargparse", "lightning", "matplotlib", "numpy", "scipy", "sklearn", "torch", "torchmetrics", "torchvision"}
@@ -30,6 +33,7 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
         (["-c", "import lsoftmax_lightning"], 0),
         (["-m", "lsoftmax_lightning", "--version"], 0),
         (["-m", "lsoftmax_lightning", "--help"], 0),
+        (["-m", "lsoftmax_lightning", "fit", "--help"], 0),
         (["-m", "lsoftmax_lightning", "configs"], 0),
         (["-m", "lsoftmax_lightning", "configs", "--copy", "nope"], 1),
         (["-m", "lsoftmax_lightning", "fiet"], 2),
@@ -49,7 +53,7 @@ def test_help_and_print_config_import_no_scikit_learn() -> None:
     code = """
 from contextlib import suppress
 from lsoftmax_lightning.cli import main
-for args in (["fit", "--help"], ["fit", "--config=digits.yaml", "--print_config"]):
+for args in (["fit", "--full_help"], ["fit", "--config=digits.yaml", "--print_config"]):
     with suppress(SystemExit):
         main(args)
 """
@@ -59,6 +63,32 @@ for args in (["fit", "--help"], ["fit", "--config=digits.yaml", "--print_config"
     assert "class_path: lsoftmax_lightning.ClassificationModule" in done.stdout
     assert "torchmetrics" in done.stderr
     assert "sklearn" not in done.stderr
+
+
+@pytest.mark.parametrize("command", LIGHTNING_COMMANDS)
+def test_the_short_help_has_names_and_defaults_of_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    shown = set(re.findall(r"^  --([\w.]+)", printed, re.MULTILINE))
+    assert 8 <= len(shown) <= 20
+    defaults = ["--model=ClassificationModule", "--model.backbone=cifar10", "--data=CIFAR10DataModule"]
+    with pytest.raises(SystemExit):
+        main([command, *defaults, "--print_config"])
+    settings = flat(yaml.safe_load(capsys.readouterr().out))
+    assert shown <= settings.keys() | {"config"}
+    for setting in SETTINGS:
+        if command in setting.commands.split() and setting.default is not None:
+            assert settings[setting.key] == setting.default
+
+
+@pytest.mark.parametrize("config", [["-c", "cifar10"], ["--config=cifar10.yaml"], ["--config", "cifar10.yaml"]])
+def test_the_short_help_has_the_values_of_a_config(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *config, "-h"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "such as resnet18 (default: cifar10)" in printed
+    main(["fit", "--config=missing.yaml", "-h"])
+    assert "such as resnet18 --model.optimizer.lr" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
@@ -146,12 +176,12 @@ def test_only_the_process_of_the_command_freezes_its_imports() -> None:
 import gc
 from contextlib import suppress
 from lsoftmax_lightning.__main__ import main, run
-for command in (lambda: main(["fit", "--help"]), run):
+for command in (lambda: main(["fit", "--full_help"]), run):
     with suppress(SystemExit):
         command()
     print("collects", gc.isenabled(), "frozen", gc.get_freeze_count() > 0)
 """
-    lines = python("-c", code, "fit", "--help").stdout.splitlines()
+    lines = python("-c", code, "fit", "--full_help").stdout.splitlines()
     expected = ["collects True frozen False", "collects True frozen True"]  # of main and of run
     assert [line for line in lines if line.startswith("collects")] == expected
     assert gc.isenabled()
