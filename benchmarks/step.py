@@ -5,6 +5,7 @@ logging, metrics, annealing, monitor, dashboard and progress bar as they are. Th
 same datamodule, and runs forward, loss, backward and SGD; it has an epoch of its own after each epoch of `fit`, in the
 same process. Validation is left out of both. So is a bare Trainer run, of a module that does no more than that loop,
 with no callback and no logger: what Lightning itself takes. Then channels_last, bf16 and torch.compile, each in `fit`.
+Last, the time that the main thread takes for a step of a linear network, which is all but Python.
 
 Usage: python benchmarks/step.py [EPOCHS]
 """
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from common import machine, ratio, table
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 
-from lsoftmax_lightning import LSoftmaxLinear
+from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
 from lsoftmax_lightning.backbones import create_backbone
 from lsoftmax_lightning.datamodules import CIFAR10DataModule, DigitsDataModule
 from lsoftmax_lightning.datamodules.base import Images
@@ -99,10 +100,10 @@ class Clock(Callback):
 class Least(LightningModule):
     """What a bare loop does."""
 
-    def __init__(self, backbone: str, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, backbone: torch.nn.Module) -> None:
         super().__init__()
-        self.backbone = create_backbone(backbone, image_shape)
-        self.head = LSoftmaxLinear(self.backbone.num_features, 10, margin=4, lambda_=5.0)
+        self.backbone = backbone
+        self.head = LSoftmaxLinear(backbone.num_features, 10, margin=4, lambda_=5.0)
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Forward and loss."""
@@ -114,14 +115,45 @@ class Least(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
 
-def run_least(backbone: str, data: LightningDataModule, epochs: int) -> Clock:
+class Linear(torch.nn.Sequential):
+    """A network that takes no time."""
+
+    num_features = 16
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 16))
+
+
+class Tiny(ClassificationModule):
+    """The module of the configs with that network."""
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, backbone=Linear(), **kwargs)
+
+
+class ThreadClock(Callback):
+    """Time of the main thread, in milliseconds, from the end of a step to that of the next one."""
+
+    def __init__(self) -> None:
+        self.plain: list[float] = []
+        self.logged: list[float] = []
+        self.last = 0.0
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        """Takes the time since the last step; the first of an epoch is not counted, nor is the first epoch."""
+        now = time.thread_time()
+        if trainer.current_epoch and not trainer.is_last_batch and args[2]:
+            # loggers write after this hook
+            times = self.logged if (trainer.global_step - 1) % trainer.log_every_n_steps == 0 else self.plain
+            times.append(1e3 * (now - self.last))
+        self.last = now
+
+
+def run_least(backbone: torch.nn.Module, data: LightningDataModule, epochs: int, clock: Any) -> None:
     """As :func:`run`, of the least that a Trainer can do."""
-    clock = Clock(True)
     names = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
     settings = {"accelerator": "cpu", "limit_val_batches": 0, **dict.fromkeys(names, False)}
-    Trainer(max_epochs=epochs + 1, callbacks=[clock], **settings).fit(Least(backbone, data.image_shape), data)
-    del clock.fit[0], clock.loop[0]
-    return clock
+    Trainer(max_epochs=epochs + 1, callbacks=[clock], **settings).fit(Least(backbone), data)
 
 
 def run(config: str, data: str, batch_size: int, epochs: int, bare: bool, *switches: str) -> Clock:
@@ -135,6 +167,26 @@ def run(config: str, data: str, batch_size: int, epochs: int, bare: bool, *switc
     return clock
 
 
+def thread_times(rounds: int) -> list[list[str]]:
+    """The rows of the table of thread time."""
+    clocks: dict[str, list[ThreadClock]] = {"bare Trainer": [], "`fit`": []}
+    for _ in range(rounds):
+        for clock in clocks.values():
+            clock.append(ThreadClock())
+        run_least(Linear(), DigitsDataModule(64), 10, clocks["bare Trainer"][-1])
+        arguments = ["--model=step.Tiny", "--trainer.max_epochs=11", "--trainer.limit_val_batches=0"]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            LSoftmaxCLI(["fit", "--config=digits.yaml", *arguments], callbacks=[clocks["`fit`"][-1]])
+    rows = []
+    for name, found in clocks.items():
+        plain = [time for clock in found for time in clock.plain]
+        logged = [time for clock in found for time in clock.logged]
+        rows.append(
+            [name, f"{statistics.median(plain):.2f}", f"{statistics.median(logged):.2f}" if "fit" in name else "-"]
+        )
+    return rows
+
+
 def main(rounds: int = 10) -> None:
     """Prints the tables."""
     warnings.simplefilter("ignore")
@@ -145,7 +197,9 @@ def main(rounds: int = 10) -> None:
         rows = []
         for name, case in CASES.items():
             data = DigitsDataModule(64) if name == "digits" else Generated(64)
-            least = run_least(name, data, rounds)
+            least = Clock(True)
+            run_least(create_backbone(name, data.image_shape), data, rounds, least)
+            del least.fit[0], least.loop[0]
             clock = run(*case, rounds, bare=True)
             rates = [f"{IMAGES[name] / statistics.median(times):,.0f}" for times in (clock.fit, clock.loop)]
             rows.append([name, *rates, ratio(clock.loop, clock.fit), ratio(least.loop, least.fit)])
@@ -161,6 +215,7 @@ def main(rounds: int = 10) -> None:
                     times[switch] += run(*case, 2, False, *short, *settings).fit
             rows = [[switch, ratio(times["as shipped"], own)] for switch, own in times.items()]
             print(table([f"{name}, with", "images/s, to as shipped"], rows), flush=True)
+        print(table(["milliseconds of a step", "of one that is not logged", "of one that is"], thread_times(rounds)))
 
 
 if __name__ == "__main__":

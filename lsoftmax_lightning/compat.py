@@ -179,6 +179,11 @@ def trainer_of(module: LightningModule) -> Trainer | None:
     return trainer
 
 
+def logs_this_step(trainer: Trainer) -> bool:
+    """Return whether loggers get the metrics of the current training step (Lightning 2.6.6)."""
+    return trainer._logger_connector.should_update_logs
+
+
 def shard_over_all_ranks(strategy: ModelParallelStrategy) -> None:
     """Set the size of data parallelism to the number of ranks, instead of nodes (Lightning 2.6.6).
 

@@ -21,7 +21,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
@@ -239,6 +239,18 @@ def start_sharded(sync_batchnorm: bool) -> None:
 def test_a_strategy_shards_over_all_ranks(sync_batchnorm: bool) -> None:
     done = run_on(2, partial(start_sharded, sync_batchnorm))
     assert done.stdout.splitlines() == 2 * [f"2 {'SyncBatchNorm' if sync_batchnorm else 'BatchNorm1d'}"], done.stderr
+
+
+def test_steps_whose_metrics_are_logged_are_known_before() -> None:
+    steps = []
+
+    class Steps(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if compat.logs_this_step(trainer):
+                steps.append(trainer.global_step)
+
+    make_trainer(max_steps=8, log_every_n_steps=3, callbacks=[Steps()]).fit(BoringModel())
+    assert steps == [2, 5]
 
 
 def test_rnns_override_apply() -> None:

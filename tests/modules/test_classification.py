@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ChainedScheduler, MultiStepLR, OneCycleLR, StepLR
@@ -93,6 +95,41 @@ def test_the_margin_acts_in_training(margin: int) -> None:
     plain = F.cross_entropy(F.linear(data.normalize(images).flatten(1), weight), targets).item()
     loss = trainer.callback_metrics["train/loss"].item()
     assert loss == pytest.approx(plain) if margin == 1 else loss > plain + 0.1
+
+
+class Losses(Callback):
+    """Records the loss of each step, and what is logged of it; may stop the run or monitor the loss."""
+
+    def __init__(self, stop_at: int = -1, monitor: str | None = None) -> None:
+        self.stop_at, self.monitor = stop_at, monitor
+        self.computed: list[float] = []
+        self.seen: list[float | None] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        self.computed.append(float(outputs["loss"]))
+        logged = trainer.callback_metrics.get("train/loss")
+        self.seen.append(None if logged is None else float(logged))
+        trainer.should_stop = trainer.global_step == self.stop_at
+
+
+@pytest.mark.parametrize(("stop_at", "expected"), [(-1, [2, 5, 8, 11, 14]), (7, [2, 5, 6])])
+def test_the_loss_is_logged_at_logged_steps_and_at_the_last_one(stop_at: int, expected: list[int]) -> None:
+    losses = Losses(stop_at)
+    logger = TensorBoardLogger(".")
+    trainer = make_trainer(logger=logger, callbacks=[losses], max_epochs=2, log_every_n_steps=3)
+    trainer.fit(make_model(), BlobsDataModule())  # 8 steps an epoch
+    curve = EventAccumulator(logger.log_dir).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in curve] == [
+        (step, pytest.approx(losses.computed[step])) for step in expected
+    ]
+    at_epoch_end = (7, 15) if stop_at < 0 else ()
+    assert all(losses.seen[step] == losses.computed[step] for step in (*expected, *at_epoch_end) if step != 6)
+
+
+def test_a_monitored_loss_is_logged_at_each_step() -> None:
+    losses = Losses(monitor="train/loss")
+    make_trainer(callbacks=[losses], log_every_n_steps=3).fit(make_model(), BlobsDataModule())
+    assert losses.seen == losses.computed
 
 
 def test_weight_decay_is_kept_off_biases_and_normalisation() -> None:
