@@ -43,9 +43,16 @@ from .dashboard.observer import tensorboard_loggers
 from .datamodules import PredictFolderDataModule
 from .errors import InputError, LSoftmaxError, SettingsError
 from .library_messages import USED_FOLDER_WARNING
-from .run_folder import RunFolders, locked_run, remove_leftovers, report_changed_settings, write_results
+from .run_folder import (
+    RunFolders,
+    evaluation_logger,
+    locked_run,
+    remove_leftovers,
+    report_changed_settings,
+    write_results,
+)
 from .screen import print_metrics, quiet_logs
-from .settings import apply_root, as_list, check_monitor, check_writer, checkpoint_mode, reads_files
+from .settings import apply_root, as_list, check_monitor, check_writer, checkpoint_mode, is_kind, reads_files
 from .signals import mark_launcher
 from .strategies import ClassShardedStrategy
 from .user_errors import errors_of_settings
@@ -206,6 +213,8 @@ class LSoftmaxCLI(CommandLine):
             loggers = self._resume_last_run(run.ckpt_path, loggers)
         elif run.ckpt_path and "://" in run.ckpt_path:
             run.ckpt_path = str(self._resources.enter_context(local_file(run.ckpt_path)))
+        if self.subcommand != "fit":
+            loggers = self._log_beside_run(run.ckpt_path, loggers)
         if isinstance(run.trainer.logger, list):  # the first logger names the folder of the run
             kwargs["logger"] = sorted(loggers, key=lambda logger: not isinstance(logger, TensorBoardLogger))
         elif isinstance(run.trainer.logger, TensorBoardLogger):
@@ -249,6 +258,15 @@ class LSoftmaxCLI(CommandLine):
             warnings.filterwarnings("ignore", USED_FOLDER_WARNING)
             resumed = folders.resumed_logger(folder, read(path)["global_step"])
             loggers[folders.index] = type(loggers[folders.index])(**resumed)
+        return loggers
+
+    def _log_beside_run(self, ckpt_path: str | None, loggers: list[Any]) -> list[Any]:
+        """Let a command other than ``fit`` write to a folder of its name: that of the run, or that of all runs."""
+        settings = as_list(self.config[self.subcommand].trainer.logger)
+        for index, logger in enumerate(settings):
+            if is_kind(logger, TensorBoardLogger) and logger.init_args.version is None:
+                arguments = evaluation_logger(logger.init_args, str(self.subcommand), ckpt_path)
+                loggers[index] = type(loggers[index])(**arguments)
         return loggers
 
     def _run_folders(self, word: str) -> RunFolders:

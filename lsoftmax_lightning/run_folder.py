@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -97,6 +99,24 @@ class RunFolders:
         version = _version(folder) if self.logger.version is None else self.logger.version
         settings: dict[str, Any] = self.logger.as_dict()
         return settings | {"version": version, "purge_step": global_step + 1}
+
+
+def evaluation_logger(settings: Namespace, command: str, ckpt_path: str | None) -> dict[str, Any]:
+    """Return the settings of a TensorBoardLogger without a version, for a command that evaluates a checkpoint.
+
+    Args:
+        settings: Its settings.
+        command: Name of the command, and of the folder that it writes to.
+        ckpt_path: The checkpoint. If it is in the folder of a run, so is that of the command; otherwise the latter is
+            among the runs.
+    """
+    arguments: dict[str, Any] = settings.as_dict()
+    run = Path(ckpt_path or "").absolute().parent.parent
+    if not ckpt_path or not any((run / sub_dir / "config.yaml").is_file() for sub_dir in ("", settings.sub_dir or "")):
+        return arguments | {"version": command}
+    run = Path(os.path.relpath(run))
+    sub_dir = os.path.join(settings.sub_dir or "", command)
+    return arguments | {"save_dir": str(run.parent), "name": "", "version": run.name, "sub_dir": sub_dir}
 
 
 def _version(folder: Path) -> int | str:

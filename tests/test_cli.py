@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -101,19 +102,25 @@ def test_test_and_predict_find_the_folder_of_fit() -> None:
     best = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
     assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] < 9
     main(["test", "--config", str(run / "config.yaml"), best])
-    assert json.loads(Path("runs/digits/version_1/results.json").read_text()) == pytest.approx(results)
-    assert not Path("runs/digits/version_1/config.yaml").exists()
+    assert json.loads(Path("runs/digits/version_0/test/results.json").read_text()) == pytest.approx(results)
+    assert not Path("runs/digits/version_0/test/config.yaml").exists()
 
     predicted = main(["predict", "--config", str(run / "config.yaml"), best])
     assert predicted is not None
-    rows = Path("runs/digits/version_2/predictions.csv").read_text().splitlines()
+    rows = Path("runs/digits/version_0/predict/predictions.csv").read_text().splitlines()
     assert rows[0] == "index,prediction,probability,angle"
     truth = predicted.datamodule.test_data.targets.tolist()
     right = [int(row.split(",")[1]) == label for row, label in zip(rows[1:], truth, strict=True)]
     assert sum(right) / len(right) == pytest.approx(results["test/acc"])
 
+    assert [path.name for path in Path("runs/digits").iterdir()] == ["version_0"]
+
     loaded = ClassificationModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert loaded.head.margin == 2
+
+    shutil.copy(run / "checkpoints/best.ckpt", "elsewhere.ckpt")
+    main(["test", "--config", str(run / "config.yaml"), "--ckpt_path=elsewhere.ckpt"])
+    assert {path.name for path in Path("runs/digits").iterdir()} == {"version_0", "test"}
 
 
 ZEROES_WEIGHTS = """
@@ -146,7 +153,7 @@ def test_fit_tests_the_weights_of_the_best_checkpoint(callback: list[str], monke
     results = json.loads(Path("runs/digits/version_0/results.json").read_text())
     del results["val/loss"]
     main(["test", "--config", "digits.yaml", *QUIET, "--model.margin=2", "--ckpt_path=best"])
-    assert json.loads(Path("runs/digits/version_1/results.json").read_text()) == pytest.approx(results)
+    assert json.loads(Path("runs/digits/version_0/test/results.json").read_text()) == pytest.approx(results)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # said by Lightning, rightly, of a folder named twice
@@ -292,7 +299,7 @@ def test_tuners_of_lightning_run_before_the_training(finder: list[str], num_imag
     results = json.loads(Path("runs/digits/version_0/results.json").read_text())
     del results["val/loss"]
     main(["test", *config, "--ckpt_path=best"])
-    assert json.loads(Path("runs/digits/version_1/results.json").read_text()) == pytest.approx(results, rel=1e-3)
+    assert json.loads(Path("runs/digits/version_0/test/results.json").read_text()) == pytest.approx(results, rel=1e-3)
 
 
 ALIASES = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))])

@@ -85,7 +85,7 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
     _, (_, logits) = run("model.pt2", data.load(train=False).images)
     predicted = main(["predict", "--config", "digits.yaml", "--ckpt_path", checkpoint, *QUIET[:3]])
     assert predicted is not None
-    rows = Path("runs/digits/version_1/predictions.csv").read_text().splitlines()[1:]
+    rows = Path("runs/digits/version_0/predict/predictions.csv").read_text().splitlines()[1:]
     assert [row.split(",")[1] for row in rows] == [data.class_names[number] for number in logits.argmax(1)]
 
     earlier = torch.load(checkpoint, weights_only=True)  # of a release that did not describe the data

@@ -239,7 +239,7 @@ def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPat
 def test_two_processes_stop_together_and_resume_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", ROOT)
     args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]
-    args += ["--trainer.max_epochs=8"]  # ranks agree to stop once a second, in which a fast machine takes 50 steps
+    args += ["--trainer.max_epochs=25"]  # ranks agree to stop once a second, in which a fast machine takes 200 steps
     whole = run_on(2, partial(main, [*args, "--trainer.logger.name=whole"]))
     assert whole.returncode == 0, whole.stderr
     args += ["--trainer.logger.name=stopped", "--ckpt_path=last"]
@@ -247,7 +247,7 @@ def test_two_processes_stop_together_and_resume_exactly(monkeypatch: pytest.Monk
     stopped = launch(partial(main, [*args, *stop]), *args, *stop, program=lsoftmax_lightning.__main__)
     assert stopped.returncode == 143, stopped.stderr
     assert (stopped.stdout + stopped.stderr).count("Stopped after") == 1
-    assert 25 < last("runs/stopped/version_0")["global_step"] < 160
+    assert 25 < last("runs/stopped/version_0")["global_step"] < 500
     done = run_on(2, partial(main, args))
     assert done.returncode == 0, done.stderr
     one, other = last("runs/whole/version_0"), last("runs/stopped/version_0")
@@ -270,7 +270,7 @@ def test_last_is_the_last_run_of_fit_and_continues_in_its_folder(caplog: pytest.
     results = json.loads(Path("runs/digits/version_0/results.json").read_text())
     del results["val/loss"]
     main(["test", "--config=digits.yaml", *QUIET, "--model.margin=2", "--ckpt_path=best"])
-    assert json.loads(Path("runs/digits/version_2/results.json").read_text()) == pytest.approx(results)
+    assert json.loads(Path("runs/digits/version_0/test/results.json").read_text()) == pytest.approx(results)
 
 
 CSV_FIRST = """[{class_path: CSVLogger, init_args: {save_dir: runs, name: csv}},
