@@ -10,8 +10,8 @@ from importlib.metadata import version
 
 import torch
 
-from lsoftmax_lightning.compare.provenance import processor_name
 from lsoftmax_lightning.compare.text import markdown_table
+from lsoftmax_lightning.provenance import processor_name
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 

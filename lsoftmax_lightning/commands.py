@@ -69,6 +69,7 @@ def run_compare(args: list[str]) -> None:
         "--jobs", type=int, default=defaults["jobs"], metavar="N", help="runs at once, on devices or cores of their own"
     )
     parser.add_argument("--folder", type=_path, help="where all is left (default: runs/compare-NAME)")
+    parser.add_argument("--html", action="store_true", help="write table and figures also as one page, report.html")
     parser.add_argument(
         "--report",
         action="extend",
@@ -81,18 +82,21 @@ def run_compare(args: list[str]) -> None:
     given, settings = parser.parse_known_args(args)
     if given.report:
         folder = ["--folder", str(given.folder)] if given.folder else []
+        folder += ["--html"] if given.html else []
         if settings or given != parser.parse_args(["--report", *map(str, given.report), *folder]):
             raise InputError(
-                "--report: takes no other argument than --folder, since nothing is trained, got "
+                "--report: takes no other argument than --folder and --html, since nothing is trained, got "
                 f"{' '.join(args)}; remove the others."
             )
-        report(given.report, given.folder)
+        report(given.report, given.folder, html=given.html)
         return
     if not given.config:
         raise InputError("compare needs a config, as in: compare --config digits.yaml --margins 1 4 --seeds 0 1 2")
     sweep, average = (_values(option, getattr(given, option)) for option in ("sweep", "average"))
     try:
-        compare_margins(given.config, given.margins, given.seeds, settings, sweep, given.jobs, given.folder, average)
+        compare_margins(
+            given.config, given.margins, given.seeds, settings, sweep, given.jobs, given.folder, average, given.html
+        )
     except Stopped:
         print("The same command continues from here.", file=sys.stderr)
         raise

@@ -126,7 +126,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Plan comparisons without training, which tests/compare does; the number of runs of each."""
     planned: list[int] = []
     monkeypatch.setattr("lsoftmax_lightning.compare.train", lambda runs, *rest: planned.append(len(runs)) or {})
-    monkeypatch.setattr("lsoftmax_lightning.commands.report", lambda paths, folder: None)
+    monkeypatch.setattr("lsoftmax_lightning.commands.report", lambda paths, folder, **options: None)
     return planned
 
 
@@ -313,7 +313,7 @@ def test_another_project_is_found_by_its_class_path() -> None:
     done = run_on(1, partial(main, ["fit", "--config", "shapes.yaml"]))
     assert done.returncode == 0, done.stderr
     assert accuracy_in(done.stdout) > 0.9
-    assert "test/f1" in done.stdout
+    assert re.search(r"f1 +\d", done.stdout)
 
 
 @pytest.mark.slow

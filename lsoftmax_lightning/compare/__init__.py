@@ -25,6 +25,7 @@ def compare_margins(
     jobs: int = 1,
     folder: str | Path | None = None,
     average: Mapping[str, Sequence[Any]] | None = None,
+    html: bool = False,
 ) -> list[dict[str, Any]]:
     """Train a config at several margins and seeds, and write table, figures and all runs to one folder.
 
@@ -42,6 +43,7 @@ def compare_margins(
         folder: Folder of the comparison. Default: ``runs/compare-<config>``.
         average: Like ``sweep``, but the table has means over these values, and pairs runs by them as by the seed:
             ``{"data.fold": [1, 2, 3]}``.
+        html: Whether to write table and figures also as one page, ``report.html``.
 
     Returns:
         A row for each run in the folder, as in its ``results.csv``: margin, seed, swept settings, test metrics, the
@@ -73,7 +75,7 @@ def compare_margins(
     if average:
         facts["averaged"] = ", ".join(average)
     failed = train(runs, jobs, path, facts)
-    rows = report(path, average=average) if any(run.finished for run in runs) else []
+    rows = report(path, average=average, html=html) if any(run.finished for run in runs) else []
     if failed:
         reasons = "".join(f"\n  {run.folder.name}: {reason}" for run, reason in failed.items())
         raise RunError(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich import box, get_console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
 from ..atomic import atomic_path, write_csv, write_text
 from ..errors import InputError
+from ..html_page import Section, figure_html, table_html, text_html, write_page
+from ..provenance import PACKAGES
 from .figures import draw
 from .intervals import mean_and_interval, paired_differences
 from .paper import paper_accuracy, paper_source
-from .provenance import PACKAGES
 from .results import TRAINING_FACTS, FinishedRun, as_float, column_name, columns, read, setting_names
 from .text import file_name, markdown_table
 
@@ -33,10 +39,14 @@ _COLUMNS = (
 
 
 def report(
-    paths: str | Path | Sequence[str | Path], folder: str | Path | None = None, average: Collection[str] = ()
+    paths: str | Path | Sequence[str | Path],
+    folder: str | Path | None = None,
+    average: Collection[str] = (),
+    html: bool = False,
 ) -> list[dict[str, Any]]:
     """Print the table of finished runs, and write it with ``results.csv`` and figures, without training.
 
+    The table is printed for reading on a terminal, and otherwise in Markdown as in ``table.md``.
     In ``results.csv``, texts that a spreadsheet would run as a formula have a ``'`` in front.
 
     Args:
@@ -45,6 +55,7 @@ def report(
         folder: Where the files are written. Default: the folder of the comparison if that is the only path; else
             nothing is written.
         average: Settings over which the table averages, beside those that the runs were trained with.
+        html: Whether to write table, figures and notes also as one page, ``report.html``.
 
     Returns:
         A row for each run, as in ``results.csv``.
@@ -64,28 +75,66 @@ def report(
     names = setting_names(runs)
     runs.sort(key=lambda run: _order(run, names))
     _check_comparable(runs, names)
-    table = _table(runs, names)
+    header, lines = _table(runs, names)
+    notes = _notes(runs)
     rows = [run.row() for run in runs]
     if folder is None and len(sources) == 1 and sources[0].is_dir():
         folder = sources[0]
-    if folder is None:
-        print(table)
-        return rows
-    folder = Path(folder)
+    if folder is None and html:
+        raise InputError("html: a page needs a folder to be written to; give --folder.")
+    if folder is not None:
+        _write(Path(folder), runs, rows, header, lines, notes, html)
+    if get_console().is_terminal:
+        _print_table(header, lines, notes)
+    else:
+        print("\n\n".join([markdown_table(header, lines), *notes]))
+    if folder is not None:
+        print(f"\nTable and figures are in {folder}")
+    return rows
+
+
+def _print_table(header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+    """Print a table for a terminal: with a line for each row, if it is wide enough, and a block for each otherwise."""
+    console = get_console()
+    table = Table(*map(escape, header), box=box.SIMPLE_HEAD)
+    for line in lines:
+        table.add_row(*map(escape, line))
+    if table.__rich_measure__(console, console.options).maximum > console.width:
+        table = Table("", *(f"m = {line[0]}" for line in lines), box=box.SIMPLE_HEAD)
+        for name, *cells in list(zip(header, *lines, strict=True))[1:]:
+            table.add_row(escape(name), *map(escape, cells))
+    console.print(table)
+    console.print("\n\n".join(map(escape, notes[:-1])))
+
+
+def _write(
+    folder: Path,
+    runs: Sequence[FinishedRun],
+    rows: Sequence[Mapping[str, Any]],
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    html: bool,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    header = columns(runs)
-    write_csv(folder / "results.csv", [header, *([row.get(name, "") for name in header] for row in rows)])
-    write_text(folder / "table.md", table)
+    names = columns(runs)
+    write_csv(folder / "results.csv", [names, *([row.get(name, "") for name in names] for row in rows)])
+    write_text(folder / "table.md", "\n\n".join([markdown_table(header, lines), *notes]) + "\n")
     written: set[str] = set()
-    for title, figure in draw(runs):
+    pictures = []
+    for title, figure in track(draw(runs), "Drawing", transient=True, disable=not get_console().is_terminal):
         name = file_name(title)[:_LONGEST_NAME]
         if name in written:
             name += f"-{len(written)}"
         written.add(name)
         with atomic_path(folder / f"{name}.png") as part:
-            figure.savefig(part, format="png", dpi=100)
-    print(f"{table}\nTable and figures are in {folder}")
-    return rows
+            figure.savefig(part, format="png", dpi=200)
+        if html:
+            pictures.append(figure_html(figure, name))
+    if html:
+        sections = [Section("Accuracy", table_html(header, lines)), Section("Figures", "\n".join(pictures))]
+        sections.append(Section("How it was measured", text_html("\n\n".join(notes))))
+        write_page(folder / "report.html", f"Comparison {folder.name}", sections)
 
 
 def _with_averages(runs: Sequence[FinishedRun], average: Collection[str]) -> list[FinishedRun]:
@@ -132,7 +181,8 @@ def _check_comparable(runs: Sequence[FinishedRun], names: Sequence[str]) -> None
             )
 
 
-def _table(runs: Sequence[FinishedRun], names: Sequence[str]) -> str:
+def _table(runs: Sequence[FinishedRun], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the table."""
     found = {name for run in runs for name in run.metrics}
     known = {name for name, *_ in _COLUMNS}
     monitors = sorted({str(run.value("checkpoint")).partition(" of ")[2] for run in runs} & found - known)
@@ -154,7 +204,7 @@ def _table(runs: Sequence[FinishedRun], names: Sequence[str]) -> str:
             papers = {run.facts.get("paper") for run in group_runs}  # several if the data are averaged
             line.append(paper_accuracy(papers.pop() if len(papers) == 1 else None, margin))
         lines.append(line)
-    return "\n\n".join([markdown_table(header, lines), *_notes(runs)]) + "\n"
+    return header, lines
 
 
 def _notes(runs: Sequence[FinishedRun]) -> list[str]:
@@ -171,9 +221,12 @@ def _notes(runs: Sequence[FinishedRun]) -> list[str]:
     averaged = "".join(f" and {name}" for name in dict.fromkeys(name for run in runs for name in run.averaged))
     papers = dict.fromkeys(run.facts["paper"] for run in runs if "paper" in run.facts)
     commands = "\n".join(dict.fromkeys(str(run.facts.get("command", "?")) for run in runs))
+    seeds = {run.seed for run in runs}
+    alone = f" There is one seed, {seeds.pop()}." if len(seeds) == 1 else ""
     return [
         f"Tested checkpoint: {values('checkpoint')}. Mean ± standard deviation of the runs, angles in degrees. "
-        f"Differences are paired by seed{averaged}, in percentage points, with the 95 % interval of Student's t.",
+        f"Differences are paired by seed{averaged}, in percentage points, with the 95 % interval of Student's t."
+        f"{alone}",
         f"{', '.join([values('data'), values('steps', '?') + ' steps', *data])}, on {values('machine', '?')} "
         f"(threads of a run: {values('threads', '?')}); {', '.join(packages)}.",
         *map(paper_source, papers),

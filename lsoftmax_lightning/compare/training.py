@@ -30,8 +30,8 @@ from rich.progress import (
 
 from ..atomic import write_text
 from ..errors import InputError
+from ..provenance import machine_and_versions
 from .planning import Run
-from .provenance import machine_and_versions
 from .results import read_json
 
 _TERMINATION_TIMEOUT = 60  # seconds between SIGTERM and SIGKILL

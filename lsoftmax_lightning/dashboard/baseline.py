@@ -1,8 +1,9 @@
-"""The angles of a softmax run, for comparison with a run that has a margin."""
+"""The angles of another run, to compare a margin with the softmax."""
 
 from __future__ import annotations
 
 import errno
+import re
 import stat
 from pathlib import Path
 
@@ -15,25 +16,31 @@ ANGLE_BINS = range(181)
 """Edges of the bins of histograms of angles, in degrees."""
 
 
-def softmax_angles(run: Path, stage: str) -> dict[str, Tensor]:
+def baseline_angles(run: Path, margin: int, stage: str) -> dict[str, Tensor]:
     """Return the angles of samples to their class in the latest run with m = 1 in the same folder as ``run``.
+
+    If ``run`` has m = 1 itself, the latest run with a margin is taken.
 
     Runs that cannot be read are skipped with a warning.
 
     Args:
-        run: Folder of a run. Other runs in the same folder are recognised by their ``hparams.yaml``.
+        run: Folder of a run, or of a test in it. Other runs are recognised by their ``hparams.yaml``.
+        margin: m of the run.
         stage: ``train``, ``val`` or ``test``.
 
     Returns:
         By the name of that run, the angles at its end, ``(N,)``, rounded to the middle of their bin; empty if there
         is no such run.
     """
+    if (run.parent / "config.yaml").is_file():  # the folder of a test is in that of its run
+        run = run.parent
     for hparams in sorted(run.parent.glob("*/hparams.yaml"), key=_modified, reverse=True):
         if hparams.parent == run:
             continue
         path = hparams
         try:
-            if "margin: 1" not in _read_text(hparams).splitlines():
+            found = re.search(r"^margin: (\d+)$", _read_text(hparams), re.MULTILINE)
+            if found is None or (found[1] == "1") == (margin == 1):
                 continue
             path = hparams.parent  # for the warning: the reader of event files does not name them
             angles = _final_angles(path, stage)
@@ -42,7 +49,7 @@ def softmax_angles(run: Path, stage: str) -> dict[str, Tensor]:
             rank_zero_warn(f"{path} cannot be read, so the angles of this run are not shown for comparison: {cause}")
             continue
         if angles is not None:
-            return {f"{stage} of softmax ({path.name})": angles}
+            return {f"{stage} of {'softmax' if found[1] == '1' else f'm = {found[1]}'} ({path.name})": angles}
     return {}
 
 

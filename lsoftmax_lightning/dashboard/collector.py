@@ -54,10 +54,20 @@ class EvalCollector:
             scaled.
         num_batches: Number of batches, of each of which the first samples are kept. If it is infinite, at least half
             of ``max_samples`` are kept, spread evenly over all samples.
+        rank: Index of this process among the ranks, each of which has every ``world_size``-th sample.
+        world_size: Number of ranks.
     """
 
-    def __init__(self, max_samples: int, datamodule: object, num_batches: float = math.inf) -> None:
+    def __init__(
+        self,
+        max_samples: int,
+        datamodule: object,
+        num_batches: float = math.inf,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self._max_samples, self._num_batches = max_samples, num_batches
+        self._rank, self._world_size = rank, world_size
         self._mean, self._std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
         self._num_seen = 0
         self._fraction = 1.0  # of the samples to keep, if the number of batches is not known
@@ -96,8 +106,10 @@ class EvalCollector:
             gap = probability - probabilities.gather(1, target.unsqueeze(1)).squeeze(1)
             rows = _top_rows(gap)
             images = self._to_bytes(images[rows])
-            confused = ConfusedImages(gap[rows], target[rows], prediction[rows], angles[rows], images)
+            index = self._rank + self._world_size * (self._num_seen + rows)
+            confused = ConfusedImages(gap[rows], target[rows], prediction[rows], angles[rows], images, index)
             self._confused = confused if self._confused is None else _most_confused([self._confused, confused])
+            self._num_seen += len(target)
         except Exception:
             self._failed = True
             raise
@@ -130,7 +142,6 @@ class EvalCollector:
             return slice(int(end - start))
         # Multiples of an irrational number modulo 1 are spread evenly over [0, 1), in whatever order classes come.
         keys = (torch.arange(len(target), dtype=torch.float64) + self._num_seen) * _GOLDEN_RATIO % 1
-        self._num_seen += len(target)
         found = torch.cat([self._keys, keys[keys < self._fraction]])
         if len(found) > self._max_samples:
             self._fraction = float(found.sort().values[max(1, self._max_samples // 2)])
@@ -209,7 +220,9 @@ class SnapshotObserver(HeadObserver):
         if not trainer.sanity_checking and next(iter(self._sharing_observers(trainer)), None) is self:
             max_samples = math.ceil(self.max_samples / trainer.world_size)
             datamodule = current_datamodule(trainer)
-            self._collector = EvalCollector(max_samples, datamodule, sum(num_batches))
+            self._collector = EvalCollector(
+                max_samples, datamodule, sum(num_batches), trainer.global_rank, trainer.world_size
+            )
 
     def _end_collection(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         head = self.observed_head(pl_module)
@@ -241,7 +254,9 @@ def collect_snapshot(
         collector: What was collected of the batches.
     """
     datamodule = current_datamodule(trainer)
+    images = getattr(getattr(datamodule, f"{stage}_data", None), "images", None)
     fields: dict[str, Any] = {
+        "paths": getattr(images, "paths", ()),
         "stage": stage,
         "step": trainer.global_step,
         "margin": head.margin,
@@ -259,7 +274,6 @@ def collect_snapshot(
         )
     verification = getattr(pl_module, "verification", None)
     if isinstance(verification, PairVerification) and verification.cosines is not None:
-        images = getattr(getattr(datamodule, f"{stage}_data", None), "images", None)
         return _pair_snapshot(verification, verification.cosines, images, **fields)
     return Snapshot(**fields)
 
@@ -271,7 +285,10 @@ def _pair_snapshot(verification: PairVerification, cosines: Tensor, images: Any,
     hardest = torch.cat([_hardest(hardness, scored.same), _hardest(hardness, ~scored.same)])
     if images is not None:
         images = torch.cat([images[scored.first[hardest]], images[scored.second[hardest]]], dim=3)
-    return PairSnapshot(cosines=cosines, same=scored.same, hardest=hardest, images=images, **fields)
+    pairs = torch.stack([scored.first[hardest], scored.second[hardest]], dim=1)
+    return PairSnapshot(
+        cosines=cosines, same=scored.same, hardest=hardest, hardest_pairs=pairs, images=images, **fields
+    )
 
 
 def _hardest(hardness: Tensor, mask: Tensor) -> Tensor:

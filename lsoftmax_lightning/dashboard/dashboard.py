@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning import LightningModule, Trainer
@@ -20,18 +21,25 @@ from ..compat import current_datamodule
 from ..errors import InputError
 from ..geometry import target_angles
 from ..heads import LSoftmaxLinear
-from .baseline import ANGLE_BINS, softmax_angles
+from ..html_page import Section, figure_html, table_html, text_html, write_page
+from ..metric_labels import labelled
+from ..provenance import machine_and_versions
+from .baseline import ANGLE_BINS, baseline_angles
 from .collector import SnapshotObserver
+from .loggers import figure_loggers, log_figure
 from .observer import tensorboard_loggers
 from .panels import Plot, draw
 from .snapshots import ClassSnapshot, Snapshot
 
+_STAGES = {"val": "Validation", "test": "Test"}
 MAX_TRAIN_ANGLES = 1_000_000  # samples, of 4 bytes each
 MAX_TRAIN_BATCHES = 1000  # small tensors, each of which takes several hundred bytes more
 
 
 class Dashboard(SnapshotObserver):
     """Draws plots of a training on TensorBoard, for any module with an L-Softmax ``head``; otherwise does nothing.
+
+    Loggers of W&B, MLflow, Comet and Neptune take the figures too; histograms and the projector are for TensorBoard.
 
     After a validation: the features (:func:`~lsoftmax_lightning.dashboard.plots.plane`), the angles of samples to their
     class, the angles between class weights, the confusion matrix and the most confused images. After a validation on
@@ -47,15 +55,23 @@ class Dashboard(SnapshotObserver):
             Default: at most ten in a run, as many as TensorBoard shows; 0: no plots.
         max_samples: Features in the scatter and in the projector; all other plots use all images.
         max_share: Largest fraction of the training time that drawing may take.
-        save: Whether to write every plot as a PNG file, and the numbers in it as CSV, to the folder ``dashboard`` of
-            the run. Texts that a spreadsheet would run as a formula start with a ``'``.
+        save: Format of a file of every plot, beside the numbers in it as CSV, in the folder ``dashboard`` of the run;
+            ``True`` means PNG of 200 dots an inch. Texts that a spreadsheet would run as a formula start with a ``'``.
+            Default: no files.
+        html: Whether to write ``report.html`` to the folder of the run: metrics, the last plots, settings, machine and
+            versions in one file. A test adds its own part.
 
     Raises:
         InputError: If an argument is out of range, or plots are to be saved without a logger.
     """
 
     def __init__(
-        self, every_n_epochs: int | None = None, max_samples: int = 2000, max_share: float = 0.02, save: bool = False
+        self,
+        every_n_epochs: int | None = None,
+        max_samples: int = 2000,
+        max_share: float = 0.02,
+        save: bool | Literal["png", "svg", "pdf"] = False,
+        html: bool = False,
     ) -> None:
         if every_n_epochs is not None and every_n_epochs < 0:
             raise InputError(f"every_n_epochs must be 0 (no plots) or more, got {every_n_epochs}.")
@@ -63,20 +79,26 @@ class Dashboard(SnapshotObserver):
             raise InputError(f"max_samples must be at least 1, got {max_samples}.")
         if not 0 <= max_share <= 1:
             raise InputError(f"max_share must be from 0 to 1, got {max_share}.")
+        if save not in (True, False, "png", "svg", "pdf"):
+            raise InputError(f"save must be true, false, png, svg or pdf, got {save}.")
         self.every_n_epochs, self.max_samples, self.max_share, self.save = every_n_epochs, max_samples, max_share, save
+        self.html = html
+        self._sections: dict[str, Section] = {}  # of the page, by stage
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         log_dir = trainer.log_dir  # a collective
-        if self.save and (log_dir is None or not trainer.loggers) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise InputError("Dashboard(save=True) writes into the folder of the run, which a logger has to name.")
-        writable = self.save or tensorboard_loggers(trainer)
+        if (self.save or self.html) and (log_dir is None or not trainer.loggers) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise InputError("save and html: Dashboard writes into the folder of the run, which a logger has to name.")
+        writable = self.save or self.html or figure_loggers(trainer)
         self.is_observing = False
         if writable and self.every_n_epochs != 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().setup(trainer, pl_module, stage)
         if (head := self.observed_head(pl_module)) is not None:
             self._check_names(trainer, head.num_classes)
         self._folder = Path(str(log_dir), "dashboard")
+        if stage == "fit":
+            self._sections.clear()
         self._train_angles: list[Tensor] = []
         self._latest: Snapshot | None = None
         self._last_queued: Snapshot | None = None
@@ -110,6 +132,7 @@ class Dashboard(SnapshotObserver):
         self._drawing_time += time.perf_counter() - start
         if trainer.state.fn != TrainerFn.FITTING:
             self._draw_all(trainer)
+            self._write_page(trainer)
             return
         if trainer.current_epoch >= self._next_epoch:
             self._next_epoch = trainer.current_epoch + self._epochs_between(trainer)
@@ -122,12 +145,14 @@ class Dashboard(SnapshotObserver):
         super().on_test_end(trainer, pl_module)
         if self.is_observing:
             self._draw_all(trainer)
+            self._write_page(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.is_observing:
             return
         self._draw_all(trainer)
+        self._write_page(trainer)
         if isinstance(self._latest, ClassSnapshot) and trainer.is_global_zero:
             with self.optional("the projector"):
                 for logger in tensorboard_loggers(trainer):
@@ -189,24 +214,44 @@ class Dashboard(SnapshotObserver):
             if len(angles := angles[angles.isfinite()]):
                 for writer in writers:
                     writer.add_histogram(f"angles/{name}", angles, snapshot.step, bins=ANGLE_BINS)
-        if snapshot.margin > 1:
-            stage = list(snapshot.angles_by_stage())[-1]
-            if stage not in self._baselines:
-                self._baselines[stage] = softmax_angles(self._folder.parent, stage)
-            snapshot.baseline = self._baselines[stage]
+        stage = list(snapshot.angles_by_stage())[-1]
+        if stage not in self._baselines:
+            self._baselines[stage] = baseline_angles(self._folder.parent, snapshot.margin, stage)
+        snapshot.baseline = self._baselines[stage]
+        pictures = []
         for plot in draw(snapshot):
-            with self.optional(f"{snapshot.stage}/{plot.name}"):
+            name = f"{snapshot.stage}/{plot.name}"
+            with self.optional(name):
                 if self.save:
                     self._save(snapshot, plot)
-                for writer in writers:
-                    writer.add_figure(f"{snapshot.stage}/{plot.name}", plot.figure, snapshot.step)
+                for logger in figure_loggers(trainer):
+                    log_figure(logger, name, plot.figure, snapshot.step)
+                if self.html:
+                    pictures.append(figure_html(plot.figure, name))
+        self._sections[snapshot.stage] = Section(_STAGES[snapshot.stage], "\n".join(pictures))
+
+    def _write_page(self, trainer: Trainer) -> None:
+        if not self.html or not trainer.is_global_zero:
+            return
+        run = self._folder.parent
+        with self.optional("report.html"):
+            groups = labelled({n: v for n, v in trainer.callback_metrics.items() if n.startswith(("val/", "test/"))})
+            sections = [Section(name, table_html((), rows)) for name, rows in groups.items()]
+            sections += [section for stage in ("test", "val") if (section := self._sections.get(stage))]
+            config = run / "config.yaml"
+            if config.is_file():
+                sections.append(Section("Settings", text_html(config.read_text(encoding="utf-8"))))
+            sections.append(Section("Machine and versions", table_html((), machine_and_versions().items())))
+            run.mkdir(parents=True, exist_ok=True)
+            write_page(run / "report.html", f"Run {run}", sections)
 
     def _save(self, snapshot: Snapshot, plot: Plot) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         step = "" if snapshot.lambda_ is None else f"_{snapshot.step:06d}"
         path = self._folder / f"{snapshot.stage}_{plot.name}{step}"
-        with atomic_path(path.with_suffix(".png")) as part:
-            plot.figure.savefig(part, format="png", dpi=200)
+        kind = "png" if self.save is True else str(self.save)
+        with atomic_path(path.with_suffix(f".{kind}")) as part:
+            plot.figure.savefig(part, format=kind, dpi=200)
         write_csv(path.with_suffix(".csv"), [plot.header, *plot.rows])
 
 

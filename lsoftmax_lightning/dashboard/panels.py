@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..geometry import degrees
+from ..geometry import degrees, segment_counts
 from . import plots
 from .snapshots import ClassSnapshot, PairSnapshot, Snapshot
 
@@ -43,8 +44,10 @@ def _draw(panels: Sequence[Callable[[_Kind], Plot | None]], snapshot: _Kind) -> 
             yield plot
 
 
-def _angles(snapshot: Snapshot) -> Plot:
+def _angles(snapshot: Snapshot) -> Plot | None:
     angles = snapshot.angles_by_stage() | dict(snapshot.baseline)
+    if not any(map(len, angles.values())):  # of a test on pairs of images
+        return None
     boundaries = {"boundary of softmax": snapshot.nearest_angle / 2}
     if snapshot.margin > 1:
         boundaries[f"boundary of m = {snapshot.margin}"] = snapshot.nearest_angle / (snapshot.margin + 1)
@@ -53,9 +56,23 @@ def _angles(snapshot: Snapshot) -> Plot:
     return Plot("angles", figure, ("stage", "degrees"), rows)
 
 
+def _segments(snapshot: Snapshot) -> Plot | None:
+    fractions = {
+        stage: segment_counts(angles, snapshot.margin) / len(angles)
+        for stage, angles in snapshot.angles_by_stage().items()
+        if len(angles)
+    }
+    if snapshot.margin == 1 or not fractions:
+        return None
+    figure = plots.segment_bars(fractions, snapshot.title("samples by segment of psi"))
+    rows = [(stage, k, value) for stage, values in fractions.items() for k, value in enumerate(values.tolist())]
+    return Plot("segments", figure, ("stage", "segment", "fraction"), rows)
+
+
 def _features(snapshot: ClassSnapshot) -> Plot:
     names, points, rays, target = snapshot.scatter()
-    figure = plots.feature_scatter(points, rays, target, names, _class_title(snapshot, "features"))
+    title = _class_title(snapshot, "features")
+    figure = plots.feature_scatter(points, rays, target, names, title, projected=snapshot.features.shape[1] != 2)
     rows = [(*point, names[c]) for point, c in zip(points.tolist(), target.tolist(), strict=True) if c >= 0]
     return Plot("features", figure, ("x", "y", "class"), rows)
 
@@ -78,7 +95,8 @@ def _confusion(snapshot: ClassSnapshot) -> Plot:
 def _confusion_percent(snapshot: ClassSnapshot) -> Plot:
     names = _shown_names(snapshot)
     percent = plots.percent_of_rows(*snapshot.confusion_counts())
-    figure = plots.confusion(percent, names, "% of the true class", _class_title(snapshot, "confusion"))
+    title = _class_title(snapshot, "confusion in % of the true class")
+    figure = plots.confusion(percent, names, "% of the true class", title)
     return Plot("confusion_percent", figure, ("true class", *names), _matrix_rows(names, percent))
 
 
@@ -88,17 +106,20 @@ def _most_confused(snapshot: ClassSnapshot) -> Plot | None:
     if not is_mistake.any():
         return None
     rows = [
-        (names[target], names[prediction], angle)
-        for target, prediction, angle in zip(
+        (names[target], names[prediction], angle, snapshot.image_id(index))
+        for target, prediction, angle, index in zip(
             confused.target[is_mistake].tolist(),
             confused.prediction[is_mistake].tolist(),
             confused.angles[is_mistake].tolist(),
+            confused.image_index[is_mistake].tolist(),
             strict=True,
         )
     ]
-    captions = [f"{target}\ntaken for {prediction}\n{angle:.0f}°" for target, prediction, angle in rows]
+    captions = [
+        f"{target}\ntaken for {prediction}\n{angle:.0f}°, {_short(image)}" for target, prediction, angle, image in rows
+    ]
     figure = plots.image_strip(confused.images[is_mistake], captions, snapshot.title("most confused"))
-    return Plot("most_confused", figure, ("true class", "predicted class", "degrees"), rows)
+    return Plot("most_confused", figure, ("true class", "predicted class", "degrees", "image"), rows)
 
 
 def _roc(snapshot: PairSnapshot) -> Plot:
@@ -118,10 +139,16 @@ def _hardest_pairs(snapshot: PairSnapshot) -> Plot | None:
     if snapshot.images is None:
         return None
     all_rows = _pair_rows(snapshot)
-    rows = [all_rows[index] for index in snapshot.hardest.tolist()]
-    captions = [f"{'same' if same else 'different'}: {angle:.0f}°" for _, angle, same in rows]
+    rows = [
+        (*all_rows[index], *map(snapshot.image_id, pair))
+        for index, pair in zip(snapshot.hardest.tolist(), snapshot.hardest_pairs.tolist(), strict=True)
+    ]
+    captions = [
+        f"{'same' if same else 'different'}: {angle:.0f}°\n{_short(first)}\n{_short(second)}"
+        for _, angle, same, first, second in rows
+    ]
     figure = plots.image_strip(snapshot.images, captions, snapshot.title("hardest pairs"))
-    return Plot("hardest_pairs", figure, _PAIR_HEADER, rows)
+    return Plot("hardest_pairs", figure, (*_PAIR_HEADER, "first", "second"), rows)
 
 
 _PAIR_HEADER = ("cosine", "degrees", "same")
@@ -130,6 +157,11 @@ _PAIR_HEADER = ("cosine", "degrees", "same")
 def _pair_rows(snapshot: PairSnapshot) -> list[tuple[float, float, bool]]:
     columns = (snapshot.cosines, degrees(snapshot.cosines), snapshot.same)
     return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _short(image: str) -> str:
+    """Return the name of an image that fits under it."""
+    return f"image {image}" if image.isdecimal() else Path(image).name[-22:]
 
 
 def _matrix_rows(names: Sequence[str], matrix: Tensor) -> Iterable[Sequence[Any]]:
@@ -147,6 +179,6 @@ def _class_title(snapshot: ClassSnapshot, subject: str) -> str:
     return snapshot.title(subject)
 
 
-_PANELS = (_angles,)
+_PANELS = (_angles, _segments)
 _CLASS_PANELS = (_features, _class_angles, _confusion, _confusion_percent, _most_confused)
 _PAIR_PANELS = (_roc, _pair_angles, _hardest_pairs)

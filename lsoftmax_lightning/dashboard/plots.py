@@ -1,6 +1,7 @@
 """Plots of a margin's effect: functions from plain tensors to matplotlib figures, without side effects.
 
-The ten colours are Petroff's, chosen for colour-blind readers; with more than ten classes the marker changes too.
+The ten colours are those of seaborn's palette for colour-blind readers, with black for its grey; with more than ten
+classes the marker changes too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import color_sequences
+from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,7 +22,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics.functional.classification import binary_roc
 
-COLORS = color_sequences["petroff10"]
+COLORS = (
+    *("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"),
+    *("#ca9161", "#fbafe4", "#000000", "#ece133", "#56b4e9"),
+)
+_STAGE_COLORS = {"train": COLORS[0], "val": COLORS[1], "test": COLORS[2]}
+_STAGES = {"train": "training", "val": "validation"}
+_BIN_DEGREES = ((2000, 1), (500, 2), (0, 5))
+"""Width of the bins of a histogram, by the least number of samples."""
 _MARKERS = "o^sDvP*X<>"
 _MAX_LINE = 60  # characters
 
@@ -56,6 +64,7 @@ def feature_scatter(
     class_names: Sequence[str],
     title: str = "",
     axes: Axes | None = None,
+    projected: bool = False,
 ) -> Figure:
     """Plot features as points, and the directions of the class weights as rays.
 
@@ -66,6 +75,7 @@ def feature_scatter(
         class_names: C names; up to 100 can be told apart.
         title: Title of the axes.
         axes: Axes to draw on, without a legend. Default: a new figure.
+        projected: Whether the points are projections of wider features.
     """
     columns = math.ceil(len(class_names) / 25)
     has_legend = axes is None
@@ -73,6 +83,8 @@ def feature_scatter(
     extent = torch.cat([1.05 * points, 1.15 * rays]).abs().nan_to_num().max()  # of points and of the names of rays
     limit = max(1.6, float(extent))  # plane() rarely projects beyond, so the axes of a sequence of plots stay the same
     axes.set(title=title, aspect="equal", anchor="W", xlim=(-limit, limit), ylim=(-limit, limit))
+    labels = ("cosines to the classes, x", "cosines to the classes, y") if projected else ("feature 1", "feature 2")
+    axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.grid(alpha=0.3)
     few = len(class_names) <= 25
     handles: list[Artist] = []
@@ -118,14 +130,17 @@ def angle_histogram(
         axes: Axes to draw on. Default: a new figure.
     """
     axes = axes or Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
-    axes.set(title=title, xlabel="degrees", ylabel="% of the samples, per degree")
+    axes.set(title=title, xlabel="angle in degrees", ylabel="% of the samples, per degree")
     handles: list[Artist] = []
-    for color, (name, values) in zip(cycle(COLORS), angles.items(), strict=False):
+    for color, (name, values) in zip(cycle(COLORS[3:]), angles.items(), strict=False):
         if len(values):
-            percent = torch.histc(values.float(), bins=180, min=0, max=180) * (100 / len(values))
-            label = f"{name} (mean {values.float().mean():.1f}°)"
-            axes.stairs(percent.numpy(), range(181), fill=True, color=color, alpha=0.35)
-            handles.append(axes.stairs(percent.numpy(), range(181), color=color, label=_literal(label)))
+            width = next(width for least, width in _BIN_DEGREES if len(values) >= least)
+            counts = torch.histc(values.float(), bins=180 // width, min=0, max=180)
+            percent, edges = (counts * (100 / len(values) / width)).numpy(), range(0, 181, width)
+            label = _literal(f"{_STAGES.get(name, name)} (mean {values.float().mean():.1f}°)")
+            color = _STAGE_COLORS.get(name, color)
+            axes.stairs(percent, edges, fill=True, color=color, alpha=0.3)
+            handles.append(axes.stairs(percent, edges, color=color, linewidth=1.5, label=label))
     for style, (name, angle) in zip(("--", ":", "-."), boundaries.items(), strict=False):
         label = _literal(f"{name}: {angle:.1f}°")
         handles.append(axes.axvline(angle, color="black", linestyle=style, linewidth=1, label=label))
@@ -136,12 +151,36 @@ def angle_histogram(
     return _root_figure(axes)
 
 
+def segment_bars(fractions: Mapping[str, Tensor], title: str = "") -> Figure:
+    """Plot the fractions of samples in the segments of psi as stacked bars (section 3.2 of the paper).
+
+    Args:
+        fractions: By stage, the fraction of samples whose angle is in ``[k pi / m, (k + 1) pi / m]``, ``(m,)``.
+        title: Title of the axes.
+    """
+    figure = Figure(figsize=(7, 1.6 + 0.6 * len(fractions)), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="% of the samples", xlim=(0, 100))
+    names = [_STAGES.get(name, name) for name in fractions]
+    percent = 100 * torch.stack([values.float() for values in fractions.values()], dim=1)
+    colors = colormaps["viridis_r"](np.linspace(0.05, 0.95, len(percent)))
+    left = np.zeros(len(names))
+    for k, (values, color) in enumerate(zip(percent.numpy(), colors, strict=True)):
+        low, high = (180 * edge / len(percent) for edge in (k, k + 1))
+        axes.barh(names, values, left=left, color=color, label=f"{low:.0f}° to {high:.0f}°")
+        left += values
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="angle")
+    return figure
+
+
 def angle_map(angles: Tensor, class_names: Sequence[str], title: str = "") -> Figure:
-    """Plot the angles between classes, in degrees ``(C, C)``, as a heat map."""
+    """Plot the angles between classes, in degrees ``(C, C)``, as a heat map; the diagonal is blank."""
     side = _inches(class_names)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
-    image = _matrix(figure.add_subplot(title=title), angles, class_names, cmap="viridis_r", vmin=0, vmax=120)
-    figure.colorbar(image, label="degrees", extend="max")
+    off_diagonal = angles.clone().fill_diagonal_(math.nan)
+    # around 90 degrees: with more classes than two, few weights are further apart than 120 degrees
+    image = _matrix(figure.add_subplot(title=title), off_diagonal, class_names, cmap="viridis_r", vmin=40, vmax=120)
+    figure.colorbar(image, label="degrees", extend="both")
     return figure
 
 
@@ -190,9 +229,10 @@ def image_strip(images: Tensor, captions: Sequence[str], title: str = "", column
         title: Title of the figure.
         columns: Images in a row.
     """
+    columns = min(columns, max(1, len(images)))
     rows = math.ceil(len(images) / columns)
     height = 1.8 * images.shape[2] / images.shape[3] + 0.5  # inches for an image and its caption
-    figure = Figure(figsize=(1.8 * columns, height * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(max(4.5, 1.8 * columns), height * rows + 0.4), layout="constrained")
     figure.suptitle(title)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
@@ -255,7 +295,7 @@ def _matrix(axes: Axes, values: Tensor, class_names: Sequence[str], **colors: An
     axes.set_yticks(range(count), class_names, fontsize=size)
     if count <= 20:
         middle = sum(image.get_clim()) / 2
-        for row, column in values.nonzero().tolist():
+        for row, column in values.nan_to_num().nonzero().tolist():
             value = float(values[row, column])
             color = "white" if value > middle else "black"  # the colour maps in use are dark for high values
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=color)

@@ -72,7 +72,6 @@ def layout(has_pairs: bool, follows_accuracy: bool) -> dict[str, dict[str, tuple
         "Annealing": annealing,
         "Compactness": {
             "angle of a sample to its class weight, degrees": ["train/angle$", "val/angle$"],
-            "fraction of samples in segment k": ["train/segment_", "val/segment_"],
             "norm of a feature": ["train/feature_norm$", "val/feature_norm$"],
         },
         "Separability": separability,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ class ConfusedImages(NamedTuple):
     """Angle to the true class in degrees, ``(K,)``."""
     images: Tensor
     """uint8, ``(K, channels, height, width)``."""
+    image_index: Tensor
+    """Index among the images of the evaluation, ``(K,)``."""
 
 
 class Scatter(NamedTuple):
@@ -52,6 +55,7 @@ class Snapshot:
         margin: m.
         lambda_: Weight of the plain logit in training; None outside of it.
         nearest_angle: Mean angle of a class weight to the nearest other one, in degrees.
+        paths: File of each image of the evaluation; empty if they are not from files.
         train_angles: Angles of training samples to their class since the last snapshot, in degrees.
         baseline: Angles of another run to compare with, by name.
     """
@@ -61,12 +65,17 @@ class Snapshot:
     margin: int
     lambda_: float | None
     nearest_angle: float
+    paths: Sequence[str | Path] = ()
     train_angles: Tensor = field(default_factory=lambda: torch.empty(0))
     baseline: Mapping[str, Tensor] = field(default_factory=dict)
 
     def angles_by_stage(self) -> dict[str, Tensor]:
         """Return the angles of samples to their class, in degrees."""
         return {"train": self.train_angles}
+
+    def image_id(self, index: int) -> str:
+        """Return the file of an image, or its index if the images are not from files."""
+        return str(self.paths[index]) if self.paths else str(index)
 
     def title(self, subject: str) -> str:
         """Return the title of a plot, with the margin, and in training with lambda and step."""
@@ -148,12 +157,14 @@ class PairSnapshot(Snapshot):
         cosines: Cosine of the embeddings of each pair, ``(P,)``.
         same: Whether a pair shows the same identity, bool, ``(P,)``.
         hardest: Indices of the K hardest pairs, ``(K,)``.
+        hardest_pairs: Indices of their two images, ``(K, 2)``.
         images: Both images of each of them side by side, uint8, ``(K, channels, height, width)``, if known.
     """
 
     cosines: Tensor
     same: Tensor
     hardest: Tensor
+    hardest_pairs: Tensor
     images: Tensor | None
 
 

@@ -29,7 +29,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lsoftmax_lightning import VerificationModule
 from lsoftmax_lightning.callbacks import Dashboard, MarginMonitor
-from lsoftmax_lightning.dashboard.baseline import softmax_angles
+from lsoftmax_lightning.dashboard.baseline import baseline_angles
 from lsoftmax_lightning.dashboard.collector import EvalCollector
 from lsoftmax_lightning.dashboard.panels import draw
 from lsoftmax_lightning.dashboard.snapshots import ClassSnapshot, Snapshot
@@ -41,8 +41,8 @@ from lsoftmax_lightning.metrics import PairVerification
 from ..helpers.formats import write_lfw
 from ..helpers.training import BlobsDataModule, make_model, make_trainer, num_hooks
 
-CLASS_PLOTS = {"features", "angles", "class_angles", "confusion", "confusion_percent", "most_confused"}
-PAIR_PLOTS = {"angles", "roc", "pair_angles", "hardest_pairs"}
+CLASS_PLOTS = {"angles", "class_angles", "confusion", "confusion_percent", "features", "most_confused", "segments"}
+PAIR_PLOTS = {"roc", "pair_angles", "hardest_pairs"}
 
 
 class HardBlobs(BlobsDataModule):
@@ -203,6 +203,14 @@ def test_everything_drawn_can_be_saved() -> None:
         for i in (gap > gap.max() - 1e-6).nonzero().flatten().tolist()
     ]
     assert (worst[0]["true class"], worst[0]["predicted class"], float(worst[0]["degrees"])) in firsts
+    for row in worst:
+        index = int(row["image"])
+        assert (data.class_names[target[index]], data.class_names[logits[index].argmax()]) == (
+            row["true class"],
+            row["predicted class"],
+        )
+    segments = [float(row["fraction"]) for row in table(folder, "val_segments_000008") if row["stage"] == "val"]
+    assert segments == pytest.approx([float((torch.tensor(angles) < 90).float().mean()), 1 - segments[0]])
     points = table(folder, "val_features_000008")
     assert [row["class"] for row in points] == [data.class_names[number] for number in target]
     between = table(folder, "val_class_angles_000008")
@@ -223,6 +231,20 @@ def test_the_softmax_run_beside_it_is_overlaid() -> None:
             softmax = angles["val"]
     assert set(angles) == {"train", "val", "val of softmax (version_0)"}
     assert angles["val of softmax (version_0)"] == [angle // 1 + 0.5 for angle in sorted(softmax)]
+
+    trainer, folder = with_logger(Dashboard(save=True))  # the softmax after the margin
+    trainer.fit(make_model(margin=1), HardBlobs())
+    assert {row["stage"] for row in table(folder, "val_angles_000008")} == {"train", "val", "val of m = 2 (version_1)"}
+
+
+@pytest.mark.draws
+@pytest.mark.parametrize("kind", ["svg", "pdf"])
+def test_plots_are_saved_in_a_format_for_papers(kind: Any) -> None:
+    trainer, folder = with_logger(Dashboard(save=kind))
+    trainer.fit(make_model(), HardBlobs())
+    starts = {path.read_bytes()[:5] for path in (folder / "dashboard").glob(f"*.{kind}")}
+    assert starts == ({b"<?xml"} if kind == "svg" else {b"%PDF-"})
+    assert len(list((folder / "dashboard").glob(f"*.{kind}"))) == len(CLASS_PLOTS)
 
 
 def test_without_tensorboard_nothing_is_drawn_unless_it_is_saved() -> None:
@@ -292,11 +314,11 @@ def fail(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "what", "left"),
     [
-        ("dashboard.collector.EvalCollector.update", "images, features and predictions", {"angles"}),
+        ("dashboard.collector.EvalCollector.update", "images, features and predictions", {"angles", "segments"}),
         ("dashboard.dashboard.target_angles", "the angles of training", CLASS_PLOTS),
         ("dashboard.collector.collect_snapshot", "the val snapshot", set()),
-        ("dashboard.dashboard.softmax_angles", "val plots", set()),
-        ("dashboard.plots.angle_map", "val plots", {"angles", "features"}),
+        ("dashboard.dashboard.baseline_angles", "val plots", set()),
+        ("dashboard.plots.angle_map", "val plots", {"angles", "features", "segments"}),
         ("dashboard.dashboard.write_csv", "val/features", set()),
         ("dashboard.snapshots.ClassSnapshot.embedding", "the projector", CLASS_PLOTS),
         ("dashboard.monitor.hparams", "HParams", CLASS_PLOTS),
@@ -660,6 +682,14 @@ def test_pairs_of_images_have_their_own_plots(tmp_path: Path) -> None:
     assert [row["same"] for row in hardest] == ["True"] * 4 + ["False"] * 4
     assert float(hardest[0]["cosine"]) == pytest.approx(metric.cosines[same].min().item(), abs=1e-5)
     assert float(hardest[4]["cosine"]) == pytest.approx(metric.cosines[~same].max().item(), abs=1e-5)
+    pairs = {(row["first"], row["second"]): row["same"] == "True" for row in hardest}
+    names = [str(path) for path in data.test_files.paths]
+    scored = data.test_pairs[data.test_pairs.is_scored]
+    all_pairs = {
+        (names[first], names[second]): bool(is_same)
+        for first, second, is_same in zip(scored.first, scored.second, scored.same, strict=True)
+    }
+    assert pairs.items() <= all_pairs.items()
 
 
 @pytest.mark.parametrize(
@@ -668,6 +698,7 @@ def test_pairs_of_images_have_their_own_plots(tmp_path: Path) -> None:
         ({"every_n_epochs": -1}, "every_n_epochs must be 0 .* or more, got -1"),
         ({"max_samples": 0}, "max_samples must be at least 1, got 0"),
         ({"max_share": 3}, "max_share must be from 0 to 1, got 3"),
+        ({"save": "gif"}, "save must be true, false, png, svg or pdf, got gif"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -733,7 +764,7 @@ def test_a_softmax_run_that_cannot_be_read_is_skipped_with_a_warning(damage: Any
     for name, seconds in (("good", 1), ("bad", 2)):
         os.utime(Path("runs", name, "hparams.yaml"), (seconds, seconds))
     with pytest.warns(UserWarning, match=f"^{path} cannot be read, so the angles of this run are not shown") as warned:
-        angles = softmax_angles(Path("runs/own"), "val")
+        angles = baseline_angles(Path("runs/own"), 2, "val")
     assert len(warned) == 1
     assert list(angles) == ["val of softmax (good)"]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
@@ -67,16 +68,37 @@ def test_angle_histogram_shows_fractions_and_boundaries() -> None:
     angles = {"train": torch.tensor([1.0, 1.5, 91.0, 180.0]), "val": torch.tensor([45.0]), "none": torch.empty(0)}
     figure = plots.angle_histogram(angles, {"softmax": 40.0})
     (axes,) = figure.axes
-    heights = [patch.get_data().values for patch in axes.patches[1::2]]
-    assert [height.sum() for height in heights] == pytest.approx([100, 100])
-    assert heights[0][[1, 91, 179]].tolist() == [50, 25, 25]
+    heights = [patch.get_data().values for patch in axes.patches[1::2]]  # in bins of five degrees
+    assert [5 * height.sum() for height in heights] == pytest.approx([100, 100])
+    assert heights[0][[0, 18, 35]].tolist() == [10, 5, 5]
+    assert [patch.get_edgecolor() for patch in axes.patches[1::2]] == [to_rgba(plots.COLORS[k]) for k in (0, 1)]
     assert axes.get_xlim() == (0, 180)
     assert list(axes.lines[0].get_xdata()) == [40.0, 40.0]
     legend = axes.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == [
-        *("train (mean 68.4°)", "val (mean 45.0°)", "softmax: 40.0°"),
+        *("training (mean 68.4°)", "validation (mean 45.0°)", "softmax: 40.0°"),
     ]
+
+
+@pytest.mark.parametrize(("count", "width"), [(10, 5), (500, 2), (2000, 1)])
+def test_bins_are_narrower_with_more_samples(count: int, width: int) -> None:
+    figure = plots.angle_histogram({"val": torch.linspace(0, 180, count)}, {})
+    values, edges, _ = figure.axes[0].patches[0].get_data()
+    assert list(edges) == list(range(0, 181, width))
+    assert values.sum() * width == pytest.approx(100)
+
+
+def test_segments_are_stacked() -> None:
+    figure = plots.segment_bars({"train": torch.tensor([0.5, 0.25, 0.25]), "val": torch.tensor([1.0, 0.0, 0.0])})
+    texts(figure)
+    (axes,) = figure.axes
+    bars = [[(bar.get_x(), bar.get_width()) for bar in container] for container in axes.containers]
+    assert bars == [[(0, 50), (0, 100)], [(50, 25), (100, 0)], [(75, 25), (100, 0)]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["training", "validation"]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["0° to 60°", "60° to 120°", "120° to 180°"]
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -95,6 +117,7 @@ def test_angle_map_shows_the_matrix(count: int) -> None:
     figure = plots.angle_map(torch.full((count, count), 90.0).fill_diagonal_(0), names)
     written = texts(figure)
     assert written == (["90"] * 6 if count == 3 else [])  # a hundred columns leave no room for numbers
+    assert int(figure.axes[0].images[0].get_array().mask.sum()) == count  # the diagonal is blank
     labels = figure.axes[0].get_xticklabels()
     assert [label.get_text() for label in labels] == names
     pitch = figure.axes[0].get_window_extent().width / count / figure.dpi * 72  # points
@@ -107,6 +130,7 @@ def test_images_carry_their_captions(channels: int) -> None:
     FigureCanvasAgg(figure).draw()
     assert [axes.get_title() for axes in figure.axes] == [*map(str, range(7)), *[""] * 5]
     assert [len(axes.images) for axes in figure.axes] == [1] * 7 + [0] * 5
+    assert len(plots.image_strip(torch.zeros(2, channels, 4, 5, dtype=torch.uint8), ["a", "b"]).axes) == 2
 
 
 def test_the_roc_curve_is_that_of_scikit_learn() -> None:
