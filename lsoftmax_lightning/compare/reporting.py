@@ -25,6 +25,7 @@ from .results import TRAINING_FACTS, FinishedRun, as_float, column_name, columns
 from .text import file_name, markdown_table
 
 _LONGEST_NAME = 150  # characters of the name of a figure
+_MARGINS_ABREAST = 4  # columns of a table on a narrow terminal
 # metric, title, factor and decimals; those that no run has are left out
 _COLUMNS = (
     ("val/acc", "val/acc, %", 100, 2),
@@ -94,16 +95,20 @@ def report(
 
 
 def _print_table(header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
-    """Print a table for a terminal: with a line for each row, if it is wide enough, and a block for each otherwise."""
+    """Print a table for a terminal; where its rows do not fit, with a column for each margin, four side by side."""
     console = get_console()
     table = Table(*map(escape, header), box=box.SIMPLE_HEAD)
     for line in lines:
         table.add_row(*map(escape, line))
-    if table.__rich_measure__(console, console.options).maximum > console.width:
-        table = Table("", *(f"m = {line[0]}" for line in lines), box=box.SIMPLE_HEAD)
-        for name, *cells in list(zip(header, *lines, strict=True))[1:]:
-            table.add_row(escape(name), *map(escape, cells))
-    console.print(table)
+    if table.__rich_measure__(console, console.options).maximum <= console.width:
+        console.print(table)
+    else:
+        for start in range(0, len(lines), _MARGINS_ABREAST):
+            shown = lines[start : start + _MARGINS_ABREAST]
+            table = Table("", *(f"m = {line[0]}" for line in shown), box=box.SIMPLE_HEAD)
+            for name, *cells in list(zip(header, *shown, strict=True))[1:]:
+                table.add_row(escape(name), *map(escape, cells))
+            console.print(table)
     console.print("\n\n".join(map(escape, notes[:-1])))
 
 

@@ -39,8 +39,9 @@ def plane(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Two-dimensional features are kept. Wider ones are projected so that each class has the same place in every epoch and
     for every margin: the classes are spaced evenly on the unit circle, in their order, and a sample is the sum of their
-    places, weighted by the cosines of the sample to the class weights. If class weights are orthogonal, a sample in the
-    direction of its weight lies on the circle. Nothing is fitted, so plots of several runs can be compared.
+    places, weighted by the cube of its cosine to each class weight; negative cosines count as 0. The cube lets the
+    nearest class dominate. If class weights are orthogonal, a sample in the direction of its weight lies on the circle.
+    Nothing is fitted, so plots of several runs can be compared.
 
     Args:
         features: x, ``(N, D)``.
@@ -54,7 +55,8 @@ def plane(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return features, directions * torch.linalg.vector_norm(features, dim=1).quantile(0.99)
     angles = torch.arange(len(weight)) * (2 * math.pi / len(weight))
     places = torch.stack([angles.cos(), angles.sin()], dim=1)
-    return normalize(features) @ directions.T @ places, directions @ directions.T @ places
+    points, rays = ((normalize(x) @ directions.T).clamp_min(0).pow(3) @ places for x in (features, directions))
+    return points, rays
 
 
 def feature_scatter(
@@ -81,10 +83,12 @@ def feature_scatter(
     has_legend = axes is None
     axes = axes or Figure(figsize=(6.4 + 1.2 * columns, 6), layout="constrained").add_subplot()
     extent = torch.cat([1.05 * points, 1.15 * rays]).abs().nan_to_num().max()  # of points and of the names of rays
-    limit = max(1.6, float(extent))  # plane() rarely projects beyond, so the axes of a sequence of plots stay the same
+    limit = max(1.3, float(extent))  # plane() rarely projects beyond, so the axes of a sequence of plots stay the same
     axes.set(title=title, aspect="equal", anchor="W", xlim=(-limit, limit), ylim=(-limit, limit))
-    labels = ("cosines to the classes, x", "cosines to the classes, y") if projected else ("feature 1", "feature 2")
-    axes.set(xlabel=labels[0], ylabel=labels[1])
+    if projected:
+        axes.set(xlabel="x: classes on a circle, weighted by cosine³", ylabel="y")
+    else:
+        axes.set(xlabel="feature 1", ylabel="feature 2")
     axes.grid(alpha=0.3)
     few = len(class_names) <= 25
     handles: list[Artist] = []

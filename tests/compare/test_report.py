@@ -1,7 +1,9 @@
 """Table, rows and figures, from runs written by hand."""
 
 import csv
+import io
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from lsoftmax_lightning.cli import main
-from lsoftmax_lightning.compare import report
+from lsoftmax_lightning.compare import report, reporting
 from lsoftmax_lightning.compare.figures import draw
 from lsoftmax_lightning.compare.results import read
 from lsoftmax_lightning.errors import InputError
@@ -573,3 +576,21 @@ def test_file_that_is_not_results_csv_is_refused(content: str, tmp_path: Path) -
     path.write_text(content)
     with pytest.raises(InputError, match=r"--report: (not a valid results\.csv, got .*other\.csv \(|no run in)"):
         report(path)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("width", "num_tables"), [(80, 2), (200, 1)])
+def test_a_terminal_gets_a_table_that_fits(
+    width: int, num_tables: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for margin in (1, 2, 3, 4, 5):
+        write_run(tmp_path, margin, 0, 0.9)
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(reporting, "get_console", lambda: console)
+    report(tmp_path)
+    printed = file.getvalue()
+    assert max(map(len, printed.splitlines())) <= width
+    assert len(re.findall("test accuracy, %", printed)) == num_tables
+    assert "There is one seed, 0." in " ".join(printed.split())
+    assert (tmp_path / "table.md").read_text().startswith("| m | runs |")

@@ -32,6 +32,8 @@ def test_more_features_are_projected_so_that_classes_keep_their_places() -> None
     torch.testing.assert_close(rays, circle, atol=1e-6, rtol=0)
     torch.testing.assert_close(points[:4], circle, atol=1e-6, rtol=0)
     torch.testing.assert_close(points[4], torch.zeros(2), atol=1e-6, rtol=0)  # like all classes alike
+    points, _ = plots.plane(torch.tensor([[0.8, 0.6, 0.0, 0.0], [0.8, 0.0, 0.0, -0.6]]), weight)
+    torch.testing.assert_close(points, torch.tensor([[0.8**3, 0.6**3], [0.8**3, 0.0]]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("count", [3, 10, 100])
@@ -48,7 +50,7 @@ def test_every_class_is_told_apart_and_named(count: int) -> None:
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == names
     assert texts(figure) == (names if count <= 25 else [])
-    assert axes.get_xlim() == (-1.6, 1.6)
+    assert axes.get_xlim() == (-1.3, 1.3)
 
 
 def test_names_that_begin_with_an_underscore_are_in_legends() -> None:
