@@ -58,7 +58,8 @@ def export(
     """Write a network to a file, and compare the outputs of the file with those of the module.
 
     ``onnx`` and ``torch_export`` write an :class:`ExportWrapper` for batches of any size. Its metadata are
-    ``class_names``, ``mean``, ``std``, ``pixels`` and ``margin``. ONNX stores each as JSON, torch.export stores them in
+    ``class_names``, ``image_shape``, ``resize``, ``mean``, ``std``, ``pixels`` and ``margin``. The first axis of inputs
+    and outputs is called ``batch``. ONNX stores each as JSON, torch.export stores them in
     the extra file ``metadata.json``. ``state_dict`` writes the state dict of the backbone only, without a comparison.
 
     Args:
@@ -117,6 +118,8 @@ def export(
         images = images / 255
     metadata = {
         "class_names": spec.class_names,
+        "image_shape": spec.image_shape,
+        "resize": spec.resize,
         "mean": spec.mean,
         "std": spec.std,
         "pixels": pixels,
@@ -178,7 +181,15 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict
     import onnxruntime
 
     try:
-        onnx = torch.onnx.export(program, input_names=["images"], output_names=_OUTPUTS, dynamo=True, verbose=False)
+        axes = ({0: "batch"},)  # by its name
+        onnx = torch.onnx.export(
+            program,
+            input_names=["images"],
+            output_names=_OUTPUTS,
+            dynamic_shapes=axes,
+            dynamo=True,
+            verbose=False,
+        )
         assert onnx is not None
         onnx.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
         onnx.save(path)

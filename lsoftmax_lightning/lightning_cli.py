@@ -188,7 +188,7 @@ class LSoftmaxCLI(CommandLine):
         spec = saved_data_spec(read(settings.ckpt_path))
         if spec is None or not spec.class_names:  # of an earlier release, or of a datamodule without them
             return
-        names = ("predict_folder", "image_size", "mean", "std", "batch_size", "num_workers")
+        names = ("predict_folder", "image_size", "mean", "std", "batch_size", "num_workers", "skip_unreadable")
         arguments = {name: settings.data.init_args[name] for name in names}
         settings.data.class_path = f"{PredictFolderDataModule.__module__}.{PredictFolderDataModule.__name__}"
         settings.data.init_args = Namespace(checkpoint=settings.ckpt_path, **arguments)  # type: ignore[no-untyped-call]

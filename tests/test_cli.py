@@ -108,9 +108,9 @@ def test_test_and_predict_find_the_folder_of_fit() -> None:
     predicted = main(["predict", "--config", str(run / "config.yaml"), best])
     assert predicted is not None
     rows = Path("runs/digits/version_0/predict/predictions.csv").read_text().splitlines()
-    assert rows[0] == "index,prediction,probability,angle"
+    assert rows[0] == "index,label,prediction,probability,angle"
     truth = predicted.datamodule.test_data.targets.tolist()
-    right = [int(row.split(",")[1]) == label for row, label in zip(rows[1:], truth, strict=True)]
+    right = [int(row.split(",")[2]) == label for row, label in zip(rows[1:], truth, strict=True)]
     assert sum(right) / len(right) == pytest.approx(results["test/acc"])
 
     assert [path.name for path in Path("runs/digits").iterdir()] == ["version_0"]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -62,7 +63,11 @@ def test_export_takes_batches_of_any_size(format: Format, pixels: Pixels) -> Non
             features = model.forward_features(data.normalize(images[:size]))
             torch.testing.assert_close(embedding, features, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(logits, model.head(features), rtol=1e-4, atol=1e-4)
+    if format == "onnx":
+        graph = onnx.load(path).graph
+        assert {value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)} == {"batch"}
     assert json.loads(metadata["class_names"]) == ["nw", "ne", "sw", "se"]
+    assert (json.loads(metadata["image_shape"]), json.loads(metadata["resize"])) == ([1, 8, 8], "cover")
     assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == ([0.5], [0.25])
     assert (json.loads(metadata["pixels"]), json.loads(metadata["margin"])) == (pixels, 2)
 
@@ -86,7 +91,7 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
     predicted = main(["predict", "--config", "digits.yaml", "--ckpt_path", checkpoint, *QUIET[:3]])
     assert predicted is not None
     rows = Path("runs/digits/version_0/predict/predictions.csv").read_text().splitlines()[1:]
-    assert [row.split(",")[1] for row in rows] == [data.class_names[number] for number in logits.argmax(1)]
+    assert [row.split(",")[2] for row in rows] == [data.class_names[number] for number in logits.argmax(1)]
 
     earlier = torch.load(checkpoint, weights_only=True)  # of a release that did not describe the data
     del earlier["lsoftmax_lightning"]["data"]

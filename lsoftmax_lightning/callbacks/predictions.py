@@ -18,6 +18,7 @@ from torch import Tensor
 from ..atomic import atomic_path, csv_safe, disk_errors, temporary_path
 from ..class_names import names_by_index
 from ..compat import current_datamodule
+from ..dashboard.observer import classes_of
 from ..errors import InputError, RunError
 
 MERGED_ROWS = 2**12  # rows in memory when the files of the ranks are merged
@@ -29,19 +30,23 @@ class Predictions(Callback):
     The first column is the path of the image, or its index if the data are not in files. The other columns are the 1-D
     outputs of ``predict_step``, which must be the same in every batch. For a
     :class:`~lsoftmax_lightning.ClassificationModule` they are ``prediction`` (the name of the class), ``probability``,
-    and ``angle`` to the weight of that class in degrees. Floats are written with nine digits, which is exact for
-    float32.
+    and ``angle`` to the weight of that class in degrees; the true class, where it is known, is in front as ``label``.
+    Floats are written with nine digits, which is exact for float32.
 
     Each rank writes its rows batch by batch to a temporary file beside the output, and rank 0 merges the files at the
     end. The ranks must share the folder. Only one batch is in memory if ``trainer.predict`` is called with
     ``return_predictions=False``.
 
-    The output appears when it is complete. The next prediction removes the temporary files of a killed one. In CSV,
-    strings that a spreadsheet would run as a formula have a ``'`` in front (``atomic.csv_safe``).
+    The output appears when it is complete. If an error ends the prediction of a single rank, the rows before it are in
+    ``<name>.incomplete.<suffix>``. The next prediction removes the temporary files of a killed one. In CSV, strings
+    that a spreadsheet would run as a formula have a ``'`` in front (``atomic.csv_safe``).
 
     Args:
         output: File to write, ``.csv`` or ``.parquet``. Default: ``predictions.csv`` in the folder of the run.
         embeddings: Whether to write the embeddings beside it as ``.npy``, float32 (N, D), in the same order.
+        top_k: Number of classes in a row, as ``prediction_2``, ``probability_2`` and so on. Default: 1.
+        max_angle: Angle in degrees to the predicted class above which the ``prediction`` is ``unknown``. The plot
+            ``val/angles`` of the dashboard shows the angles of known images. Default: none.
 
     Raises:
         InputError: If an argument is wrong for the module, ``predict_step`` returns anything else, there are several
@@ -49,10 +54,17 @@ class Predictions(Callback):
         RunError: If the disk is full, or the folder is read-only or not shared by all ranks.
     """
 
-    def __init__(self, output: str | None = None, embeddings: bool = False) -> None:
+    def __init__(
+        self, output: str | None = None, embeddings: bool = False, top_k: int = 1, max_angle: float | None = None
+    ) -> None:
         if output is not None and Path(output).suffix not in (".csv", ".parquet"):
             raise InputError(f"predictions.output: must end in .csv or .parquet, got {output}; choose another name.")
-        self.output, self.embeddings = output, embeddings
+        if top_k < 1:
+            raise InputError(f"predictions.top_k: must be 1 or more, got {top_k}; leave it out for one class.")
+        if max_angle is not None and not 0 < max_angle <= 180:
+            raise InputError(f"predictions.max_angle: must be above 0 and at most 180 degrees, got {max_angle}.")
+        self.output, self.embeddings, self.top_k, self.max_angle = output, embeddings, top_k, max_angle
+        self._count = 0  # rows written by this rank
         self._temporary_files = ExitStack()  # the files of this rank; closing it removes them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,6 +92,13 @@ class Predictions(Callback):
             raise InputError(
                 f"predictions: need a single dataloader, got {len(trainer.num_predict_batches)}; predict with each in "
                 "a call of its own."
+            )
+        if hasattr(pl_module, "top_k"):
+            pl_module.top_k = self.top_k  # type: ignore[assignment]
+        elif self.top_k > 1 or self.max_angle is not None:
+            raise InputError(
+                f"predictions.top_k and max_angle: need a ClassificationModule, got {type(pl_module).__name__}; leave "
+                "them out."
             )
         datamodule = current_datamodule(trainer)
         data = getattr(datamodule, "predict_data", None)
@@ -112,6 +131,9 @@ class Predictions(Callback):
         """Write the rows of a batch."""
         module_name = type(pl_module).__name__
         _check_outputs(outputs, module_name)
+        target = classes_of(batch)
+        if "prediction" in outputs and target is not None and (target >= 0).all():  # unknown ones are -1
+            outputs = {"label": target.long(), **outputs}
         is_integer = {name: not value.is_floating_point() for name, value in outputs.items() if value.ndim == 1}
         if not is_integer and not self.embeddings:
             raise InputError(
@@ -129,8 +151,11 @@ class Predictions(Callback):
             name: (outputs[name].long() if integer else outputs[name]).tolist()
             for name, integer in self._is_integer.items()
         }
-        if self._class_names and "prediction" in columns:
-            columns["prediction"] = [self._class_names.get(index, str(index)) for index in columns["prediction"]]
+        for name in columns.keys() & self._class_columns:
+            columns[name] = [self._class_names.get(index, str(index)) for index in columns[name]]
+        if self.max_angle is not None:
+            pairs = zip(columns["prediction"], columns["angle"], strict=True)
+            columns["prediction"] = [name if angle <= self.max_angle else "unknown" for name, angle in pairs]
         size = len(next(iter(outputs.values())))
         indices = [trainer.global_rank + trainer.world_size * (self._count + i) for i in range(size)]
         image_ids = [self._paths[index] for index in indices] if self._paths else indices
@@ -179,9 +204,23 @@ class Predictions(Callback):
         self._temporary_files.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the temporary files of this rank."""
+        """Keep the rows of a single rank; remove the temporary files."""
         with suppress(OSError):  # closing a file writes its buffer, which fails on a full disk
+            is_of_disk = isinstance(exception, RunError)
+            if not is_of_disk and trainer.world_size == 1 and self._count and not self._table_file.closed:
+                self._table_file.close()
+                path = self._path.with_name(f"{self._path.stem}.incomplete{self._path.suffix}")
+                with atomic_path(path) as part:
+                    self._merge_tables([Path(self._temporary_names[0])], part)
+                rank_zero_info(f"The predictions before the error are in {path}")
+        with suppress(OSError):
             self._temporary_files.close()
+
+    @property
+    def _class_columns(self) -> set[str]:
+        """Columns of class names."""
+        further = {f"prediction_{k}" for k in range(2, self.top_k + 1)}
+        return {"label", "prediction", *further} if self._class_names else set()
 
     @property
     def _embeddings_path(self) -> Path:
@@ -204,7 +243,9 @@ class Predictions(Callback):
         from pyarrow.parquet import ParquetWriter
 
         rows = _interleaved_rows(rank_files)
-        strings = {"path", "prediction"} if self._class_names else {"path"}
+        strings = {"path", *self._class_columns}
+        if self.max_angle is not None:
+            strings.add("prediction")
         types = {
             name: pyarrow.string() if name in strings else pyarrow.int64() if is_integer else pyarrow.float32()
             for name, is_integer in {self._id_column: True, **self._is_integer}.items()

@@ -19,6 +19,9 @@ from .images import ImageFiles, ImageStore, ImageSubset, files_in, select
 from .loader import DRAW_SCALE, BatchLoader, GlobalBatchSampler, seeded_generator
 from .subsets import check_size, random_labels, stratified_subset, subset_length
 
+UNKNOWN_CLASS = -1
+"""Class of an image without a label."""
+
 
 class Images(NamedTuple):
     """Images, uint8, ``(N, C, H, W)``, and their classes, int64, ``(N,)``."""
@@ -190,14 +193,16 @@ class BatchDataModule(LightningDataModule):
         if stage == "fit" and self._train_summary:
             rank_zero_info(self._train_summary)
         if stage == "predict" and self.predict_folder is not None:
-            paths = files_in(self.predict_folder)
-            targets = torch.zeros(len(paths), dtype=torch.int64)  # a placeholder
-            self.predict_data = Images(ImageFiles(paths, self.image_shape), targets)
+            self.predict_data = self.load_predict(files_in(self.predict_folder))
             return
         if stage in ("test", "predict") and not hasattr(self, "test_data"):
             self.test_data = self.load_test()
         if stage == "predict":
             self.predict_data = self.test_data
+
+    def load_predict(self, paths: list[str]) -> Images:
+        """Return the images of ``predict_folder``, whose classes are -1, for unknown."""
+        return Images(ImageFiles(paths, self.image_shape), torch.full((len(paths),), UNKNOWN_CLASS))
 
     def _apply_train_settings(self, data: Images) -> Images:
         """Apply ``train_size`` and ``label_noise``."""

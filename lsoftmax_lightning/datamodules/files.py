@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from ..compat import end_workers
 from ..errors import DataError, InputError
 from ..signals import ignore_signals
-from .base import BatchDataModule, Images
+from .base import UNKNOWN_CLASS, BatchDataModule, Images
 from .images import ImageFiles, ImageStore, ImageSubset, read_image, visible_entries
 
 _MAX_REPORTED = 10  # files in an error message
@@ -129,7 +129,8 @@ class FileDataModule(BatchDataModule):
         memory_gib: Largest size in GiB of all images that are kept in memory, on each rank. If they are larger, every
             batch is read from the files.
         num_workers: Number of processes that read the files. The default is the number of torch's threads, at most 8.
-        skip_unreadable: Whether to skip unreadable files with a warning instead of raising an error.
+        skip_unreadable: Whether to skip unreadable files with a warning instead of raising an error. To predict a
+            folder, every file is then decoded once before; otherwise the first unreadable file ends the prediction.
         **kwargs: Arguments of :class:`BatchDataModule`: ``batch_size``, ``crop_padding``, ``flip``, ``predict_folder``,
             ``train_size``, ``label_noise``, ``train_seed``. Every training file is decoded once, for any
             ``train_size``.
@@ -175,6 +176,12 @@ class FileDataModule(BatchDataModule):
         if num_workers is not None:
             self.num_workers = num_workers
         self.skip_unreadable = skip_unreadable
+
+    def load_predict(self, paths: list[str]) -> Images:
+        """Return the images of ``predict_folder``, without unreadable ones if ``skip_unreadable`` is set."""
+        if not self.skip_unreadable:
+            return super().load_predict(paths)
+        return self.read(Files([Path(path) for path in paths], [UNKNOWN_CLASS] * len(paths)))[0]
 
     def read(self, *splits: Files) -> list[Images]:
         """Read the images of each split, with a progress bar.

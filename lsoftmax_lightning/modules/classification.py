@@ -36,12 +36,17 @@ class ClassificationModule(LSoftmaxModule):
 
     Arguments and the way to subclass are those of :class:`LSoftmaxModule`.
 
+    Attributes:
+        top_k: Number of classes to predict for each image. Default: 1.
+
     Example:
         >>> from lsoftmax_lightning import ClassificationModule
         >>> model = ClassificationModule(num_classes=10, backbone="mnist", margin=4, image_shape=(1, 28, 28))
         >>> model.head
         LSoftmaxLinear(in_features=256, num_classes=10, margin=4, lambda_=0)
     """
+
+    top_k = 1
 
     def setup(self, stage: str) -> None:
         """Reject datamodules of image pairs, whose image indices would be taken for classes."""
@@ -79,12 +84,16 @@ class ClassificationModule(LSoftmaxModule):
 
         Returns:
             ``prediction``, the predicted class; its ``probability``; ``angle`` of the sample to the weight of this
-            class, in degrees; and ``embedding``, (N, D).
+            class, in degrees; ``embedding``, (N, D); and for k = 2 to ``top_k``, ``prediction_k`` and
+            ``probability_k`` of the class with the k-th highest probability.
         """
         embedding = self.embed(batch[0] if isinstance(batch, (tuple, list)) else batch)
-        probability, prediction = self.head(embedding).softmax(dim=1).max(dim=1)
-        angle = target_angles(embedding, self.head.full_weight[prediction])
-        return {"prediction": prediction, "probability": probability, "angle": angle, "embedding": embedding}
+        probability, prediction = self.head(embedding).softmax(dim=1).topk(min(self.top_k, self.num_classes))
+        angle = target_angles(embedding, self.head.full_weight[prediction[:, 0]])
+        outputs = {"prediction": prediction[:, 0], "probability": probability[:, 0], "angle": angle}
+        for k in range(1, prediction.shape[1]):
+            outputs |= {f"prediction_{k + 1}": prediction[:, k], f"probability_{k + 1}": probability[:, k]}
+        return {**outputs, "embedding": embedding}
 
     @torch.inference_mode()
     def classify(self, images: Tensor) -> Classification:

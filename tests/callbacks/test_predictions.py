@@ -18,12 +18,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from pyarrow import parquet
 from torch import Tensor
 
 from lsoftmax_lightning import ClassificationModule, VerificationModule
 from lsoftmax_lightning.atomic import csv_safe
 from lsoftmax_lightning.callbacks import Predictions
+from lsoftmax_lightning.datamodules import ImageFolderDataModule
 from lsoftmax_lightning.datamodules.images import read_image
 from lsoftmax_lightning.errors import DataError, InputError, RunError
 
@@ -87,7 +89,8 @@ def test_a_row_has_the_outputs_of_predict_step() -> None:
         features = model.forward_features(data.normalize(data.test_data.images))
         logits = model.head(features)
     rows = read("out/here.csv")
-    assert list(rows[0]) == ["index", "prediction", "probability", "angle", "sure"]
+    assert list(rows[0]) == ["index", "label", "prediction", "probability", "angle", "sure"]
+    assert [row["label"] for row in rows] == [data.class_names[index] for index in data.test_data.targets]
     assert [int(row["index"]) for row in rows] == list(range(50))
     probability, prediction = logits.softmax(1).max(1)
     assert [row["prediction"] for row in rows] == [data.class_names[index] for index in prediction]
@@ -117,6 +120,60 @@ def test_class_names_of_any_kind_are_written(names: Any, expected: list[str]) ->
     with torch.no_grad():
         prediction = model(data.normalize(data.test_data.images)).argmax(1)
     assert [row["prediction"] for row in read("out.csv")] == [expected[index] for index in prediction]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_the_likeliest_classes_are_written_and_far_images_are_unknown(kind: str) -> None:
+    data, model = Blobs(), make_model().eval()
+    predictions = Predictions(f"out.{kind}", top_k=3, max_angle=80)
+    make_trainer(callbacks=[predictions]).predict(model, data, return_predictions=False)
+    with torch.no_grad():
+        features = model.forward_features(data.normalize(data.test_data.images))
+        probabilities, classes = model.head(features).softmax(1).topk(3)
+    angles = F.cosine_similarity(features, model.head.weight[classes[:, 0]]).arccos().rad2deg()
+    assert 0 < (angles > 80).sum() < len(angles)
+    rows = read("out.csv") if kind == "csv" else parquet.read_table("out.parquet").to_pylist()
+    for row, best, probability, angle in zip(rows, classes, probabilities, angles, strict=True):
+        names = [data.class_names[index] for index in best]
+        assert row["prediction"] == (names[0] if angle <= 80 else "unknown")
+        assert [row["prediction_2"], row["prediction_3"]] == names[1:]
+        found = [float(row[name]) for name in ("probability", "probability_2", "probability_3")]
+        assert found == pytest.approx(probability.tolist(), abs=1e-6)
+
+
+def test_rows_before_an_error_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    good = {"prediction": torch.arange(25) % 4}
+    with pytest.raises(InputError, match="must return the same 1-D outputs"):
+        predict_outputs("out.csv", good, {"other": torch.arange(25)})
+    assert [row["index"] for row in read("out.incomplete.csv")] == [str(index) for index in range(25)]
+    assert [path.name for path in Path().iterdir()] == ["out.incomplete.csv"]
+    assert "The predictions before the error are in out.incomplete.csv" in caplog.messages
+
+
+@pytest.mark.parametrize("skip_unreadable", [False, True])
+def test_files_that_are_no_images_are_named_or_skipped(skip_unreadable: bool) -> None:
+    write_folder(Path("photos"), count=3)
+    Path("photos/notes.txt").write_text("no image")
+    write_folder(Path("images"))
+    data = ImageFolderDataModule("images", 8, predict_folder="photos", skip_unreadable=skip_unreadable)
+    model = ClassificationModule(4, "digits", image_shape=(3, 8, 8))
+    trainer = make_trainer(callbacks=[Predictions("out.csv")])
+    if skip_unreadable:
+        with pytest.warns(UserWarning, match=r"Skipping 1 of \d+ files .*:\n  photos/notes.txt"):
+            trainer.predict(model, data, return_predictions=False)
+        assert {row["path"] for row in read("out.csv")} == {str(path) for path in Path("photos").rglob("*.png")}
+        assert "label" not in read("out.csv")[0]
+    else:
+        with pytest.raises(DataError, match=r"photos/notes.txt"):
+            trainer.predict(model, data, return_predictions=False)
+
+
+@pytest.mark.parametrize(("settings", "said"), [({"top_k": 0}, "top_k"), ({"max_angle": 200}, "max_angle")])
+def test_settings_of_predictions_are_checked(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=f"predictions.{said}: must be"):
+        Predictions("out.csv", **settings)
+    with pytest.raises(InputError, match="need a ClassificationModule, got BoringModel"):
+        make_trainer(callbacks=[Predictions("out.csv", top_k=2)]).predict(BoringModel(), return_predictions=False)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
