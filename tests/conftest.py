@@ -12,6 +12,8 @@ from lsoftmax_lightning.signals import SignalHandler
 # tests run side by side, a core each, and so do the programs that they start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# After torch.export, the first backward of a process starts threads that a fork cannot use. One before it does not.
+torch.ones((), requires_grad=True).backward()
 # Lightning calls parts of jsonargparse that its version 5 will not have; the dependency is held below that
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
