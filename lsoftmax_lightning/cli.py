@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from .command_parser import CommandParser
 from .config_paths import CONFIGS, find_config
 from .errors import InputError
 from .short_help import print_short_help
@@ -38,7 +39,7 @@ def configs(args: list[str]) -> None:
     Raises:
         InputError: If the name is wrong or the copy would overwrite a file.
     """
-    parser = argparse.ArgumentParser(prog="lsoftmax_lightning configs", description="The shipped configs.")
+    parser = CommandParser(prog="lsoftmax_lightning configs", description="The shipped configs.")
     parser.add_argument("--copy", metavar="NAME", help="copy this one into the working directory")
     name = parser.parse_args(args).copy
     if name is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any, get_args
 
 import yaml
 
+from .command_parser import CommandParser
 from .compare import compare_margins, report
 from .config_paths import expand_path
 from .errors import InputError
@@ -32,7 +32,7 @@ def run_compare(args: list[str]) -> None:
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(compare_margins).parameters.items()}
     margins, seeds = (" ".join(map(str, defaults[name])) for name in ("margins", "seeds"))
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lsoftmax_lightning compare",
         usage="%(prog)s --config NAME [--margins M ...] [--seeds S ...] [--jobs N] [--KEY VALUE ...]\n"
         "       %(prog)s --report PATH ... [--folder FOLDER]",
@@ -40,7 +40,6 @@ def run_compare(args: list[str]) -> None:
         "each run), table.md, figures, and the runs for TensorBoard. The same command again goes on where it was "
         "interrupted; with more margins, seeds or values it trains only what is new.",
         epilog="Any other setting is one of `fit`, the same for all runs, as in --trainer.max_steps 600.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "-c", "--config", action="append", metavar="NAME", help="a path, or the name of a shipped config"
@@ -79,7 +78,7 @@ def run_compare(args: list[str]) -> None:
         help="print the table of folders or results.csv files of compare, all runs together, without training; table "
         "and figures are written to --folder, by default that of a single comparison",
     )
-    given, settings = parser.parse_known_args(args)
+    given, settings = parser.parse_options(args)
     if given.report:
         folder = ["--folder", str(given.folder)] if given.folder else []
         folder += ["--html"] if given.html else []
@@ -128,14 +127,13 @@ def run_export(args: list[str]) -> None:
         InputError: If they do not name a network that can be exported.
         RunError: If what was exported gives something else than the module.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lsoftmax_lightning export",
         usage="%(prog)s --ckpt_path FILE [--format FORMAT] [--output FILE] [--pixels KIND] [--KEY VALUE ...]",
         description="Writes normalisation, backbone, embedding and margin-free logits to a file for batches of any "
         "size, and compares what it gives for images with what the module gives. Class names and normalisation "
         "are in its metadata. `state_dict` is the weights of the backbone alone.",
         epilog="Any other setting is one of the config, as in --data.root my_images.",
-        allow_abbrev=False,
     )
     suffixes = dict(zip(get_args(Format), ("model.onnx", "model.pt2", "backbone.pt"), strict=True))
     parser.add_argument("--ckpt_path", type=expand_path, required=True, metavar="FILE", help="a checkpoint of fit")
@@ -143,7 +141,7 @@ def run_export(args: list[str]) -> None:
     parser.add_argument("--format", choices=suffixes, default="onnx", help="default: onnx")
     parser.add_argument("--output", type=expand_path, metavar="FILE", help=f"default: {', '.join(suffixes.values())}")
     parser.add_argument("--pixels", choices=get_args(Pixels), default="uint8", help="of images; floats are 0 to 1")
-    given, settings = parser.parse_known_args(args)
+    given, settings = parser.parse_options(args)
     config = given.config or Path(given.ckpt_path).parent.parent / "config.yaml"
     if not given.config and not config.is_file():
         raise InputError(f"there is no {config}, the config of the run that {given.ckpt_path} is of: give --config.")

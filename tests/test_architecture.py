@@ -97,6 +97,7 @@ BELOW: dict[str, set[str]] = {
     "mistakes": {"compat", "config_files", "config_paths", "errors"},
     "settings": {"datamodules", "errors", "geometry", "metrics", "modules"},
     "run_folder": {"atomic", "checkpoints", "config_files", "errors", "settings"},
+    "command_parser": {"errors"},
     "short_help": {"config_paths", "errors"},
     "html_page": {"atomic"},
     "metric_labels": set(),
@@ -140,6 +141,7 @@ BELOW: dict[str, set[str]] = {
     },
     "export": {"atomic", "data_spec", "errors", "checkpoints"},
     "commands": {
+        "command_parser",
         "compare",
         "config_paths",
         "errors",
@@ -148,7 +150,16 @@ BELOW: dict[str, set[str]] = {
         "settings",
         "signals",
     },
-    "cli": {"commands", "config_paths", "errors", "lightning_cli", "short_help", "signals", "user_errors"},
+    "cli": {
+        "command_parser",
+        "commands",
+        "config_paths",
+        "errors",
+        "lightning_cli",
+        "short_help",
+        "signals",
+        "user_errors",
+    },
     "__main__": {"cli"},
 }
 

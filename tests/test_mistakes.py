@@ -263,6 +263,31 @@ def test_what_is_required_gets_one_line(args: list[str], said: str, capsys: pyte
     assert len(printed.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            ["compare", "--config=digits.yaml", "--margin", "2"],
+            "--margin: is not an option of lsoftmax_lightning compare",
+        ),
+        (["compare", "--config=digits.yaml", "--margin", "2"], "did you mean --margins?"),
+        (["compare", "--config=digits.yaml", "--seed=1"], "did you mean --seeds?"),
+        (["compare", "--config=digits.yaml", "--jbos=1"], "did you mean --jobs?"),
+        (["compare", "--config=digits.yaml", "--margins", "two"], "--margins: invalid int value: 'two'"),
+        (["compare", "--config=digits.yaml", "--model.margn=1"], "did you mean --model.margin?"),
+        (["export", "--ckpt_path=a.ckpt", "--formt=onnx"], "did you mean --format?"),
+        (["export", "--ckpt_path=a.ckpt", "--format=onx"], "--format: invalid choice: 'onx'"),
+        (["export"], "the following arguments are required: --ckpt_path"),
+        (["configs", "--cpy", "digits"], "unrecognized arguments: --cpy digits"),
+    ],
+)
+def test_a_mistake_in_an_option_gets_one_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = fails(capsys, *args)
+    assert said in printed
+    assert printed.startswith("error: ")
+    assert len(printed.splitlines()) == 1
+
+
 LOGS = """
 from lightning import Callback
 from lsoftmax_lightning import ClassificationModule

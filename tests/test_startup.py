@@ -9,11 +9,12 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-import lsoftmax_lightning
+import lsoftmax_lightning.__main__
 from lsoftmax_lightning.cli import COMMANDS, LIGHTNING_COMMANDS, main
 from lsoftmax_lightning.config_files import flat
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
@@ -185,3 +186,13 @@ for command in (lambda: main(["fit", "--full_help"]), run):
     expected = ["collects True frozen False", "collects True frozen True"]  # of main and of run
     assert [line for line in lines if line.startswith("collects")] == expected
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_the_command_finds_modules_in_the_working_directory(safe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = SimpleNamespace(safe_path=safe)
+    monkeypatch.setattr(lsoftmax_lightning.__main__, "main", lambda: None)
+    monkeypatch.setattr(lsoftmax_lightning.__main__, "sys", SimpleNamespace(flags=flags, path=["scripts"]))
+    lsoftmax_lightning.__main__.run()
+    lsoftmax_lightning.__main__.run()
+    assert lsoftmax_lightning.__main__.sys.path == (["scripts"] if safe else [os.getcwd(), "scripts"])
