@@ -62,7 +62,6 @@ def test_texts_are_shown_as_they_are() -> None:
     assert Image.open(io.BytesIO(page.pictures['"name"'])).size == (120, 120)
 
 
-@pytest.mark.draws
 def test_a_run_and_a_comparison_have_a_page() -> None:
     drawn = [word for word in SHORT if "every_n_epochs" not in word]
     main(["fit", "--config=digits.yaml", *drawn, "--dashboard.html=true"])

@@ -65,7 +65,7 @@ def assert_same(one: Any, other: Any) -> None:
     [
         pytest.param(10, KILLS, [], id="killed"),
         pytest.param(10, ["SIGTERM", "SIGINT"], VALIDATED_WITHIN_EPOCHS, id="signalled"),
-        pytest.param(10, ["SIGTERM", "batch", "SIGINT"], ACCUMULATED, id="accumulating"),
+        pytest.param(10, ["SIGTERM", "batch", "SIGINT"], ACCUMULATED, id="accumulating", marks=pytest.mark.slow),
         pytest.param(30, 3 * KILLS, [], id="killed often", marks=pytest.mark.slow),
         pytest.param(
             30, 5 * ["SIGTERM", "SIGINT"], VALIDATED_WITHIN_EPOCHS, id="signalled often", marks=pytest.mark.slow
@@ -239,7 +239,7 @@ def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPat
 def test_two_processes_stop_together_and_resume_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", ROOT)
     args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]
-    args += ["--trainer.max_epochs=25"]  # ranks agree to stop once a second, in which a fast machine takes 200 steps
+    args += ["--trainer.max_epochs=16"]  # ranks agree to stop once a second, in which a fast machine takes 200 steps
     whole = run_on(2, partial(main, [*args, "--trainer.logger.name=whole"]))
     assert whole.returncode == 0, whole.stderr
     args += ["--trainer.logger.name=stopped", "--ckpt_path=last"]
@@ -247,7 +247,7 @@ def test_two_processes_stop_together_and_resume_exactly(monkeypatch: pytest.Monk
     stopped = launch(partial(main, [*args, *stop]), *args, *stop, program=lsoftmax_lightning.__main__)
     assert stopped.returncode == 143, stopped.stderr
     assert (stopped.stdout + stopped.stderr).count("Stopped after") == 1
-    assert 25 < last("runs/stopped/version_0")["global_step"] < 500
+    assert 25 < last("runs/stopped/version_0")["global_step"] < 320
     done = run_on(2, partial(main, args))
     assert done.returncode == 0, done.stderr
     one, other = last("runs/whole/version_0"), last("runs/stopped/version_0")

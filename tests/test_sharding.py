@@ -38,13 +38,17 @@ RESUMED = [(2, 1), (1, 2)]
 
 
 @pytest.mark.parametrize(
-    ("resumed", "max_count"),
-    [(RESUMED, 2), pytest.param(list(product(COUNTS, COUNTS)), 4, marks=pytest.mark.slow)],
+    ("resumed", "max_count", "names"),
+    [
+        (RESUMED, 2, ["plain", "clipped and accumulated"]),
+        pytest.param(list(product(COUNTS, COUNTS)), 4, list(RUNS), marks=pytest.mark.slow),
+    ],
     ids=["some", "all"],
 )
 def test_any_number_of_processes_trains_as_one(
     resumed: list[tuple[int, int]],
     max_count: int,
+    names: list[str],
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -55,7 +59,7 @@ def test_any_number_of_processes_trains_as_one(
         assert done.returncode == 0, done.stderr
 
     for count in COUNTS:
-        run(count, work, list(RUNS) if count <= max_count else [])
+        run(count, work, names if count <= max_count else [])
     for count in COUNTS:
         run(count, go_on, [before for before, after in resumed if after == count])
     run(2, refusals)
@@ -70,6 +74,8 @@ def test_any_number_of_processes_trains_as_one(
     # In bf16 the sharded head rounds the products that the whole head computes in float32. Over 30 steps this moves
     # most weights by less than 0.01, and by up to 0.1 where it changes the side of a ReLU.
     for name, tolerance in (("plain", 1e-6), ("clipped and accumulated", 1e-6), ("bf16-mixed", 0.2)):
+        if name not in names:
+            continue
         one = read(f"{name} 1")
         for count in [count for count in COUNTS[1:] if count <= max_count]:
             other = read(f"{name} {count}")

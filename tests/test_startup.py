@@ -50,6 +50,7 @@ def test_nothing_heavy_is_imported(args: list[str], code: int) -> None:
     assert not HEAVY & {name.partition(".")[0] for name in imported}
 
 
+@pytest.mark.slow
 def test_help_and_print_config_import_no_scikit_learn() -> None:
     code = """
 from contextlib import suppress

@@ -17,7 +17,7 @@ from lsoftmax_lightning.transforms import RandomCropFlip
 
 from .training import BlobsDataModule, make_model, make_trainer
 
-SIZES = range(1, 17)  # batches of 8: a part of one, a whole one, and one with any part of the next
+SIZES = (1, 2, 5, 8, 9, 12, 15, 16)  # batches of 8: a part of one, a whole one, and one with a part of the next
 
 
 class Sum(torch.autograd.Function):
