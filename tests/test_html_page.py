@@ -67,15 +67,16 @@ def test_a_run_and_a_comparison_have_a_page() -> None:
     main(["fit", "--config=digits.yaml", *drawn, "--dashboard.html=true"])
     page = Page(Path("runs/digits/version_0/report.html"))
     assert page.headings[0] == "Run runs/digits/version_0"
-    assert {"Accuracy and loss", "Test", "Validation", "Settings", "Machine and versions"} <= set(page.headings)
+    plots = {"Test: plots", "Validation: plots"}
+    assert plots | {"Test: Accuracy and loss", "Settings", "Machine and versions"} <= set(page.headings)
     assert {"test/confusion", "val/confusion", "val/features"} <= page.pictures.keys()
     assert any(re.search(r"margin: 2\n", text) for text in page.texts)
     assert "torch" in page.texts
 
     main(["test", f"--config={Path('runs/digits/version_0/config.yaml')}", "--ckpt_path=best"])
     page = Page(Path("runs/digits/version_0/test/report.html"))
-    assert "Test" in page.headings
-    assert "Validation" not in page.headings
+    assert "Test: plots" in page.headings
+    assert "Validation: plots" not in page.headings
 
 
 def test_a_page_of_a_comparison_needs_a_folder() -> None:

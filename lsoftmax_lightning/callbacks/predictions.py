@@ -18,7 +18,6 @@ from torch import Tensor
 from ..atomic import atomic_path, csv_safe, disk_errors, temporary_path
 from ..class_names import names_by_index
 from ..compat import current_datamodule
-from ..dashboard.observer import classes_of
 from ..errors import InputError, RunError
 
 MERGED_ROWS = 2**12  # rows in memory when the files of the ranks are merged
@@ -30,7 +29,8 @@ class Predictions(Callback):
     The first column is the path of the image, or its index if the data are not in files. The other columns are the 1-D
     outputs of ``predict_step``, which must be the same in every batch. For a
     :class:`~lsoftmax_lightning.ClassificationModule` they are ``prediction`` (the name of the class), ``probability``,
-    and ``angle`` to the weight of that class in degrees; the true class, where it is known, is in front as ``label``.
+    and ``angle`` to the weight of that class in degrees; the true class, if ``predict_data.targets`` of the datamodule
+    has it, is in front as ``label``.
     Floats are written with nine digits, which is exact for float32.
 
     Each rank writes its rows batch by batch to a temporary file beside the output, and rank 0 merges the files at the
@@ -103,6 +103,8 @@ class Predictions(Callback):
         datamodule = current_datamodule(trainer)
         data = getattr(datamodule, "predict_data", None)
         self._paths = getattr(getattr(data, "images", None), "paths", ())
+        targets = getattr(data, "targets", None)
+        self._targets = targets if isinstance(targets, Tensor) and not (targets < 0).any() else None  # -1 is unknown
         self._id_column = "path" if self._paths else "index"
         self._class_names = names_by_index(datamodule)
         self._count = 0  # rows written by this rank
@@ -131,9 +133,10 @@ class Predictions(Callback):
         """Write the rows of a batch."""
         module_name = type(pl_module).__name__
         _check_outputs(outputs, module_name)
-        target = classes_of(batch)
-        if "prediction" in outputs and target is not None and (target >= 0).all():  # unknown ones are -1
-            outputs = {"label": target.long(), **outputs}
+        size = len(next(iter(outputs.values())))
+        indices = [trainer.global_rank + trainer.world_size * (self._count + i) for i in range(size)]
+        if self._targets is not None and "prediction" in outputs:
+            outputs = {"label": self._targets[indices], **outputs}
         is_integer = {name: not value.is_floating_point() for name, value in outputs.items() if value.ndim == 1}
         if not is_integer and not self.embeddings:
             raise InputError(
@@ -156,8 +159,6 @@ class Predictions(Callback):
         if self.max_angle is not None:
             pairs = zip(columns["prediction"], columns["angle"], strict=True)
             columns["prediction"] = [name if angle <= self.max_angle else "unknown" for name, angle in pairs]
-        size = len(next(iter(outputs.values())))
-        indices = [trainer.global_rank + trainer.world_size * (self._count + i) for i in range(size)]
         image_ids = [self._paths[index] for index in indices] if self._paths else indices
         with self._disk_errors():
             for row in zip(image_ids, *columns.values(), strict=True):

@@ -34,12 +34,12 @@ class RunProgress(ProgressBar):
         self._task = TaskID(0)
         self._next_update = 0.0  # seconds of the clock
 
-    @override
     def disable(self) -> None:
+        """Show nothing."""
         self._enabled = False
 
-    @override
     def enable(self) -> None:
+        """Show the line of the next run."""
         self._enabled = True
 
     @override

@@ -81,6 +81,8 @@ class Dashboard(SnapshotObserver):
             raise InputError(f"max_share must be from 0 to 1, got {max_share}.")
         if save not in (True, False, "png", "svg", "pdf"):
             raise InputError(f"save must be true, false, png, svg or pdf, got {save}.")
+        if html and every_n_epochs == 0:
+            raise InputError("html: the page shows plots, got every_n_epochs 0 (no plots); set it to 1 or more.")
         self.every_n_epochs, self.max_samples, self.max_share, self.save = every_n_epochs, max_samples, max_share, save
         self.html = html
         self._sections: dict[str, Section] = {}  # of the page, by stage
@@ -228,16 +230,18 @@ class Dashboard(SnapshotObserver):
                     log_figure(logger, name, plot.figure, snapshot.step)
                 if self.html:
                     pictures.append(figure_html(plot.figure, name))
-        self._sections[snapshot.stage] = Section(_STAGES[snapshot.stage], "\n".join(pictures))
+        self._sections[snapshot.stage] = Section(f"{_STAGES[snapshot.stage]}: plots", "\n".join(pictures))
 
     def _write_page(self, trainer: Trainer) -> None:
         if not self.html or not trainer.is_global_zero:
             return
         run = self._folder.parent
         with self.optional("report.html"):
-            groups = labelled({n: v for n, v in trainer.callback_metrics.items() if n.startswith(("val/", "test/"))})
-            sections = [Section(name, table_html((), rows)) for name, rows in groups.items()]
-            sections += [section for stage in ("test", "val") if (section := self._sections.get(stage))]
+            metrics = trainer.callback_metrics
+            stage = "test" if any(name.startswith("test/") for name in metrics) else "val"
+            groups = labelled({name: value for name, value in metrics.items() if name.startswith(f"{stage}/")})
+            sections = [Section(f"{_STAGES[stage]}: {name}", table_html((), rows)) for name, rows in groups.items()]
+            sections += [self._sections[stage] for stage in ("test", "val") if stage in self._sections]
             config = run / "config.yaml"
             if config.is_file():
                 sections.append(Section("Settings", text_html(config.read_text(encoding="utf-8"))))

@@ -75,7 +75,7 @@ class Snapshot:
 
     def image_id(self, index: int) -> str:
         """Return the file of an image, or its index if the images are not from files."""
-        return str(self.paths[index]) if self.paths else str(index)
+        return str(self.paths[index] if index < len(self.paths) else index)
 
     def title(self, subject: str) -> str:
         """Return the title of a plot, with the margin, and in training with lambda and step."""
