@@ -65,7 +65,7 @@ class _SaveConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         super().__init__(parser, config, **kwargs)
-        self._text = parser.dump(config, skip_none=False, skip_validation=True)  # it was parsed
+        self._text = parser.dump(config, skip_none=False, skip_validation=True)  # parsing validated it
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the parser, which does not pickle."""
