@@ -41,7 +41,7 @@ SETTINGS = (
     Setting(ALL, "data.batch_size", "N", "images of a step on all devices together"),
     Setting("fit", "data.train_size", "N", "train on N images drawn from the training set; null for all"),
     Setting("predict", "data.predict_folder", "FOLDER", "predict the images in this folder instead of the test set"),
-    Setting("predict", "predictions.output", "FILE", "file to write, .csv or .parquet; by default in the folder of the run"),
+    Setting("predict", "predictions.output", "FILE", "file, .csv or .parquet; by default in the folder of the run"),
     Setting("fit", "trainer.max_epochs", "N", "length of the run in epochs"),
     Setting("fit", "trainer.max_steps", "N", "length of the run in steps, if it is shorter; -1 for no limit", -1),
     Setting(ALL, "trainer.accelerator", "KIND", "cpu, gpu or auto", "auto"),
