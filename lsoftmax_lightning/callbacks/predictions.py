@@ -207,8 +207,8 @@ class Predictions(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the rows of a single rank; remove the temporary files."""
         with suppress(OSError):  # closing a file writes its buffer, which fails on a full disk
-            is_of_disk = isinstance(exception, RunError)
-            if not is_of_disk and trainer.world_size == 1 and self._count and not self._table_file.closed:
+            is_kept = isinstance(exception, Exception) and not isinstance(exception, RunError)  # no signal or full disk
+            if is_kept and trainer.world_size == 1 and self._count and not self._table_file.closed:
                 self._table_file.close()
                 path = self._path.with_name(f"{self._path.stem}.incomplete{self._path.suffix}")
                 with atomic_path(path) as part:
