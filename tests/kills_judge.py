@@ -175,10 +175,10 @@ def different_fit(expected: Path, folder: Path) -> list[str]:
 
 
 def different_test(expected: Path, folder: Path) -> list[str]:
-    """Compare the latest ``results.json`` of tests, beside the run that was tested."""
+    """Compare the latest ``results.json`` of tests."""
     figures = []
     for place in (expected, folder):
-        paths = [path for path in place.glob("runs/*/version_*/results.json") if path.parent != last_run(place)]
+        paths = list(place.glob("runs/*/version_*/test/results.json"))
         if not paths:
             return [f"no results.json in {place}"]
         figures.append(json.loads(max(paths, key=lambda path: path.stat().st_mtime).read_text()))
@@ -190,7 +190,7 @@ def different_table(expected: Path, folder: Path) -> list[str]:
     tables = []
     for place in (expected, folder):
         text = max(place.parent.glob("*.0.out"), key=lambda path: path.stat().st_mtime).read_text()
-        tables.append(re.findall(r"│ +(\S+) +│ +(\S+) +│", text))
+        tables.append(re.findall(r"^ {2,}(\S.*?) {2,}(\S.*?) *$", text, re.MULTILINE))
     return [] if tables[0] == tables[1] and tables[0] else [f"figures {tables[1]}, expected {tables[0]}"]
 
 

@@ -227,7 +227,7 @@ def _evaluate(name: str, command: str, which: str, stage: str, *moments: tuple[D
         ((command, *_DIGITS, f"--ckpt_path={which}"),),
         (*common, *moments),
         judge.different_test if command == "test" else judge.different_table,
-        _FIT_RESULT if command == "test" else ("*.0.out",),
+        ("work/runs/*/version_*/test/results.json",) if command == "test" else ("*.0.out",),
         again=(),
         start="trained",
     )
