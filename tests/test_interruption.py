@@ -236,6 +236,7 @@ def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPat
     assert config.read_text() == before
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_resume_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", ROOT)
     args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]

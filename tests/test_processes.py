@@ -227,7 +227,8 @@ def test_a_batch_that_does_not_divide_is_one_error() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("strategy", ["ddp_notebook", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_notebook", "ddp_spawn"])
 def test_an_error_of_a_forked_or_spawned_process_is_one_error(strategy: str) -> None:
     done = run_command(2, "--data.batch_size=65", f"--trainer.strategy={strategy}")
     assert done.returncode == 1

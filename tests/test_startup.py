@@ -132,6 +132,7 @@ def test_a_config_with_settings_of_several_commands_may_stand_before_the_command
     assert "class_path: lsoftmax_lightning.ClassificationModule" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_package_offers_its_names_when_they_are_used() -> None:
     code = """
 import sys

@@ -391,6 +391,7 @@ next(batches)
 """
 
 
+@pytest.mark.slow
 def test_python_exits_while_images_are_read() -> None:
     subprocess.run([sys.executable, "-c", KEPT], check=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)})
 

@@ -110,7 +110,10 @@ class InterruptAt25(ProgressFile):
     [
         (signal.SIGKILL, "comparison", -9, ""),
         (signal.SIGINT, "comparison", 130, "The same command continues from here.\nStopped by SIGINT.\n"),
-        (signal.SIGTERM, "worker", 1, "error: 1 of 1 runs failed; the same command tries them again."),
+        pytest.param(
+            *(signal.SIGTERM, "worker", 1, "error: 1 of 1 runs failed; the same command tries them again."),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 @pytest.mark.usefixtures("forked_runs")
