@@ -171,8 +171,7 @@ def write_torch_export(program: torch.export.ExportedProgram, path: Path, metada
     """Write a program for :func:`torch.export.load`, and return a function that runs the written one."""
     buffer = io.BytesIO()  # on a full disk, torch reports no cause
     torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
-    with buffer.getbuffer() as content:  # left to the garbage collector, it makes Python 3.13 print an error
-        path.write_bytes(content)
+    path.write_bytes(buffer.getbuffer())
     run: Runner = torch.export.load(path).module()
     return run
 
