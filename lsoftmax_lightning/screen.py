@@ -1,4 +1,4 @@
-"""What the commands print: metrics as a table, and log messages of Lightning without those of no use."""
+"""Output of the commands: metrics as a table, and log messages of Lightning except those that users do not need."""
 
 from __future__ import annotations
 

@@ -88,10 +88,14 @@ def report(
     if get_console().is_terminal:
         _print_table(header, lines, notes)
     else:
-        print("\n\n".join([markdown_table(header, lines), *notes]))
+        print(_markdown(header, lines, notes))
     if folder is not None:
         print(f"\nTable and figures are in {folder}")
     return rows
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    return "\n\n".join([markdown_table(header, lines), *notes])
 
 
 def _print_table(header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
@@ -124,7 +128,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     names = columns(runs)
     write_csv(folder / "results.csv", [names, *([row.get(name, "") for name in names] for row in rows)])
-    write_text(folder / "table.md", "\n\n".join([markdown_table(header, lines), *notes]) + "\n")
+    write_text(folder / "table.md", _markdown(header, lines, notes) + "\n")
     written: set[str] = set()
     pictures = []
     for title, figure in track(draw(runs), "Drawing", transient=True, disable=not get_console().is_terminal):

@@ -29,9 +29,9 @@ from .collector import SnapshotObserver
 from .loggers import figure_loggers, log_figure
 from .observer import tensorboard_loggers
 from .panels import Plot, draw
+from .plots import STAGES
 from .snapshots import ClassSnapshot, Snapshot
 
-_STAGES = {"val": "Validation", "test": "Test"}
 MAX_TRAIN_ANGLES = 1_000_000  # samples, of 4 bytes each
 MAX_TRAIN_BATCHES = 1000  # small tensors, each of which takes several hundred bytes more
 
@@ -230,7 +230,7 @@ class Dashboard(SnapshotObserver):
                     log_figure(logger, name, plot.figure, snapshot.step)
                 if self.html:
                     pictures.append(figure_html(plot.figure, name))
-        self._sections[snapshot.stage] = Section(f"{_STAGES[snapshot.stage]}: plots", "\n".join(pictures))
+        self._sections[snapshot.stage] = Section(f"{STAGES[snapshot.stage].capitalize()}: plots", "\n".join(pictures))
 
     def _write_page(self, trainer: Trainer) -> None:
         if not self.html or not trainer.is_global_zero:
@@ -240,7 +240,8 @@ class Dashboard(SnapshotObserver):
             metrics = trainer.callback_metrics
             stage = "test" if any(name.startswith("test/") for name in metrics) else "val"
             groups = labelled({name: value for name, value in metrics.items() if name.startswith(f"{stage}/")})
-            sections = [Section(f"{_STAGES[stage]}: {name}", table_html((), rows)) for name, rows in groups.items()]
+            title = STAGES[stage].capitalize()
+            sections = [Section(f"{title}: {name}", table_html((), rows)) for name, rows in groups.items()]
             sections += [self._sections[stage] for stage in ("test", "val") if stage in self._sections]
             config = run / "config.yaml"
             if config.is_file():

@@ -26,8 +26,9 @@ COLORS = (
     *("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"),
     *("#ca9161", "#fbafe4", "#000000", "#ece133", "#56b4e9"),
 )
+STAGES = {"train": "training", "val": "validation", "test": "test"}
+"""Name of each stage in words."""
 _STAGE_COLORS = {"train": COLORS[0], "val": COLORS[1], "test": COLORS[2]}
-_STAGES = {"train": "training", "val": "validation"}
 _BIN_DEGREES = ((2000, 1), (500, 2), (0, 5))
 """Width of the bins of a histogram, by the least number of samples."""
 _MARKERS = "o^sDvP*X<>"
@@ -141,7 +142,7 @@ def angle_histogram(
             width = next(width for least, width in _BIN_DEGREES if len(values) >= least)
             counts = torch.histc(values.float(), bins=180 // width, min=0, max=180)
             percent, edges = (counts * (100 / len(values) / width)).numpy(), range(0, 181, width)
-            label = _literal(f"{_STAGES.get(name, name)} (mean {values.float().mean():.1f}°)")
+            label = _literal(f"{STAGES.get(name, name)} (mean {values.float().mean():.1f}°)")
             color = _STAGE_COLORS.get(name, color)
             axes.stairs(percent, edges, fill=True, color=color, alpha=0.3)
             handles.append(axes.stairs(percent, edges, color=color, linewidth=1.5, label=label))
@@ -164,7 +165,7 @@ def segment_bars(fractions: Mapping[str, Tensor], title: str = "") -> Figure:
     """
     figure = Figure(figsize=(7, 1.6 + 0.6 * len(fractions)), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="% of the samples", xlim=(0, 100))
-    names = [_STAGES.get(name, name) for name in fractions]
+    names = [STAGES.get(name, name) for name in fractions]
     percent = 100 * torch.stack([values.float() for values in fractions.values()], dim=1)
     colors = colormaps["viridis_r"](np.linspace(0.05, 0.95, len(percent)))
     left = np.zeros(len(names))

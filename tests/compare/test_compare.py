@@ -67,8 +67,8 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
     capsys.readouterr()
-    assert len(compare_margins("digits", [1], [0, 1], SHORT, {"model.label_smoothing": [0]}, jobs=2)) == 5
-    assert "1 of 2 runs are finished already" in capsys.readouterr().out
+    assert len(compare_margins("digits", [1, 2], [0, 1], SHORT, {"model.label_smoothing": [0]}, jobs=2)) == 6
+    assert "2 of 4 runs are finished already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     averaged = Path("averaged")
