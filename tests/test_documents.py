@@ -28,7 +28,7 @@ from .helpers.formats import write_cifar, write_folder, write_image, write_lfw, 
 from .helpers.training import WRITES_ONNX
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FILES = dict(
     file
     for page in PAGES
@@ -151,12 +151,12 @@ def plan_fewer(
     return plan(configs, margins[:num_values], seeds[:1], settings, first, folder)
 
 
-LONG = {"data.md", "deploy.md", "devices.md", "earlier_results.md", "results.md"}
-
-
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in LONG else []) for page in PAGES],
+    [
+        pytest.param(page, id=str(page.relative_to(ROOT)), marks=[] if page.parent == ROOT else pytest.mark.slow)
+        for page in PAGES
+    ],
 )
 @pytest.mark.filterwarnings("ignore")  # so small a training is not what anybody would want
 def test_every_command_runs(page: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
