@@ -487,8 +487,8 @@ def result(folder: Path, name: str, process: subprocess.Popen[str], until: float
     except subprocess.TimeoutExpired:
         process.kill()
         return {"error": "no time left"}
-    path = folder / name / "version_0" / "results.json"
-    if code or not path.is_file():
+    path = next((folder / name).glob("*/results.json"), None)
+    if code or path is None:
         return {"error": ((folder / f"{name}.log").read_text().strip().splitlines() or [f"code {code}"])[-1]}
     found: dict[str, Any] = json.loads(path.read_text())
     return found
@@ -512,7 +512,7 @@ def commands() -> Table:
         folder = Path(temporary)
         started = {name: start_fit(folder, name, *arguments) for name, arguments in jobs.items()}
         until = time.perf_counter() + 150
-        last = folder / "stopped" / "version_0" / "checkpoints" / "last.ckpt"
+        last = folder / "stopped" / "m4-s0" / "checkpoints" / "last.ckpt"
         while time.perf_counter() < until and not last.is_file() and started["stopped"].poll() is None:
             time.sleep(0.05)
         started["stopped"].send_signal(signal.SIGTERM)
@@ -523,7 +523,7 @@ def commands() -> Table:
             found = result(folder, name, process, until)
             rows.append([name, found["error"] if "error" in found else f"{found['test/acc']:.1%}"])
         weights = [
-            torch.load(folder / name / "version_0" / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+            torch.load(folder / name / "m4-s0" / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
             for name in ("whole", "stopped")
         ]
         one, other = (checkpoint["state_dict"] for checkpoint in weights)

@@ -43,5 +43,5 @@ node &
 other=$!
 node
 wait $other
-test -f runs/nodes/version_0/results.json
+test -f runs/nodes/*/results.json
 echo "== all of it works"

@@ -129,7 +129,7 @@ def local_file(path: str | Path) -> Iterator[Path]:
     """
     if "://" not in str(path):
         if not Path(path).is_file():
-            raise InputError(f"there is no file {path}; an example is runs/digits/version_0/checkpoints/last.ckpt.")
+            raise InputError(f"there is no file {path}; an example is runs/digits/m4-s0/checkpoints/last.ckpt.")
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:

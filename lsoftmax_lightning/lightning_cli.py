@@ -39,7 +39,7 @@ from .callbacks import (
 from .checkpoints import local_file, read, saved_data_spec
 from .compat import CommandLine, kill_launched_ranks, trains_in_other_processes
 from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
-from .dashboard.observer import tensorboard_loggers
+from .dashboard.observer import head_of, tensorboard_loggers
 from .datamodules import PredictFolderDataModule
 from .errors import InputError, LSoftmaxError, SettingsError
 from .library_messages import USED_FOLDER_WARNING
@@ -49,6 +49,7 @@ from .run_folder import (
     locked_run,
     remove_leftovers,
     report_changed_settings,
+    training_logger,
     write_results,
 )
 from .screen import print_metrics, quiet_logs
@@ -209,12 +210,14 @@ class LSoftmaxCLI(CommandLine):
         if run.get("weights_only") is False:
             raise InputError("weights_only: checkpoints are always read without running code in them; leave it out.")
         loggers = as_list(run.trainer.logger)
+        if self.subcommand == "fit":
+            self._name_folders(loggers)
         if run.ckpt_path in ("last", "best"):
             loggers = self._resume_last_run(run.ckpt_path, loggers)
         elif run.ckpt_path and "://" in run.ckpt_path:
             run.ckpt_path = str(self._resources.enter_context(local_file(run.ckpt_path)))
         if self.subcommand != "fit":
-            loggers = self._log_beside_run(run.ckpt_path, loggers)
+            self._name_folders(loggers)  # within that of the checkpoint, which is now known
         if isinstance(run.trainer.logger, list):  # the first logger names the folder of the run
             kwargs["logger"] = sorted(loggers, key=lambda logger: not isinstance(logger, TensorBoardLogger))
         elif isinstance(run.trainer.logger, TensorBoardLogger):
@@ -260,14 +263,21 @@ class LSoftmaxCLI(CommandLine):
             loggers[folders.index] = type(loggers[folders.index])(**resumed)
         return loggers
 
-    def _log_beside_run(self, ckpt_path: str | None, loggers: list[Any]) -> list[Any]:
-        """Let a command other than ``fit`` write to a folder of its name: that of the run, or that of all runs."""
+    def _name_folders(self, loggers: list[Any]) -> None:
+        """Replace each TensorBoardLogger without a version by one whose folder is named after the run.
+
+        A command other than ``fit`` writes to a folder of its name in that of the run, or among the runs.
+        """
+        run, head = self.config_init[self.subcommand], head_of(self.model)
         settings = as_list(self.config[self.subcommand].trainer.logger)
-        for index, logger in enumerate(settings):
-            if is_kind(logger, TensorBoardLogger) and logger.init_args.version is None:
-                arguments = evaluation_logger(logger.init_args, str(self.subcommand), ckpt_path)
-                loggers[index] = type(loggers[index])(**arguments)
-        return loggers
+        for index, (logger, before) in enumerate(zip(loggers, settings, strict=True)):
+            if not is_kind(before, TensorBoardLogger) or before.init_args.version is not None:
+                continue
+            if self.subcommand == "fit":
+                arguments = training_logger(before.init_args, head and head.margin, run.seed_everything)
+            else:
+                arguments = evaluation_logger(before.init_args, str(self.subcommand), run.ckpt_path)
+            loggers[index] = type(logger)(**arguments)
 
     def _run_folders(self, word: str) -> RunFolders:
         settings = self.config[self.subcommand]
@@ -366,8 +376,8 @@ class LSoftmaxCLI(CommandLine):
         write_results(self.trainer, chosen_by)
         if best:
             rank_zero_info(f"Tested checkpoint: {best}")
-        if tensorboard_loggers(self.trainer):
-            rank_zero_info(f"Dashboard: tensorboard --logdir {Path(str(self.trainer.log_dir)).parent}")
+        if loggers := tensorboard_loggers(self.trainer):
+            rank_zero_info(f"Dashboard: tensorboard --logdir {loggers[0].save_dir}")
 
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
         """Evaluate the model on the validation set, and print the metrics if ``verbose``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -77,7 +79,7 @@ class RunFolders:
                 return folder
             if settings is not None and not _changed_settings(self.config(folder), settings):
                 return folder
-        return latest[0] if latest else runs / "version_0"
+        return latest[0] if latest else runs / "*"
 
     def config(self, folder: Path) -> Path:
         """Return the path of the config of a run."""
@@ -99,6 +101,30 @@ class RunFolders:
         version = _version(folder) if self.logger.version is None else self.logger.version
         settings: dict[str, Any] = self.logger.as_dict()
         return settings | {"version": version, "purge_step": global_step + 1}
+
+
+def training_logger(settings: Namespace, margin: int | None, seed: int | bool | None) -> dict[str, Any]:
+    """Return the settings of a TensorBoardLogger without a version, for a run named after its margin and seed.
+
+    Args:
+        settings: Its settings.
+        margin: Margin m; None if the module has no head.
+        seed: Seed of the run; a bool or None if it has none of its own.
+
+    Returns:
+        The settings with a version such as ``m4-s0``, or ``m4-s0-2`` for the second such run.
+    """
+    arguments: dict[str, Any] = settings.as_dict()
+    parts = [] if margin is None else [f"m{margin}"]
+    if seed is not None and not isinstance(seed, bool):
+        parts.append(f"s{seed}")
+    if not parts:
+        return arguments
+    name = "-".join(parts)
+    runs = TensorBoardLogger(**arguments).root_dir
+    exists = get_filesystem(runs).exists
+    names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
+    return arguments | {"version": next(name for name in names if not exists(os.path.join(runs, name)))}
 
 
 def evaluation_logger(settings: Namespace, command: str, ckpt_path: str | None) -> dict[str, Any]:

@@ -140,8 +140,8 @@ def _same(one: Any, other: Any) -> bool:
 
 def last_run(folder: Path) -> Path:
     """Return the folder of the last run of fit."""
-    runs = folder.glob("runs/*/version_*/config.yaml")
-    return max((path.parent for path in runs), key=lambda run: int(run.name.removeprefix("version_")))
+    configs = folder.glob("runs/*/*/config.yaml")
+    return max(configs, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def _files(run: Path) -> set[str]:
@@ -178,7 +178,7 @@ def different_test(expected: Path, folder: Path) -> list[str]:
     """Compare the latest ``results.json`` of tests."""
     figures = []
     for place in (expected, folder):
-        paths = list(place.glob("runs/*/version_*/test/results.json"))
+        paths = list(place.glob("runs/*/*/test/results.json"))
         if not paths:
             return [f"no results.json in {place}"]
         figures.append(json.loads(max(paths, key=lambda path: path.stat().st_mtime).read_text()))

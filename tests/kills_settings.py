@@ -45,7 +45,7 @@ _FOLDER = (
 )
 _TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
 _LAST = "--ckpt_path=last"
-_FIT_RESULT = ("work/runs/*/version_*/results.json",)
+_FIT_RESULT = ("work/runs/*/*/results.json",)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _predict(name: str, *args: str) -> Scenario:
 
 
 def _export(name: str, form: str, file: str, *moments: tuple[Draw, tuple[str, ...]]) -> Scenario:
-    path = "runs/digits/version_0/checkpoints/best.ckpt"
+    path = "runs/digits/m4-s0/checkpoints/best.ckpt"
     command = ("export", f"--ckpt_path={path}", f"--format={form}")
     return Scenario(
         name,
@@ -227,7 +227,7 @@ def _evaluate(name: str, command: str, which: str, stage: str, *moments: tuple[D
         ((command, *_DIGITS, f"--ckpt_path={which}"),),
         (*common, *moments),
         judge.different_test if command == "test" else judge.different_table,
-        ("work/runs/*/version_*/test/results.json",) if command == "test" else ("*.0.out",),
+        ("work/runs/*/*/test/results.json",) if command == "test" else ("*.0.out",),
         again=(),
         start="trained",
     )

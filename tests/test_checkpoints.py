@@ -115,7 +115,7 @@ def repacked(content: bytes, compression: int = zipfile.ZIP_DEFLATED, copies: in
 @pytest.mark.parametrize("how", [{}, {"compression": zipfile.ZIP_LZMA}, {"compression": 0, "copies": 2}], ids=str)
 def test_repacked_checkpoint_is_refused(how: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config=digits.yaml", *SHORT])
-    path = Path("runs/digits/version_0/checkpoints/best.ckpt")
+    path = Path("runs/digits/m2-s0/checkpoints/best.ckpt")
     path.write_bytes(repacked(path.read_bytes(), **how))
     assert zipfile.ZipFile(path).testzip() is None
     warm = ["fit", "--config=digits.yaml", *SHORT, f"--model.warm_start={path}"]
@@ -149,7 +149,7 @@ def test_a_remote_checkpoint_runs_no_code(
 ) -> None:
     main(["fit", "--config=digits.yaml", *SHORT])
     place = server if scheme == "http" else f"file://{Path.cwd()}"
-    hostile = torch.load("runs/digits/version_0/checkpoints/last.ckpt", weights_only=True) | {"code": Call()}
+    hostile = torch.load("runs/digits/m2-s0/checkpoints/last.ckpt", weights_only=True) | {"code": Call()}
     torch.save(hostile, "hostile.ckpt")
     for command in ("fit", "validate", "test", "predict"):
         args = [command, "--config=digits.yaml", *(SHORT if command == "fit" else QUIET), *filter(None, [force])]
@@ -164,7 +164,7 @@ def test_a_remote_checkpoint_runs_no_code(
 @pytest.mark.filterwarnings("ignore:The best checkpoint in")
 def test_a_remote_checkpoint_is_used_as_a_local_one(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config=digits.yaml", *SHORT])
-    last = f"{server}/runs/digits/version_0/checkpoints/last.ckpt"
+    last = f"{server}/runs/digits/m2-s0/checkpoints/last.ckpt"
     cli = main(["fit", "--config=digits.yaml", *SHORT, "--trainer.max_epochs=2", f"--ckpt_path={last}"])
     assert cli is not None
     assert cli.trainer.global_step == 6
@@ -213,7 +213,7 @@ def test_failed_write_is_an_error_and_keeps_the_old_file(tmp_path: Path) -> None
 
 def test_the_config_of_an_earlier_run_with_the_former_name_of_the_plugin_is_read() -> None:
     main(["fit", "--config=digits.yaml", *SHORT])
-    config = Path("runs/digits/version_0/config.yaml")
+    config = Path("runs/digits/m2-s0/config.yaml")
     name = "lsoftmax_lightning.checkpoints.AtomicCheckpointIO"
     former = config.read_text().replace(name, "lsoftmax_lightning.checkpoints.WholeCheckpointIO")
     assert name not in former
@@ -293,7 +293,7 @@ def test_the_extra_state_of_a_module_is_read() -> None:
     arguments = ["--config=digits.yaml", *SHORT]
     backbone = f'--model.backbone={{"class_path": "{__name__}.Stateful", "init_args": {{"extra": %d}}}}'
     main(["fit", *arguments, backbone % 3])
-    checkpoint = "runs/digits/version_0/checkpoints/last.ckpt"
+    checkpoint = "runs/digits/m2-s0/checkpoints/last.ckpt"
     assert read(checkpoint)["state_dict"]["backbone._extra_state"] == {"extra": 3}
     cli = main(["fit", *arguments, backbone % 2, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"])
     assert cli is not None
@@ -343,7 +343,7 @@ def test_a_run_that_began_warm_is_resumed_without_the_file() -> None:
 
 def test_command_line_takes_warm_start() -> None:
     main(["fit", "--config=digits.yaml", *SHORT, "--model.margin=1"])
-    best = "runs/digits/version_0/checkpoints/best.ckpt"
+    best = "runs/digits/m1-s0/checkpoints/best.ckpt"
     begin = [*SHORT, "--model.optimizer.lr=0", f"--model.warm_start={best}"]
     cli = main(["fit", "--config=digits.yaml", *begin])
     assert cli is not None

@@ -81,7 +81,7 @@ def test_every_shipped_config_is_complete(config: Path) -> None:
 def test_test_and_predict_find_the_folder_of_fit() -> None:
     cli = main(["fit", "--config", "digits", *SHORT, "--trainer.max_epochs=3", *FIRST_IS_BEST])
     assert cli is not None
-    run = Path("runs/digits/version_0")
+    run = Path("runs/digits/m2-s0")
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "results.json", "hparams.yaml", "checkpoints"} <= names
     assert any(name.startswith("events") for name in names)
@@ -102,25 +102,25 @@ def test_test_and_predict_find_the_folder_of_fit() -> None:
     best = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
     assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] < 9
     main(["test", "--config", str(run / "config.yaml"), best])
-    assert json.loads(Path("runs/digits/version_0/test/results.json").read_text()) == pytest.approx(results)
-    assert not Path("runs/digits/version_0/test/config.yaml").exists()
+    assert json.loads(Path("runs/digits/m2-s0/test/results.json").read_text()) == pytest.approx(results)
+    assert not Path("runs/digits/m2-s0/test/config.yaml").exists()
 
     predicted = main(["predict", "--config", str(run / "config.yaml"), best])
     assert predicted is not None
-    rows = Path("runs/digits/version_0/predict/predictions.csv").read_text().splitlines()
+    rows = Path("runs/digits/m2-s0/predict/predictions.csv").read_text().splitlines()
     assert rows[0] == "index,label,prediction,probability,angle"
     truth = predicted.datamodule.test_data.targets.tolist()
     right = [int(row.split(",")[2]) == label for row, label in zip(rows[1:], truth, strict=True)]
     assert sum(right) / len(right) == pytest.approx(results["test/acc"])
 
-    assert [path.name for path in Path("runs/digits").iterdir()] == ["version_0"]
+    assert [path.name for path in Path("runs/digits").iterdir()] == ["m2-s0"]
 
     loaded = ClassificationModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert loaded.head.margin == 2
 
     shutil.copy(run / "checkpoints/best.ckpt", "elsewhere.ckpt")
     main(["test", "--config", str(run / "config.yaml"), "--ckpt_path=elsewhere.ckpt"])
-    assert {path.name for path in Path("runs/digits").iterdir()} == {"version_0", "test"}
+    assert {path.name for path in Path("runs/digits").iterdir()} == {"m2-s0", "test"}
 
 
 ZEROES_WEIGHTS = """
@@ -150,23 +150,29 @@ def test_fit_tests_the_weights_of_the_best_checkpoint(callback: list[str], monke
     main(
         ["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=3", f"--trainer.callbacks+={name}", *settings]
     )
-    results = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    results = json.loads(Path("runs/digits/m2-s0/results.json").read_text())
     del results["val/loss"]
     main(["test", "--config", "digits.yaml", *QUIET, "--model.margin=2", "--ckpt_path=best"])
-    assert json.loads(Path("runs/digits/version_0/test/results.json").read_text()) == pytest.approx(results)
+    assert json.loads(Path("runs/digits/m2-s0/test/results.json").read_text()) == pytest.approx(results)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # said by Lightning, rightly, of a folder named twice
+@pytest.mark.parametrize(("seed", "name"), [("3", "m2-s3"), ("false", "m2")])
+def test_a_run_is_named_after_its_margin_and_seed(seed: str, name: str) -> None:
+    main(["fit", "--config", "digits.yaml", *SHORT, f"--seed_everything={seed}", "--trainer.limit_test_batches=1"])
+    assert [folder.name for folder in Path("runs/digits").iterdir()] == [name]
+
+
 def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", "--config", "digits.yaml", *SHORT]
     for _ in range(2):
         main(fit)
-    assert Path("runs/digits/version_1/results.json").is_file()
+    assert Path("runs/digits/m2-s0-2/results.json").is_file()
     named = [*fit, "--trainer.logger.version=mine"]
     main(named)
     results = Path("runs/digits/mine/results.json").read_text()
     assert "runs/digits/mine/checkpoints holds another run" in fails(capsys, *named)
-    other = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
+    other = "--ckpt_path=runs/digits/m2-s0/checkpoints/last.ckpt"
     assert "runs/digits/mine/checkpoints holds another run" in fails(capsys, *named, other)
     assert Path("runs/digits/mine/results.json").read_text() == results
     main([*named, "--ckpt_path=last"])
@@ -178,10 +184,10 @@ def test_a_folder_is_locked_while_its_run_is_trained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lsoftmax_lightning.run_folder.LOCK_SECONDS", 0)
-    folder = Path("runs/digits/version_0")
+    folder = Path("runs/digits/m2-s0")
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):
-        printed = fails(capsys, "fit", "--config", "digits.yaml", *SHORT, "--trainer.logger.version=0")
+        printed = fails(capsys, "fit", "--config", "digits.yaml", *SHORT, "--trainer.logger.version=m2-s0")
     assert f"another run is at work in {folder}" in printed
     assert not (folder / "config.yaml").exists()
 
@@ -212,7 +218,7 @@ def test_the_mode_follows_the_metric_of_the_best_checkpoint(
     assert cli is not None
     (best,) = (c for c in cli.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint))
     assert best.mode == mode
-    assert yaml.safe_load(Path("runs/digits/version_0/config.yaml").read_text())["checkpoint"]["mode"] == mode
+    assert yaml.safe_load(Path("runs/digits/m2-s0/config.yaml").read_text())["checkpoint"]["mode"] == mode
     said = {"max": "Best checkpoint: highest", "min": "Best checkpoint: lowest"}[mode]
     assert (f"{said} {best.monitor}" in caplog.messages) == (best.monitor is not None)
 
@@ -296,10 +302,10 @@ def test_tuners_of_lightning_run_before_the_training(finder: list[str], num_imag
     assert seen[-1] == (batch_size, pytest.approx(learning_rate / 100), steps)
     assert len(seen) == steps
     assert not list(Path().glob(".*"))
-    results = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    results = json.loads(Path("runs/digits/m2-s0/results.json").read_text())
     del results["val/loss"]
     main(["test", *config, "--ckpt_path=best"])
-    assert json.loads(Path("runs/digits/version_0/test/results.json").read_text()) == pytest.approx(results, rel=1e-3)
+    assert json.loads(Path("runs/digits/m2-s0/test/results.json").read_text()) == pytest.approx(results, rel=1e-3)
 
 
 ALIASES = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))])
@@ -423,7 +429,7 @@ RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a new 
 @RESUMED
 def test_resume_continues_the_training() -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
-    last = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
+    last = "--ckpt_path=runs/digits/m2-s0/checkpoints/last.ckpt"
     cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", last])
     assert cli is not None
     assert cli.trainer.global_step == 6
@@ -434,7 +440,7 @@ def test_resume_continues_the_training() -> None:
 @RESUMED
 def test_given_settings_override_those_of_a_checkpoint() -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
-    last = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
+    last = "--ckpt_path=runs/digits/m2-s0/checkpoints/last.ckpt"
     cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", "--model.margin=3", last])
     assert cli is not None
     assert cli.model.head.margin == 3
@@ -443,7 +449,7 @@ def test_given_settings_override_those_of_a_checkpoint() -> None:
 def test_checkpoint_of_another_network_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
     test = ["test", "--config", "digits.yaml", *QUIET, "--ckpt_path"]
-    best = "runs/digits/version_0/checkpoints/best.ckpt"
+    best = "runs/digits/m2-s0/checkpoints/best.ckpt"
     printed = fails(capsys, *test, best, "--model.backbone_args={num_features: 32}")
     assert "another network than the config: backbone.layers." in printed
     assert "(64, 256) there and (32, 256) here" in printed
@@ -468,7 +474,7 @@ def test_dashboard_is_added_with_its_settings() -> None:
     drawing = ("--dashboard.every_n_epochs=1", "--dashboard.save=true", "--dashboard.max_samples=50")
     cli = main(["fit", "--config", "digits", *SHORT, *drawing, "--trainer.log_every_n_steps=1"])
     assert cli is not None
-    run = Path("runs/digits/version_0")
+    run = Path("runs/digits/m2-s0")
     events = EventAccumulator(str(run)).Reload().Tags()
     assert {"val/features", "val/confusion", "test/features", "test/confusion"} <= set(events["images"])
     assert {"train/angle", "val/angle", "test/angle", "lr", "effective_margin"} <= set(events["scalars"])
@@ -477,7 +483,7 @@ def test_dashboard_is_added_with_its_settings() -> None:
 
 def test_checkpoints_can_be_switched_off() -> None:
     main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.enable_checkpointing=false"])
-    assert Path("runs/digits/version_0/results.json").is_file()
+    assert Path("runs/digits/m2-s0/results.json").is_file()
     assert not list(Path().rglob("*.ckpt"))
 
 

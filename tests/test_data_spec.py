@@ -28,7 +28,7 @@ FOLDER = [
     "--data.crop_padding=0",
     "--model.backbone=digits",
 ]
-BEST = "runs/folder/version_0/checkpoints/best.ckpt"
+BEST = "runs/folder/m2-s0/checkpoints/best.ckpt"
 
 
 class Renamed(BlobsDataModule):

@@ -288,7 +288,7 @@ def test_programs_on_the_pages_run() -> None:
     assert accuracy_in(done.stdout) > 0.9
 
     main(["fit", "--config", "digits.yaml", *SMALL])
-    checkpoint = "runs/digits/version_0/checkpoints/best.ckpt"
+    checkpoint = "runs/digits/m4-s0/checkpoints/best.ckpt"
     program("predict.py")
     assert len(Path("digits.csv").read_text().splitlines()) == 361
     assert len(np.load("digits.npy")) == 360

@@ -74,7 +74,7 @@ def test_export_takes_batches_of_any_size(format: Format, pixels: Pixels) -> Non
 
 def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
-    checkpoint = "runs/digits/version_0/checkpoints/best.ckpt"
+    checkpoint = "runs/digits/m2-s0/checkpoints/best.ckpt"
     capsys.readouterr()
     main(["export", "--ckpt_path", checkpoint, "--format", "state_dict", "--output", "backbone.pt"])
     assert capsys.readouterr().out.endswith("Wrote backbone.pt.\n")
@@ -90,7 +90,7 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
     _, (_, logits) = run("model.pt2", data.load(train=False).images)
     predicted = main(["predict", "--config", "digits.yaml", "--ckpt_path", checkpoint, *QUIET[:3]])
     assert predicted is not None
-    rows = Path("runs/digits/version_0/predict/predictions.csv").read_text().splitlines()[1:]
+    rows = Path("runs/digits/m2-s0/predict/predictions.csv").read_text().splitlines()[1:]
     assert [row.split(",")[2] for row in rows] == [data.class_names[number] for number in logits.argmax(1)]
 
     earlier = torch.load(checkpoint, weights_only=True)  # of a release that did not describe the data

@@ -65,16 +65,16 @@ def test_texts_are_shown_as_they_are() -> None:
 def test_a_run_and_a_comparison_have_a_page() -> None:
     drawn = [word for word in SHORT if "every_n_epochs" not in word]
     main(["fit", "--config=digits.yaml", *drawn, "--dashboard.html=true"])
-    page = Page(Path("runs/digits/version_0/report.html"))
-    assert page.headings[0] == "Run runs/digits/version_0"
+    page = Page(Path("runs/digits/m2-s0/report.html"))
+    assert page.headings[0] == "Run runs/digits/m2-s0"
     plots = {"Test: plots", "Validation: plots"}
     assert plots | {"Test: Accuracy and loss", "Settings", "Machine and versions"} <= set(page.headings)
     assert {"test/confusion", "val/confusion", "val/features"} <= page.pictures.keys()
     assert any(re.search(r"margin: 2\n", text) for text in page.texts)
     assert "torch" in page.texts
 
-    main(["test", f"--config={Path('runs/digits/version_0/config.yaml')}", "--ckpt_path=best"])
-    page = Page(Path("runs/digits/version_0/test/report.html"))
+    main(["test", f"--config={Path('runs/digits/m2-s0/config.yaml')}", "--ckpt_path=best"])
+    page = Page(Path("runs/digits/m2-s0/test/report.html"))
     assert "Test: plots" in page.headings
     assert "Validation: plots" not in page.headings
 

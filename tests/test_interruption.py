@@ -87,8 +87,8 @@ def test_a_run_stopped_at_random_moments_resumes_exactly(epochs: int, stops: lis
 
     # a run that is stopped before its first checkpoint starts again, in a new folder
     folders = [
-        Path("runs/whole/version_0"),
-        max(Path("runs/stopped").iterdir(), key=lambda path: int(path.name.removeprefix("version_"))),
+        Path("runs/whole/m2-s0"),
+        max(Path("runs/stopped").iterdir(), key=lambda path: (path / "config.yaml").stat().st_mtime_ns),
     ]
     one, other = map(last, folders)
     for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
@@ -114,9 +114,9 @@ def test_what_was_measured_before_a_stop_is_logged(at: int, lines: dict[str, lis
     with pytest.raises(SystemExit) as caught:
         LSoftmaxCLI(["fit", "--config=digits.yaml", *QUIET], callbacks=[Tells()])
     assert caught.value.code == 143
-    events = EventAccumulator("runs/digits/version_0").Reload()
+    events = EventAccumulator("runs/digits/m2-s0").Reload()
     assert {name: [event.step for event in events.Scalars(name)] for name in lines} == lines
-    assert last("runs/digits/version_0")["global_step"] == end
+    assert last("runs/digits/m2-s0")["global_step"] == end
 
 
 class Send(Callback):
@@ -203,14 +203,14 @@ def test_workers_survive_a_signal_to_the_process_group() -> None:
     main([*args, "--ckpt_path=last"])
     one = last(path.parents[1])
     main([*args, "--trainer.logger.name=whole"])
-    assert_same(one["state_dict"], last("runs/whole/version_0")["state_dict"])
+    assert_same(one["state_dict"], last("runs/whole/m2-s0")["state_dict"])
 
 
 @pytest.mark.parametrize("content", ["", "seed_everything: 0\nmodel:\n  class", "model: [", "\udcff"])
 def test_a_run_whose_config_was_half_written_continues(content: str) -> None:
     with pytest.warns(UserWarning, match="There is no"):
         main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
-    config = Path("runs/digits/version_0/config.yaml")
+    config = Path("runs/digits/m2-s0/config.yaml")
     whole = config.read_text()
     hparams = config.with_name("hparams.yaml").read_text()
     for path in (config, config.with_name("hparams.yaml")):
@@ -228,7 +228,7 @@ def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPat
 
     with pytest.warns(UserWarning, match="There is no"):
         main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
-    config = Path("runs/digits/version_0/config.yaml")
+    config = Path("runs/digits/m2-s0/config.yaml")
     before = config.read_text()
     monkeypatch.setattr("os.fsync", killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -248,30 +248,30 @@ def test_two_processes_stop_together_and_resume_exactly(monkeypatch: pytest.Monk
     stopped = launch(partial(main, [*args, *stop]), *args, *stop, program=lsoftmax_lightning.__main__)
     assert stopped.returncode == 143, stopped.stderr
     assert (stopped.stdout + stopped.stderr).count("Stopped after") == 1
-    assert 25 < last("runs/stopped/version_0")["global_step"] < 320
+    assert 25 < last("runs/stopped/m2-s0")["global_step"] < 320
     done = run_on(2, partial(main, args))
     assert done.returncode == 0, done.stderr
-    one, other = last("runs/whole/version_0"), last("runs/stopped/version_0")
+    one, other = last("runs/whole/m2-s0"), last("runs/stopped/m2-s0")
     assert_same(one["state_dict"], other["state_dict"])
 
 
-@pytest.mark.filterwarnings("ignore:There is no runs/digits/version_0")
+@pytest.mark.filterwarnings("ignore:There is no runs/digits/")
 def test_last_is_the_last_run_of_fit_and_continues_in_its_folder(caplog: pytest.LogCaptureFixture) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
     main(fit)
-    Path("runs/digits/version_1").mkdir()  # of a test
+    Path("runs/digits/m2-s0-2").mkdir()  # of a test
     cli = main([*fit, "--trainer.max_epochs=2"])
     assert cli is not None
     assert cli.trainer.global_step == 6
-    assert "Continuing runs/digits/version_0, with other settings:\n  trainer.max_epochs 1 -> 2" in caplog.messages
-    assert {path.name for path in Path("runs/digits").iterdir()} == {"version_0", "version_1"}
-    saved = yaml.safe_load(Path("runs/digits/version_0/config.yaml").read_text())
+    assert "Continuing runs/digits/m2-s0, with other settings:\n  trainer.max_epochs 1 -> 2" in caplog.messages
+    assert {path.name for path in Path("runs/digits").iterdir()} == {"m2-s0", "m2-s0-2"}
+    saved = yaml.safe_load(Path("runs/digits/m2-s0/config.yaml").read_text())
     assert saved["trainer"]["max_epochs"] == 2
     assert saved["ckpt_path"] is saved["trainer"]["logger"]["init_args"]["version"] is None
-    results = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    results = json.loads(Path("runs/digits/m2-s0/results.json").read_text())
     del results["val/loss"]
     main(["test", "--config=digits.yaml", *QUIET, "--model.margin=2", "--ckpt_path=best"])
-    assert json.loads(Path("runs/digits/version_0/test/results.json").read_text()) == pytest.approx(results)
+    assert json.loads(Path("runs/digits/m2-s0/test/results.json").read_text()) == pytest.approx(results)
 
 
 CSV_FIRST = """[{class_path: CSVLogger, init_args: {save_dir: runs, name: csv}},
@@ -282,12 +282,12 @@ NAMED_BY_METRIC = ["--checkpoint.filename={epoch}-{val/acc:.2f}", "--checkpoint.
 @pytest.mark.parametrize(
     ("settings", "folder"),
     [
-        ([f"--trainer.logger={CSV_FIRST}"], "runs/digits/version_0"),
-        (["--trainer.logger.save_dir=~/runs", "--trainer.logger.sub_dir=sub"], "home/runs/digits/version_0"),
-        (["--trainer.logger.save_dir=$SCRATCH/runs", *NAMED_BY_METRIC], "scratch/runs/digits/version_0"),
+        ([f"--trainer.logger={CSV_FIRST}"], "runs/digits/m2-s0"),
+        (["--trainer.logger.save_dir=~/runs", "--trainer.logger.sub_dir=sub"], "home/runs/digits/m2-s0"),
+        (["--trainer.logger.save_dir=$SCRATCH/runs", *NAMED_BY_METRIC], "scratch/runs/digits/m2-s0"),
         (["--trainer.logger.version=mine"], "runs/digits/mine"),
-        (["--trainer.default_root_dir=root"], "root/runs/digits/version_0"),
-        (["--checkpoint.dirpath=$SCRATCH/best"], "runs/digits/version_0"),
+        (["--trainer.default_root_dir=root"], "root/runs/digits/m2-s0"),
+        (["--checkpoint.dirpath=$SCRATCH/best"], "runs/digits/m2-s0"),
     ],
 )
 def test_last_and_best_are_found_where_the_run_is(
@@ -316,14 +316,14 @@ def test_a_run_without_a_checkpoint_is_not_the_last_one(capsys: pytest.CaptureFi
     main(fit)
     failing = [*fit, "--model.optimizer.lr=1e30"]
     fails(capsys, *failing)
-    assert Path("runs/digits/version_1/config.yaml").is_file()
-    assert not Path("runs/digits/version_1/checkpoints/last.ckpt").exists()
+    assert Path("runs/digits/m2-s0-2/config.yaml").is_file()
+    assert not Path("runs/digits/m2-s0-2/checkpoints/last.ckpt").exists()
     main(["test", "--config=digits.yaml", *QUIET, "--model.margin=2", "--ckpt_path=best"])
     cli = main([*fit, "--trainer.max_epochs=2", "--ckpt_path=last"])
     assert cli is not None
     assert cli.trainer.global_step == 6
-    os.utime("runs/digits/version_1/config.yaml")  # the run that failed is the last one again
-    with pytest.warns(UserWarning, match=r"There is no runs/digits/version_1/checkpoints/last.ckpt to continue from"):
+    os.utime("runs/digits/m2-s0-2/config.yaml")  # the run that failed is the last one again
+    with pytest.warns(UserWarning, match=r"There is no runs/digits/m2-s0-2/checkpoints/last.ckpt to continue from"):
         fails(capsys, *failing, "--ckpt_path=last")  # not the other run with the settings of this one
 
 
@@ -331,9 +331,9 @@ def test_a_run_without_a_checkpoint_is_not_the_last_one(capsys: pytest.CaptureFi
 def test_the_best_of_all_epochs_is_tested_where_a_run_continues(how: str) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, *FIRST_IS_BEST]
     main([*fit, "--trainer.max_epochs=4", "--trainer.logger.name=whole"])
-    whole = json.loads(Path("runs/whole/version_0/results.json").read_text())
+    whole = json.loads(Path("runs/whole/m2-s0/results.json").read_text())
     main([*fit, "--trainer.max_epochs=2"])
-    run, resume = Path("runs/digits/version_0"), ["--ckpt_path=last"]
+    run, resume = Path("runs/digits/m2-s0"), ["--ckpt_path=last"]
     if how == "path":
         resume = [f"--ckpt_path={run}/checkpoints/last.ckpt"]
     elif how == "moved":
@@ -356,14 +356,14 @@ def test_a_full_disk_is_an_error_and_keeps_the_previous_checkpoint(
     fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
     with pytest.warns(UserWarning, match="There is no"):
         main(fit)
-    before = last("runs/digits/version_0")
+    before = last("runs/digits/m2-s0")
     with file_size_limit(20_000):
         printed = fails(capsys, *fit, "--trainer.max_epochs=2")
         last_alone = fails(capsys, *fit, "--trainer.max_epochs=2", "--checkpoint.save_top_k=0")
     assert "best.ckpt could not be written: File too large" in printed
     assert "last.ckpt could not be written: File too large" in last_alone
     assert not list(Path().rglob("*.part"))
-    assert_same(last("runs/digits/version_0"), before)
+    assert_same(last("runs/digits/m2-s0"), before)
     cli = main([*fit, "--trainer.max_epochs=2"])
     assert cli is not None
     assert cli.trainer.global_step == 6
@@ -382,10 +382,10 @@ def test_other_optimizers_are_refused_and_settings_without_effect_are_reported(
 ) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
     main(fit)
-    before = Path("runs/digits/version_0/config.yaml").read_text()
+    before = Path("runs/digits/m2-s0/config.yaml").read_text()
     for part, kind in (("optimizer", "torch.optim.Adam"), ("lr_scheduler", "null")):
         assert f"for its model.{part} and cannot go on with" in fails(capsys, *fit, f"--model.{part}={kind}")
-    assert Path("runs/digits/version_0/config.yaml").read_text() == before
+    assert Path("runs/digits/m2-s0/config.yaml").read_text() == before
     main([*fit, "--model.lr_scheduler_interval=epoch"])  # which has an effect, and no warning
     with pytest.warns(UserWarning, match="others have no effect"):
         cli = main([*fit, "--trainer.max_epochs=2", "--model.optimizer.lr=0.01"])

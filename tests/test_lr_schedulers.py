@@ -301,7 +301,7 @@ def test_the_command_line_takes_the_bare_name_and_the_last_run_continues() -> No
     assert isinstance(config.scheduler, FractionalMultiStepLR)
     assert config.scheduler.total_steps == 12
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0005)
-    saved = yaml.safe_load(Path("runs/digits/version_0/config.yaml").read_text())
+    saved = yaml.safe_load(Path("runs/digits/m4-s0/config.yaml").read_text())
     scheduler = saved["model"]["init_args"]["lr_scheduler"]
     assert scheduler["class_path"] == "lsoftmax_lightning.lr_schedulers.FractionalMultiStepLR"
     cli = main([*fit, "--trainer.max_epochs=4"])  # step 12 of 16 is between the milestones

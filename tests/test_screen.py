@@ -54,11 +54,11 @@ def test_a_run_ends_with_its_metrics_and_where_to_look(
     printed = capsys.readouterr().out
     assert printed.startswith("Test of the best checkpoint, chosen by val/loss ")
     assert "accuracy " in printed
-    folder = "runs/digits/version_0"
+    folder = "runs/digits/m4-s0"
     assert [message for message in caplog.messages if ":" in message or "run" in message][-3:] == [
         f"Everything of this run is in {folder}",
         f"Tested checkpoint: {folder}/checkpoints/best.ckpt",
-        "Dashboard: tensorboard --logdir runs/digits",
+        "Dashboard: tensorboard --logdir runs",
     ]
     assert not [message for message in caplog.messages if "Tip" in message or "Restoring" in message]
 

@@ -61,7 +61,7 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     # as a fit by hand would have been
     hand = ["--model.margin=2", "--model.label_smoothing=0.1", "--seed_everything=0"]
     main(["fit", "--config", "digits", *SHORT, *hand])
-    by_hand = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    by_hand = json.loads(Path("runs/digits/m2-s0/results.json").read_text())
     assert json.loads((run / "results.json").read_text()) == pytest.approx(by_hand, rel=1e-4)
     assert "val/angle" in EventAccumulator(str(run)).Reload().Tags()["scalars"]
 
@@ -170,7 +170,7 @@ def assert_resumes_exactly(args: list[str], steps: int) -> None:
     assert row["steps"] == steps
     assert row["seconds"] is None  # those of the last part alone would mislead
     main(["fit", "--config=digits.yaml", "--model.margin=2", "--seed_everything=3", *args])
-    whole = json.loads(Path("runs/digits/version_0/results.json").read_text())
+    whole = json.loads(Path("runs/digits/m2-s3/results.json").read_text())
     assert {name: row[name] for name in whole} == whole
 
 
@@ -358,7 +358,7 @@ def test_a_run_without_a_last_checkpoint_says_what_it_removes(
 @pytest.mark.usefixtures("forked_runs")
 def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> None:
     compare_margins("digits", [2], [0], SHORT)
-    run = Path("runs/compare-digits/m2-s0")
+    run = Path("runs/compare-digits/m2-s3")
     path, whole = run / "config.yaml", (run / "config.yaml").read_text()
     plans = partial(plan, ["digits"], [2], [0], SHORT, {}, run.parent.absolute())
     facts = (run / "run.json").read_text()
@@ -407,7 +407,7 @@ def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> No
         (row,) = compare_margins("digits", [2], [0], SHORT)
     assert (row["steps"], row["seconds"]) == (3, None)
     assert flat(yaml.safe_load(path.read_text())).keys() == flat(yaml.safe_load(whole)).keys()
-    assert {path.name for path in run.parent.iterdir() if path.is_dir()} == {"m2-s0"}
+    assert {path.name for path in run.parent.iterdir() if path.is_dir()} == {"m2-s3"}
     assert not list(run.parent.rglob("*.part"))
 
 

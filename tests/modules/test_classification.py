@@ -381,7 +381,7 @@ def test_lazy_layers_without_an_image_shape_are_refused_before_training() -> Non
 def test_a_network_with_lazy_layers_takes_part_in_every_command() -> None:
     lazy = ["--config=digits.yaml", "--model=tests.modules.test_classification.LazyModule", "--model.margin=2"]
     main(["fit", *lazy, *SHORT])
-    last = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
+    last = "--ckpt_path=runs/digits/m2-s0/checkpoints/last.ckpt"
     for command in ("validate", "test", "predict"):
         main([command, *lazy, *QUIET, last])
     main(["fit", *lazy, *SHORT, "--trainer.max_epochs=2", last])
