@@ -268,13 +268,14 @@ class LSoftmaxCLI(CommandLine):
 
         A command other than ``fit`` writes to a folder of its name in that of the run, or among the runs.
         """
-        run, head = self.config_init[self.subcommand], head_of(self.model)
+        run = self.config_init[self.subcommand]
+        margin = getattr(head_of(self.model), "margin", None)
         settings = as_list(self.config[self.subcommand].trainer.logger)
         for index, (logger, before) in enumerate(zip(loggers, settings, strict=True)):
             if not is_kind(before, TensorBoardLogger) or before.init_args.version is not None:
                 continue
             if self.subcommand == "fit":
-                arguments = training_logger(before.init_args, head and head.margin, run.seed_everything)
+                arguments = training_logger(before.init_args, margin, run.seed_everything)
             else:
                 arguments = evaluation_logger(before.init_args, str(self.subcommand), run.ckpt_path)
             loggers[index] = type(logger)(**arguments)

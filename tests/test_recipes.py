@@ -43,7 +43,7 @@ def test_recipes_extend_the_package() -> None:
     run(
         "fit", "--config=mnist.yaml", *SHORT, *settings, "--dashboard.every_n_epochs=1", "--trainer.log_every_n_steps=1"
     )
-    folder = Path("runs/mnist/m4-s0")
+    folder = Path("runs/mnist/m2-s0")
     assert "tiny" in (folder / "config.yaml").read_text()
     events = EventAccumulator(str(folder)).Reload()
     assert "train/angle_max" in events.Tags()["scalars"]

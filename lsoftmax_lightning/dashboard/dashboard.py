@@ -56,7 +56,7 @@ class Dashboard(SnapshotObserver):
         max_samples: Features in the scatter and in the projector; all other plots use all images.
         max_share: Largest fraction of the training time that drawing may take.
         save: Format of a file of every plot, beside the numbers in it as CSV, in the folder ``dashboard`` of the run;
-            ``True`` means PNG of 200 dots an inch. Texts that a spreadsheet would run as a formula start with a ``'``.
+            ``True`` means PNG. Texts that a spreadsheet would run as a formula start with a ``'``.
             Default: no files.
         html: Whether to write ``report.html`` to the folder of the run: metrics, the last plots, settings, machine and
             versions in one file. A test adds its own part.
@@ -256,7 +256,7 @@ class Dashboard(SnapshotObserver):
         path = self._folder / f"{snapshot.stage}_{plot.name}{step}"
         kind = "png" if self.save is True else str(self.save)
         with atomic_path(path.with_suffix(f".{kind}")) as part:
-            plot.figure.savefig(part, format=kind, dpi=200)
+            plot.figure.savefig(part, format=kind)
         write_csv(path.with_suffix(".csv"), [plot.header, *plot.rows])
 
 

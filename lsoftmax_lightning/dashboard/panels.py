@@ -14,6 +14,9 @@ from ..geometry import degrees, segment_counts
 from . import plots
 from .snapshots import ClassSnapshot, PairSnapshot, Snapshot
 
+DPI = 200
+"""Dots an inch of every plot, for loggers and files."""
+
 _Kind = TypeVar("_Kind", bound=Snapshot)
 
 
@@ -41,6 +44,7 @@ def _draw(panels: Sequence[Callable[[_Kind], Plot | None]], snapshot: _Kind) -> 
     for panel in panels:
         plot = panel(snapshot)
         if plot is not None:
+            plot.figure.set_dpi(DPI)
             yield plot
 
 

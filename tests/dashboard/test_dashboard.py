@@ -84,7 +84,7 @@ def test_a_training_leaves_its_plots() -> None:
         event = events.Images(f"val/{name}")[0]
         size = Image.open(io.BytesIO(event.encoded_image_string)).size
         assert size == (event.width, event.height)
-        assert min(size) >= 200
+        assert min(size) >= 400
     assert set(events.Tags()["histograms"]) == {"angles/train", "angles/val"}
     histogram = events.Histograms("angles/val")[-1]
     assert (histogram.step, histogram.histogram_value.num) == (16, 40)
