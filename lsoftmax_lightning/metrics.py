@@ -88,6 +88,48 @@ class ClassAngles(Metric):
         }
 
 
+ANGLE_COUNTS = "lsoftmax_lightning_val_angle_counts"
+"""Key of the angles of validation images to their predicted class in a checkpoint."""
+
+
+class AngleHistogram(Metric):
+    """Histogram of angles in bins of a tenth of a degree.
+
+    ``compute`` returns the number of angles in each bin, int64, ``(1800,)``. Angles that are not finite are left out.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    counts: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("counts", torch.zeros(1800, dtype=torch.int64), dist_reduce_fx="sum")
+
+    @override
+    def update(self, angles: Tensor) -> None:
+        """Add angles in degrees, from 0 to 180, ``(N,)``."""
+        bins = (10 * angles[angles.isfinite()]).long().clamp(max=1799)
+        self.counts = self.counts + torch.bincount(bins, minlength=1800)
+
+    @override
+    def compute(self) -> Tensor:
+        """Return the counts."""
+        return self.counts
+
+
+def angle_quantile(counts: Tensor, q: float) -> float:
+    """Return the smallest edge of a bin, in degrees, that at least a fraction of the angles do not exceed.
+
+    Args:
+        counts: Counts of an :class:`AngleHistogram`, not all 0.
+        q: The fraction, above 0 and at most 1.
+    """
+    cumulative = counts.cumsum(0).double() / counts.sum()
+    return (int((cumulative < q).sum()) + 1) / 10
+
+
 class MeanLoss(Metric):
     """Mean over samples of losses that are means over batches.
 

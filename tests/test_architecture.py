@@ -56,6 +56,7 @@ BELOW: dict[str, set[str]] = {
         "dashboard",
         "errors",
         "heads",
+        "metrics",
         "process_group",
         "schedules",
         "seeds",

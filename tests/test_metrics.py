@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from lsoftmax_lightning.errors import InputError
-from lsoftmax_lightning.metrics import ClassAngles, MeanLoss, PairVerification
+from lsoftmax_lightning.metrics import AngleHistogram, ClassAngles, MeanLoss, PairVerification, angle_quantile
 from lsoftmax_lightning.pairs import Pairs
 
 
@@ -317,3 +317,17 @@ def test_the_mean_loss_is_exact_in_a_module_of_half_precision(dtype: torch.dtype
     for number in range(400):
         loss.update(torch.tensor(1.0 + number % 2, dtype=dtype), 256)
     assert loss.compute() == 1.5
+
+
+def test_the_quantile_of_a_histogram_of_angles_is_within_a_bin_of_the_exact_one() -> None:
+    angles = 180 * torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    metric = AngleHistogram()
+    for batch in [*angles.split(300), torch.tensor([math.nan, math.inf])]:
+        metric.update(batch)
+    assert metric.compute().sum() == 1000
+    for q in (0.001, 0.5, 0.95, 1.0):
+        exact = angles.sort().values[math.ceil(q * 1000) - 1].item()
+        assert exact <= angle_quantile(metric.compute(), q) <= exact + 0.1001
+    metric = AngleHistogram()
+    metric.update(torch.tensor([180.0]))
+    assert angle_quantile(metric.compute(), 1) == 180

@@ -16,9 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ..atomic import atomic_path, csv_safe, disk_errors, temporary_path
+from ..checkpoints import read
 from ..class_names import names_by_index
 from ..compat import current_datamodule
 from ..errors import InputError, RunError
+from ..metrics import ANGLE_COUNTS, angle_quantile
 
 MERGED_ROWS = 2**12  # rows in memory when the files of the ranks are merged
 
@@ -45,8 +47,10 @@ class Predictions(Callback):
         output: File to write, ``.csv`` or ``.parquet``. Default: ``predictions.csv`` in the folder of the run.
         embeddings: Whether to write the embeddings beside it as ``.npy``, float32 (N, D), in the same order.
         top_k: Number of classes in a row, as ``prediction_2``, ``probability_2`` and so on. Default: 1.
-        max_angle: Angle in degrees to the predicted class above which the ``prediction`` is ``unknown``. The plot
-            ``val/angles`` of the dashboard shows the angles of known images. Default: none.
+        max_angle: Angle in degrees to the predicted class above which the ``prediction`` is ``unknown``. Default: none.
+        max_angle_quantile: Fraction of the validation images that ``max_angle`` keeps, 0.95 for example. It is taken
+            from the angles in the checkpoint, which :class:`~lsoftmax_lightning.callbacks.MarginMonitor` saves.
+            Default: none.
 
     Raises:
         InputError: If an argument is wrong for the module, ``predict_step`` returns anything else, there are several
@@ -55,7 +59,12 @@ class Predictions(Callback):
     """
 
     def __init__(
-        self, output: str | None = None, embeddings: bool = False, top_k: int = 1, max_angle: float | None = None
+        self,
+        output: str | None = None,
+        embeddings: bool = False,
+        top_k: int = 1,
+        max_angle: float | None = None,
+        max_angle_quantile: float | None = None,
     ) -> None:
         if output is not None and Path(output).suffix not in (".csv", ".parquet"):
             raise InputError(f"predictions.output: must end in .csv or .parquet, got {output}; choose another name.")
@@ -63,7 +72,17 @@ class Predictions(Callback):
             raise InputError(f"predictions.top_k: must be 1 or more, got {top_k}; leave it out for one class.")
         if max_angle is not None and not 0 < max_angle <= 180:
             raise InputError(f"predictions.max_angle: must be above 0 and at most 180 degrees, got {max_angle}.")
+        if max_angle_quantile is not None and not 0 < max_angle_quantile <= 1:
+            raise InputError(
+                f"predictions.max_angle_quantile: must be above 0 and at most 1, got {max_angle_quantile}; 0.95 keeps "
+                "the classes of 95 % of the validation images."
+            )
+        if max_angle is not None and max_angle_quantile is not None:
+            raise InputError(
+                f"predictions.max_angle: is determined by max_angle_quantile, got {max_angle} too; leave one out."
+            )
         self.output, self.embeddings, self.top_k, self.max_angle = output, embeddings, top_k, max_angle
+        self.max_angle_quantile = max_angle_quantile
         self._count = 0  # rows written by this rank
         self._temporary_files = ExitStack()  # the files of this rank; closing it removes them
 
@@ -95,10 +114,16 @@ class Predictions(Callback):
             )
         if hasattr(pl_module, "top_k"):
             pl_module.top_k = self.top_k  # type: ignore[assignment]
-        elif self.top_k > 1 or self.max_angle is not None:
+        elif self.top_k > 1 or self.max_angle is not None or self.max_angle_quantile is not None:
             raise InputError(
                 f"predictions.top_k and max_angle: need a ClassificationModule, got {type(pl_module).__name__}; leave "
                 "them out."
+            )
+        if self.max_angle_quantile is not None:
+            self.max_angle = _validation_quantile(trainer.ckpt_path, self.max_angle_quantile)
+            rank_zero_info(
+                f"Images more than {self.max_angle:.1f} degrees from the predicted class are unknown: "
+                f"{self.max_angle_quantile:.4g} of the validation images are within."
             )
         datamodule = current_datamodule(trainer)
         data = getattr(datamodule, "predict_data", None)
@@ -297,6 +322,17 @@ def _check_outputs(outputs: Any, module_name: str) -> None:
             f"predict_step: {module_name} must not return `{min(reserved)}`, the name of the first column, got "
             f"{', '.join(outputs)}; rename it."
         )
+
+
+def _validation_quantile(ckpt_path: str | Path | None, q: float) -> float:
+    """Return the angle in degrees within which a fraction of the validation images of a checkpoint are."""
+    counts = read(ckpt_path).get(ANGLE_COUNTS) if ckpt_path else None
+    if counts is None or not counts.any():
+        raise InputError(
+            f"predictions.max_angle_quantile: needs a checkpoint with the angles of its validation images, got "
+            f"{ckpt_path}; train with MarginMonitor, pass ckpt_path to trainer.predict, or set max_angle."
+        )
+    return angle_quantile(counts, q)
 
 
 def _types(is_integer: dict[str, bool]) -> str:

@@ -15,8 +15,9 @@ from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
 from ..compat import add_summary, current_datamodule, disable_default_hp_metric
+from ..geometry import target_angles
 from ..heads import LSoftmaxLinear
-from ..metrics import ClassAngles, MeanLoss
+from ..metrics import ANGLE_COUNTS, AngleHistogram, ClassAngles, MeanLoss
 from ..pairs import pairs_of
 from ..schedules import LambdaSchedule
 from ..seeds import global_seed
@@ -38,9 +39,26 @@ class MarginMonitor(HeadObserver):
     also ``val/margin_loss`` and the metrics of :class:`~lsoftmax_lightning.metrics.ClassAngles`, as ``val/angle`` and
     so on. In a test the same, without the loss.
 
+    A checkpoint gets the histogram of the angles of the validation images to their predicted class
+    (:class:`~lsoftmax_lightning.metrics.AngleHistogram`), from which ``predictions.max_angle_quantile`` takes its
+    threshold.
+
     A TensorBoardLogger also gets the layout of the Custom Scalars tab, and a row in the HParams tab with margin, lambda
     settings, backbone, seed, and validation and test accuracy.
     """
+
+    _angle_counts: Tensor | None = None
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if (
+            self._angle_counts is not None
+        ):  # Lightning would warn a Trainer without this callback of a `state_dict`
+            checkpoint[ANGLE_COUNTS] = self._angle_counts
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._angle_counts = checkpoint.get(ANGLE_COUNTS)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -106,6 +124,7 @@ class MarginMonitor(HeadObserver):
     ) -> None:
         if self._measuring:
             self._angles.update(features, head.full_weight, target)
+            self._predicted_angles.update(target_angles(features, head.full_weight[logits.argmax(dim=1)]))
             margin_logits = head.apply_margin(logits, features, target)
             self._margin_loss.update(F.cross_entropy(margin_logits, target), len(target))
 
@@ -118,6 +137,7 @@ class MarginMonitor(HeadObserver):
         if trainer.state.fn == TrainerFn.FITTING:
             if "val/angle" in values:  # outside of a fit, lambda was never set
                 values["val/margin_loss"] = self._margin_loss.compute()
+                self._angle_counts = self._predicted_angles.compute().cpu()
             trainer.callback_metrics.update(values)  # for callbacks that monitor one
             _log(trainer, convert_tensors_to_scalars(values))
         else:
@@ -144,6 +164,7 @@ class MarginMonitor(HeadObserver):
         self._measuring = head is not None and not trainer.sanity_checking and not has_pairs
         if head is not None and self._measuring:
             self._angles = ClassAngles(head.num_classes, head.in_features, head.margin).to(pl_module.device)
+            self._predicted_angles = AngleHistogram().to(pl_module.device)
             self._margin_loss = MeanLoss().to(pl_module.device)
 
     def _evaluation_scalars(self, head: LSoftmaxLinear, stage: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -24,10 +25,11 @@ from torch import Tensor
 
 from lsoftmax_lightning import ClassificationModule, VerificationModule
 from lsoftmax_lightning.atomic import csv_safe
-from lsoftmax_lightning.callbacks import Predictions
+from lsoftmax_lightning.callbacks import MarginMonitor, Predictions
 from lsoftmax_lightning.datamodules import ImageFolderDataModule
 from lsoftmax_lightning.datamodules.images import read_image
 from lsoftmax_lightning.errors import DataError, InputError, RunError
+from lsoftmax_lightning.geometry import target_angles
 
 from ..helpers.forked import run_on
 from ..helpers.formats import write_folder, write_image
@@ -168,7 +170,43 @@ def test_files_that_are_no_images_are_named_or_skipped(skip_unreadable: bool) ->
             trainer.predict(model, data, return_predictions=False)
 
 
-@pytest.mark.parametrize(("settings", "said"), [({"top_k": 0}, "top_k"), ({"max_angle": 200}, "max_angle")])
+def test_the_angle_of_unknown_images_is_chosen_on_validation_images() -> None:
+    data, model = Blobs(), make_model()
+    trainer = make_trainer(max_epochs=1, callbacks=[MarginMonitor()])
+    trainer.fit(model, data)
+    trainer.save_checkpoint("last.ckpt")
+    model.eval()
+    with torch.no_grad():
+        features = model.forward_features(data.normalize(data.val_data.images))
+        angles = target_angles(features, model.head.weight[model.head(features).argmax(1)]).sort().values
+    lowest = angles[math.ceil(0.8 * len(angles)) - 1].item()
+
+    predictions = Predictions("out.csv", max_angle_quantile=0.8)
+    make_trainer(callbacks=[predictions]).predict(make_model(), data, ckpt_path="last.ckpt", return_predictions=False)
+    assert predictions.max_angle is not None
+    assert lowest <= predictions.max_angle <= lowest + 0.1001
+    rows = read("out.csv")
+    assert 0 < sum(row["prediction"] == "unknown" for row in rows) < len(rows)
+    for row in rows:
+        assert (row["prediction"] == "unknown") == (float(row["angle"]) > predictions.max_angle)
+
+    for path in (None, "without.ckpt"):
+        make_trainer(max_epochs=0).fit(model, data)
+        model.trainer.save_checkpoint("without.ckpt")
+        with pytest.raises(InputError, match=f"max_angle_quantile: needs a checkpoint .* got {path}"):
+            make_trainer(callbacks=[Predictions("out.csv", max_angle_quantile=0.8)]).predict(
+                model, data, ckpt_path=path, return_predictions=False
+            )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"top_k": 0}, "top_k"),
+        ({"max_angle": 200}, "max_angle"),
+        ({"max_angle_quantile": 0}, "max_angle_quantile"),
+    ],
+)
 def test_settings_of_predictions_are_checked(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=f"predictions.{said}: must be"):
         Predictions("out.csv", **settings)
