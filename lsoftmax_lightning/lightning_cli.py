@@ -372,8 +372,9 @@ class LSoftmaxCLI(CommandLine):
         elif checkpoint.monitor:
             chosen_by = {checkpoint.monitor: checkpoint.best_model_score}
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        tested = "model" if best is None else "best checkpoint" if chosen_by else "last checkpoint"
         chosen = "".join(f", chosen by {name} {value:.4g}" for name, value in chosen_by.items())
-        print_metrics(self.trainer.callback_metrics, f"Test of the {'best checkpoint' if best else 'model'}{chosen}")
+        print_metrics(self.trainer.callback_metrics, f"Test of the {tested}{chosen}")
         write_results(self.trainer, chosen_by)
         if best:
             rank_zero_info(f"Tested checkpoint: {best}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -15,11 +16,19 @@ from torch import Tensor
 
 from .library_messages import UNNEEDED_MESSAGES
 from .metric_labels import labelled
+from .user_errors import LIBRARIES
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    place = "" if filename.startswith(LIBRARIES) else f"{filename}:{lineno}: "
+    return f"warning: {place}{message}\n"
 
 
 @contextmanager
 def quiet_logs() -> Iterator[None]:
-    """Leave out the log messages of Lightning in ``UNNEEDED_MESSAGES`` during the block."""
+    """Leave out the log messages of Lightning in ``UNNEEDED_MESSAGES``, and the place of a warning in a library."""
 
     def is_needed(record: logging.LogRecord) -> bool:
         return not re.match(UNNEEDED_MESSAGES, record.getMessage())
@@ -27,9 +36,11 @@ def quiet_logs() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("lightning")]
     for logger in loggers:
         logger.addFilter(is_needed)
+    format_before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         yield
     finally:
+        warnings.formatwarning = format_before
         for logger in loggers:
             logger.removeFilter(is_needed)
 

@@ -22,7 +22,8 @@ from .signals import Stopped, exit_on_signals
 _DEBUG = "LSOFTMAX_LIGHTNING_DEBUG"
 _HINT = f"({_DEBUG}=1 prints the traceback.)"
 _PATHS = sysconfig.get_paths()
-_LIBRARIES = (str(Path(__file__).parent), _PATHS["stdlib"], _PATHS["purelib"], _PATHS["platlib"], "<")
+LIBRARIES = (str(Path(__file__).parent), _PATHS["stdlib"], _PATHS["purelib"], _PATHS["platlib"], "<")
+"""Beginnings of the file names of code that is not the user's."""
 USER_ERRORS = r"lsoftmax_lightning\.errors\.\w+|lightning\.\S+\.MisconfigurationException"  # as tracebacks name them
 _MISCONFIGURATION = ("lightning.fabric.utilities.exceptions", "MisconfigurationException")
 _SPAWNED_RANK_ERROR = ("torch.multiprocessing.spawn", "ProcessRaisedException")
@@ -93,7 +94,7 @@ def _stopped(error: BaseException | None) -> Stopped | None:
 def _is_in_users_code(error: BaseException) -> bool:
     """Return whether the traceback passes, or may pass, through files other than ours, the libraries and Python."""
     frames = traceback.extract_tb(error.__traceback__)
-    return _is_of(_SPAWNED_RANK_ERROR, error) or any(not frame.filename.startswith(_LIBRARIES) for frame in frames)
+    return _is_of(_SPAWNED_RANK_ERROR, error) or any(not frame.filename.startswith(LIBRARIES) for frame in frames)
 
 
 def _is_of(kind: tuple[str, str], error: BaseException) -> bool:

@@ -103,7 +103,7 @@ BELOW: dict[str, set[str]] = {
     "html_page": {"atomic"},
     "metric_labels": set(),
     "provenance": set(),
-    "screen": {"library_messages", "metric_labels"},
+    "screen": {"library_messages", "metric_labels", "user_errors"},
     "lightning_cli": {
         "atomic",
         "compat",

@@ -302,10 +302,10 @@ def test_tuners_of_lightning_run_before_the_training(finder: list[str], num_imag
     assert seen[-1] == (batch_size, pytest.approx(learning_rate / 100), steps)
     assert len(seen) == steps
     assert not list(Path().glob(".*"))
-    results = json.loads(Path("runs/digits/m2-s0/results.json").read_text())
+    results = json.loads(Path("runs/digits/m4-s0/results.json").read_text())
     del results["val/loss"]
     main(["test", *config, "--ckpt_path=best"])
-    assert json.loads(Path("runs/digits/m2-s0/test/results.json").read_text()) == pytest.approx(results, rel=1e-3)
+    assert json.loads(Path("runs/digits/m4-s0/test/results.json").read_text()) == pytest.approx(results, rel=1e-3)
 
 
 ALIASES = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))])

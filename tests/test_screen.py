@@ -1,10 +1,13 @@
 """What the commands print."""
 
 import logging
+import warnings
 
 import pytest
+import torch
 from rich.console import Console
 
+from lsoftmax_lightning import screen
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.screen import metrics_table, quiet_logs
 
@@ -45,6 +48,16 @@ def test_messages_about_other_products_are_left_out(caplog: pytest.LogCaptureFix
         log.info("GPU available: True (cuda), used: True")
     log.info("💡 Tip: of the user's own Trainer")
     assert caplog.messages == ["GPU available: True (cuda), used: True", "💡 Tip: of the user's own Trainer"]
+
+
+def test_a_warning_of_a_library_is_printed_without_its_place() -> None:
+    def printed(filename: str) -> str:
+        return warnings.formatwarning("careful", UserWarning, filename, 7)
+
+    with quiet_logs():
+        assert printed(torch.__file__) == printed(screen.__file__) == "warning: careful\n"
+        assert printed("/home/me/train.py") == "warning: /home/me/train.py:7: careful\n"
+    assert "7" in printed(torch.__file__)
 
 
 def test_a_run_ends_with_its_metrics_and_where_to_look(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -24,7 +25,7 @@ class RunProgress(ProgressBar):
     """One line on a terminal: optimizer steps of the whole run, time left, and the latest metrics.
 
     The line stays when training ends. Evaluation and prediction count batches, and their line disappears at the end.
-    Nothing is shown where the output is neither a terminal nor a notebook.
+    In a notebook the line needs ipywidgets. Nothing is shown where the output is neither a terminal nor a notebook.
     """
 
     def __init__(self) -> None:
@@ -98,7 +99,9 @@ class RunProgress(ProgressBar):
 
     def _start(self, description: str, total: float, unit: str, completed: int = 0) -> None:
         console = get_console()
-        if not self._enabled or not (console.is_terminal or console.is_jupyter):
+        is_terminal = console.is_terminal and console.file.isatty()  # with FORCE_COLOR rich takes a pipe for a terminal
+        is_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
+        if not self._enabled or not (is_terminal or is_notebook):
             return
         is_known = 0 < total < math.inf
         columns = (

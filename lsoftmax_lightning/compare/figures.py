@@ -147,6 +147,8 @@ def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:
             for tag in set(curves) & set(events.Tags()["scalars"]):
                 for step, value in {event.step: event.value for event in events.Scalars(tag)}.items():
                     curves[tag][step].append(value)
+        if all(run.margin == 1 for run in group):
+            curves["lambda"].clear()  # it has no effect
         for tag, curve in curves.items():
             steps = sorted(curve)
             if not steps:
@@ -157,8 +159,8 @@ def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:
     drawn = [axes for axes in panels.values() if axes.lines]
     for axes in panels.values():
         axes.set_visible(axes in drawn)
-    for axes in drawn[:1]:
-        axes.legend(frameon=False)
+    if drawn:
+        max(drawn, key=lambda axes: len(axes.lines)).legend(frameon=False)
     return figure
 
 
@@ -172,7 +174,8 @@ def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tu
         figure, panels = _side_by_side(records, first_seed)
         for (label, (first, *_)), axes in zip(records.items(), panels, strict=True):
             points, rays, target = (first[name] for name in ("points", "rays", "points_target"))
-            plots.feature_scatter(points, rays, target, first["class_names"], label, axes)
+            projected = first.get("projected", False)  # records of earlier versions do not have it
+            plots.feature_scatter(points, rays, target, first["class_names"], label, axes, projected)
         limit = max(axes.get_xlim()[1] for axes in panels)
         for axes in panels:
             axes.set(xlim=(-limit, limit), ylim=(-limit, limit))

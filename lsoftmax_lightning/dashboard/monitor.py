@@ -51,9 +51,7 @@ class MarginMonitor(HeadObserver):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if (
-            self._angle_counts is not None
-        ):  # Lightning would warn a Trainer without this callback of a `state_dict`
+        if self._angle_counts is not None:  # Lightning would warn a Trainer without this callback of a `state_dict`
             checkpoint[ANGLE_COUNTS] = self._angle_counts
 
     @override

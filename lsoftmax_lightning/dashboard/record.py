@@ -17,8 +17,9 @@ class TestRecord(SnapshotObserver):
 
     The file is a dict that :func:`torch.load` reads with ``weights_only=True``. After a test on the classes of the head
     it has ``class_names``, ``points`` (N', 2), ``rays`` (C, 2), ``points_target`` (N',) (see
-    :func:`~lsoftmax_lightning.dashboard.plots.plane`), ``counts`` (C, C) and ``angles`` (N,) in degrees; after a test
-    on pairs ``cosines`` (P,) and ``same`` (P,).
+    :func:`~lsoftmax_lightning.dashboard.plots.plane`), ``projected`` (whether the features have more than two
+    dimensions), ``counts`` (C, C) and ``angles`` (N,) in degrees; after a test on pairs ``cosines`` (P,) and ``same``
+    (P,).
 
     Args:
         path: Path of the file.
@@ -47,6 +48,7 @@ class TestRecord(SnapshotObserver):
                 "points": scatter.points,
                 "rays": scatter.rays,
                 "points_target": scatter.target,
+                "projected": snapshot.features.shape[1] != 2,
                 "counts": counts,
                 "angles": snapshot.angles,
             }

@@ -78,12 +78,12 @@ class Snapshot:
         return str(self.paths[index] if index < len(self.paths) else index)
 
     def title(self, subject: str) -> str:
-        """Return the title of a plot, with the margin, and in training with lambda and step."""
-        title = f"{subject}, m = {self.margin}"
+        """Return the title of a plot: the subject; in a second line the margin, and in training lambda and step."""
+        title = f"{subject}\nm = {self.margin}"
         if self.lambda_ is None:  # outside of a fit the step of the weights is not known
             return title
         if self.margin > 1:
-            title += f" at lambda {self.lambda_:.3g} (effective {effective_margin(self.margin, self.lambda_):.2f})"
+            title += f", lambda {self.lambda_:.3g} (effective {effective_margin(self.margin, self.lambda_):.2f})"
         return f"{title}, step {self.step}"
 
 

@@ -17,6 +17,7 @@ from ..helpers.training import BlobsDataModule, make_model, make_trainer
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """A terminal of 80 columns."""
     file = io.StringIO()
+    monkeypatch.setattr(file, "isatty", lambda: True, raising=False)
     console = Console(file=file, width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr(module, "get_console", lambda: console)
     monkeypatch.setattr(module, "REFRESH_SECONDS", 0)
@@ -62,7 +63,13 @@ def test_without_a_length_the_steps_are_counted(terminal: io.StringIO) -> None:
     assert re.search(rf" {trainer.global_step} steps", frames(terminal)[-1])
 
 
-def test_nothing_is_shown_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("settings", [{}, {"force_terminal": True}, {"force_jupyter": True}])
+def test_nothing_is_shown_in_a_file_or_a_notebook_without_ipywidgets(
+    settings: dict[str, bool], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(**settings)  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "get_console", lambda: console)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
     trainer = make_trainer(callbacks=[RunProgress()], enable_progress_bar=True, max_epochs=1)
     trainer.fit(make_model(), BlobsDataModule())
     assert capsys.readouterr().out == ""

@@ -358,7 +358,7 @@ def test_a_run_without_a_last_checkpoint_says_what_it_removes(
 @pytest.mark.usefixtures("forked_runs")
 def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> None:
     compare_margins("digits", [2], [0], SHORT)
-    run = Path("runs/compare-digits/m2-s3")
+    run = Path("runs/compare-digits/m2-s0")
     path, whole = run / "config.yaml", (run / "config.yaml").read_text()
     plans = partial(plan, ["digits"], [2], [0], SHORT, {}, run.parent.absolute())
     facts = (run / "run.json").read_text()
@@ -407,7 +407,7 @@ def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> No
         (row,) = compare_margins("digits", [2], [0], SHORT)
     assert (row["steps"], row["seconds"]) == (3, None)
     assert flat(yaml.safe_load(path.read_text())).keys() == flat(yaml.safe_load(whole)).keys()
-    assert {path.name for path in run.parent.iterdir() if path.is_dir()} == {"m2-s3"}
+    assert {path.name for path in run.parent.iterdir() if path.is_dir()} == {"m2-s0"}
     assert not list(run.parent.rglob("*.part"))
 
 

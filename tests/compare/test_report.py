@@ -47,6 +47,7 @@ def write_run(
     with SummaryWriter(str(run)) as events:
         for step in (1, 2):
             events.add_scalar("train/loss", seed + step, step)
+            events.add_scalar("lambda", 10 / step, step)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     if pairs:
         torch.save({"cosines": torch.linspace(-1, 1, 10), "same": torch.arange(10) > 4}, run / "test.pt")
@@ -167,6 +168,8 @@ def test_figures_show_the_records_of_the_runs(tmp_path: Path) -> None:
     assert any(list(means) == pytest.approx([55.0 + margin for margin in range(1, 13)]) for means in dots_and_means)
     losses = next(axes for axes in figures["curves"].axes if axes.get_title() == "train/loss")
     assert [list(line.get_ydata()) for line in losses.get_lines()] == [[1.5, 2.5]] * 12  # of more than ten colours
+    lambdas = next(axes for axes in figures["curves"].axes if axes.get_title() == "lambda")
+    assert len(lambdas.get_lines()) == 11  # lambda has no effect at m = 1
     confusions = [axes for axes in figures["confusion"].axes if axes.get_title()]
     assert len(confusions) == 12
     assert [text.get_text() for text in confusions[0].texts] == ["6", "2", "4"]  # of two seeds

@@ -520,7 +520,7 @@ def test_at_most_a_hundred_classes_are_shown() -> None:
     for row in drawn["confusion_percent"].rows:
         of_class = is_correct[target == names.index(row[0])].float()
         assert dict(zip(header, row, strict=True))[row[0]] == pytest.approx(100 * of_class.mean().item())
-    title = "angles between the weights of 100 of 150 classes, m = 2 at lambda 1 (effective 1.58), step 5"
+    title = "angles between the weights of 100 of 150 classes\nm = 2, lambda 1 (effective 1.58), step 5"
     assert drawn["class_angles"].figure.axes[0].get_title() == title
     assert len(list(drawn["features"].rows)) == 200
 

@@ -5,6 +5,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from sklearn.metrics import roc_curve
 
 from lsoftmax_lightning.dashboard import plots
@@ -154,3 +155,27 @@ def test_diverged_training_is_drawn(value: float) -> None:
     texts(plots.feature_scatter(*plots.plane(features[:, :2], weight[:, :2]), target, NAMES))
     texts(plots.angle_histogram({"train": features[:, 0]}, {"softmax": value}))
     texts(plots.angle_map(weight, NAMES))
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_titles_are_not_cut_off(count: int) -> None:
+    title = (
+        "confusion in % of the true class of 100 of 150 classes\nm = 4, lambda 6.37e-08 (effective 4.00), step 600000"
+    )
+    names, square = [f"{index}" for index in range(count)], torch.rand(count, count)
+    for figure in (
+        plots.feature_scatter(torch.rand(count, 2), torch.rand(count, 2), torch.arange(count), names, title),
+        plots.angle_histogram({"val": torch.rand(count)}, {}, title),
+        plots.segment_bars({"val": torch.rand(4)}, title),
+        plots.angle_map(square, names, title),
+        plots.confusion(square, names, "images", title),
+        plots.image_strip(torch.zeros(count, 1, 8, 8, dtype=torch.uint8), names, title),
+        plots.roc({"val": (torch.rand(10), torch.arange(10) % 2 == 0)}, title),
+    ):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        (drawn,) = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text() == title)
+        box = drawn.get_window_extent(canvas.get_renderer())
+        assert (box.x0, box.y0) >= (0, 0)
+        assert box.x1 <= figure.bbox.x1
+        assert box.y1 <= figure.bbox.y1

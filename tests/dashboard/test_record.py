@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from lsoftmax_lightning.callbacks import Dashboard
 from lsoftmax_lightning.dashboard.collector import EvalCollector
@@ -48,9 +49,13 @@ def test_a_test_is_collected_once_and_always_recorded(
     callbacks = [TestRecord(Path("test.pt")), dashboard]
     found = record(callbacks if record_first else callbacks[::-1])
     assert len(collectors) == collections
-    assert found.keys() == alone.keys() == {"class_names", "points", "rays", "points_target", "counts", "angles"}
+    assert (
+        found.keys()
+        == alone.keys()
+        == {"class_names", "points", "rays", "points_target", "projected", "counts", "angles"}
+    )
     for name, value in alone.items():
-        assert value == found[name] if name == "class_names" else torch.equal(value, found[name]), name
+        assert torch.equal(value, found[name]) if isinstance(value, Tensor) else value == found[name], name
     events = EventAccumulator("run/version_1").Reload()
     assert bool(events.Tags()["images"]) == (dashboard.every_n_epochs != 0)
 
