@@ -163,7 +163,7 @@ def against_logits() -> list[list[str]]:
     for size, width, classes in AGAINST_LOGITS:
         [(ours, our_peak)] = apart(step_of_head, size, width, classes)
         fits = 3 * 4 * classes * (size + width) < 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        found = apart(step_of_head, size, width, classes, False) if fits else []
+        found = apart(step_of_head, size, width, classes, True) if fits else []
         theirs, their_peak = found[0] if found else (None, None)
         rows.append(
             [
