@@ -81,7 +81,7 @@ def test_a_run_and_a_comparison_have_a_page() -> None:
 
 def test_a_page_of_a_comparison_needs_a_folder() -> None:
     rows = Path(__file__).parents[1] / "docs" / "results" / "mnist_1000.csv"
-    with pytest.raises(InputError, match="html: a page needs a folder"):
+    with pytest.raises(InputError, match="html: needs a folder for the page"):
         report(rows, html=True)
     main(["compare", "--report", str(rows), "--folder", "page", "--html"])
     page = Page(Path("page/report.html"))

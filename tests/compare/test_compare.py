@@ -68,7 +68,7 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
     capsys.readouterr()
     assert len(compare_margins("digits", [1, 2], [0, 1], SHORT, {"model.label_smoothing": [0]}, jobs=2)) == 6
-    assert "2 of 4 runs are finished already" in capsys.readouterr().out
+    assert "2 of 4 runs are already finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     averaged = Path("averaged")
@@ -84,9 +84,10 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
 
     # other settings do not come into the same table, under the name of a run that is there or under another
     for margin in (1, 3):
-        with pytest.raises(InputError, match="is of a run with other settings") as caught:
+        with pytest.raises(InputError, match="has a run with other settings") as caught:
             compare_margins("digits", [margin], [0], [*SHORT, "--data.batch_size=32"], {"model.label_smoothing": [0]})
-        assert "data.batch_size is 64 there and 32 here" in str(caught.value)
+        assert "got data.batch_size 64 in " in str(caught.value)
+        assert " and 32 in this comparison" in str(caught.value)
 
 
 class InterruptAt25(ProgressFile):
@@ -205,28 +206,34 @@ def test_failed_run_is_named_and_the_others_finish(capsys: pytest.CaptureFixture
         (["--config=nope.yaml"], "no config 'nope.yaml'"),
         (["--config=digits.yaml", "--margins", "1", "0"], "integer >= 1"),
         (["--config=digits.yaml", "--margins", "1.5"], "1.5"),
-        (["--config=digits.yaml", "--margins", "2", "2"], "margins takes one value or more, no two the same"),
-        (["--config=digits.yaml", "--jobs=0"], "jobs must be at least 1"),
+        (["--config=digits.yaml", "--margins", "2", "2"], "margins: must be one or more distinct values"),
+        (["--config=digits.yaml", "--jobs=0"], "jobs: must be at least 1"),
         (["--config=digits.yaml", "--trainer.epochs=3"], "trainer.epochs"),
-        (["--config=digits.yaml", "--trainer.fast_dev_run=true"], "nothing to compare"),
-        (["--config=digits.yaml", "--model.margin", "3"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--seed_everything=3"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--sweep", "model.margin=3,4"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--sweep", "model.optimizer.lr"], "model.optimizer.lr takes one value or more"),
+        (["--config=digits.yaml", "--trainer.fast_dev_run=true"], "trainer.fast_dev_run: leaves no results to compare"),
+        (["--config=digits.yaml", "--model.margin", "3"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--seed_everything=3"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--sweep", "model.margin=3,4"], "use --margins, --seeds or --folder"),
+        (
+            ["--config=digits.yaml", "--sweep", "model.optimizer.lr"],
+            "model.optimizer.lr: must be one or more distinct values",
+        ),
         (["--config=digits.yaml", "--sweep", "model.optimizer.lr=[1"], "--sweep takes KEY=V1,V2"),
         (["--config=digits.yaml", "--sweep", "model.nope=1"], "nope"),
-        (["--config=digits.yaml", "--sweep=model.init_args.margin=3,4"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--model.init_args.margin=3"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--ckpt_path=last.ckpt"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--checkpoint.dirpath=here"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--seeds", "-1"], "seeds count from 0, got -1"),
+        (["--config=digits.yaml", "--sweep=model.init_args.margin=3,4"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--model.init_args.margin=3"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--ckpt_path=last.ckpt"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--checkpoint.dirpath=here"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--seeds", "-1"], "seeds: must be from 0 to 4294967295, got -1"),
         (["--config=digits.yaml", "--seeds", "4294967296"], "seeds: must be from 0 to 4294967295, got 4294967296"),
         (["--config=digits.yaml", "--margins", "1000000000"], "margin: must be an integer >= 1 and <= 100"),
-        (["--config=digits.yaml", "--sweep=data.val_size=0.1,1e-1"], "would have the same name"),
-        (["--config=digits.yaml", "--average", "data.val_size"], "data.val_size takes one value or more"),
+        (["--config=digits.yaml", "--sweep=data.val_size=0.1,1e-1"], "have the same name or settings"),
+        (["--config=digits.yaml", "--average", "data.val_size"], "data.val_size: must be one or more distinct values"),
         (["--config=digits.yaml", "--average", "data.val_size=[1"], "--average takes KEY=V1,V2"),
-        (["--config=digits.yaml", "--average", "a.b=1", "--sweep", "a.b=2"], "--average: must be settings that"),
-        (["--config=digits.yaml", "--average", "model.margin=3,4"], "by --margins, --seeds and --folder"),
+        (
+            ["--config=digits.yaml", "--average", "a.b=1", "--sweep", "a.b=2"],
+            "--average: must not repeat a setting of --sweep",
+        ),
+        (["--config=digits.yaml", "--average", "model.margin=3,4"], "use --margins, --seeds or --folder"),
         (["--report=gone"], "no run in"),
         (["--report", "gone", "--jobs", "2"], "no other argument than --folder"),
         (["--report=gone", "--config=digits.yaml"], "no other argument than --folder"),
@@ -321,7 +328,9 @@ def test_jobs_divide_devices_and_cores_among_the_runs_that_are_left(
 @pytest.mark.parametrize("name", ["file", "file/sub", "file/sub/sub"])
 def test_a_folder_that_is_a_file_or_in_one_is_an_input_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=f"^--folder: is a file or in one, got {tmp_path}/{name}; choose a folder"):
+    with pytest.raises(
+        InputError, match=f"^--folder: is a file or inside a file, got {tmp_path}/{name}; choose a folder"
+    ):
         train([], 1, tmp_path / name, {})
 
 
@@ -385,15 +394,13 @@ def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> No
     parts = [part for part in parts if whole[len(part) :].strip() != "null"]  # without that it says the same
     for content in [*map(str.encode, parts), b"\x00" * 100, b"caf\xe9", b"text", b"[1]"]:
         path.write_bytes(content)
-        with pytest.warns(
-            UserWarning, match=r"config\.yaml is incomplete and is written anew; checkpoints in .* are kept"
-        ):
+        with pytest.warns(UserWarning, match=r"config\.yaml is incomplete and is replaced; checkpoints in .* are kept"):
             assert not plans()[0].finished
     cut = whole[: whole.index("accumulate_grad_batches")].replace("max_epochs: 1", "max_epochs: 7")
     path.write_text(cut)
     with (
         pytest.warns(UserWarning, match="is incomplete"),
-        pytest.raises(InputError, match=r"trainer\.max_epochs is 7 there and 1 here"),
+        pytest.raises(InputError, match=r"trainer\.max_epochs 7 in .* and 1 in this comparison"),
     ):
         plans()
 
@@ -402,7 +409,7 @@ def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> No
     (run / "run.json").write_text(facts[:50])
     with (
         pytest.warns(UserWarning, match="config.yaml is incomplete"),
-        pytest.warns(UserWarning, match=r"run\.json is missing or damaged; its run is not taken for finished"),
+        pytest.warns(UserWarning, match=r"run\.json is missing or damaged; its run counts as unfinished"),
     ):
         (row,) = compare_margins("digits", [2], [0], SHORT)
     assert (row["steps"], row["seconds"]) == (3, None)
