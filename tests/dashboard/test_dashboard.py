@@ -102,7 +102,7 @@ def test_the_projector_has_features_names_and_images() -> None:
         [line.split("\t") for line in paths[kind].read_text().splitlines()] for kind in ("tensor", "metadata")
     )
     assert (len(rows), len(rows[0])) == (10, 64)
-    assert metadata[0] == ["class", "number"]
+    assert metadata[0] == ["class", "index"]
     images, targets = data.val_data
     kept = [*range(5), *range(20, 25)]  # of two batches of 20 images
     assert metadata[1:] == [[data.class_names[number], str(number)] for number in targets[kept].tolist()]
