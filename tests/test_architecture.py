@@ -184,13 +184,13 @@ def imported_rooms(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path: Path) -> None:
+def test_modules_import_only_modules_below(path: Path) -> None:
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert room in BELOW, f"{room} is a new room: say which rooms are below it"
     assert imported_rooms(path) - {room} <= BELOW[room]
 
 
-def test_there_is_no_cycle() -> None:
+def test_import_order_has_no_cycle() -> None:
     def height(room: str) -> int:
         return 1 + max((height(below) for below in BELOW[room] - {room}), default=0)
 

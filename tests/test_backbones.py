@@ -109,7 +109,7 @@ def test_torchvision_backbones_train(name: str, channels: int) -> None:
 @pytest.mark.parametrize(
     ("name", "shape"), [("vit_b_32", (3, 64, 64)), ("vit_b_16", (1, 32, 32)), ("maxvit_t", (3, 448, 448))]
 )
-def test_models_of_one_image_size_are_made_for_that_of_the_images(name: str, shape: tuple[int, int, int]) -> None:
+def test_fixed_size_models_are_built_for_the_image_size(name: str, shape: tuple[int, int, int]) -> None:
     with torch.device("meta"):
         backbone = create_backbone(name, shape).train()
         assert backbone(torch.empty(2, *shape)).shape == (2, backbone.num_features)
@@ -134,7 +134,7 @@ def test_models_of_one_image_size_are_made_for_that_of_the_images(name: str, sha
         ),
     ],
 )
-def test_images_that_a_model_does_not_take_are_one_line_before_training(
+def test_unsupported_image_sizes_are_rejected_in_one_line(
     name: str, shape: tuple[int, int, int], settings: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(InputError, match=said) as caught, torch.device("meta"):
@@ -142,12 +142,12 @@ def test_images_that_a_model_does_not_take_are_one_line_before_training(
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_line_names_the_backbone_and_the_images(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_reports_backbone_and_image_shape(capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, "fit", "--config=digits.yaml", "--model.backbone=alexnet")
     assert "error: backbone 'alexnet' does not take images of (1, 8, 8): " in said
 
 
-def test_invalid_backbones_are_refused() -> None:
+def test_invalid_backbones_are_rejected() -> None:
     with pytest.raises(InputError, match="no backbone is named 'resnet19'"):
         create_backbone("resnet19", (3, 32, 32))
     with pytest.raises(InputError, match="wdith"):

@@ -50,7 +50,7 @@ def flipped(content: bytes) -> bytes:
         (lambda whole: pickle.dumps(Call()), "not a complete checkpoint"),
     ],
 )
-def test_incomplete_or_damaged_files_are_refused(content: Callable[[bytes], bytes], said: str) -> None:
+def test_incomplete_or_damaged_files_are_rejected(content: Callable[[bytes], bytes], said: str) -> None:
     path = Path("some.ckpt")
     torch.save({"state_dict": {"weight": torch.full((3,), 7.0)}}, path)
     assert read(path)["state_dict"]["weight"].tolist() == [7, 7, 7]
@@ -76,7 +76,7 @@ def test_incomplete_or_damaged_files_are_refused(content: Callable[[bytes], byte
         ),
     ],
 )
-def test_what_is_not_weights_is_refused(saved: Any, said: str) -> None:
+def test_files_without_weights_are_rejected(saved: Any, said: str) -> None:
     torch.save(saved, "some.ckpt")
     with pytest.raises(InputError, match=said):
         read("some.ckpt")
@@ -113,7 +113,7 @@ def repacked(content: bytes, compression: int = zipfile.ZIP_DEFLATED, copies: in
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("how", [{}, {"compression": zipfile.ZIP_LZMA}, {"compression": 0, "copies": 2}], ids=str)
-def test_repacked_checkpoint_is_refused(how: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_repacked_checkpoint_is_rejected(how: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config=digits.yaml", *SHORT])
     path = Path("runs/digits/version_0/checkpoints/best.ckpt")
     path.write_bytes(repacked(path.read_bytes(), **how))
@@ -126,7 +126,7 @@ def test_repacked_checkpoint_is_refused(how: dict[str, int], capsys: pytest.Capt
     assert not Path("backbone.pt").exists()
 
 
-def test_a_stored_copy_is_read() -> None:
+def test_uncompressed_copy_is_read() -> None:
     torch.save({"state_dict": {"weight": torch.arange(50.0)}}, "some.ckpt")
     Path("copy.ckpt").write_bytes(repacked(Path("some.ckpt").read_bytes(), compression=zipfile.ZIP_STORED))
     assert torch.equal(read("copy.ckpt")["state_dict"]["weight"], torch.arange(50.0))
@@ -183,7 +183,7 @@ def test_no_reader_runs_code_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) 
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
-def test_a_checkpoint_says_by_whom_and_in_which_format_it_was_written() -> None:
+def test_checkpoint_stores_version_and_format() -> None:
     trainer = make_trainer(max_steps=1)
     trainer.fit(make_model(), BlobsDataModule())
     trainer.save_checkpoint("some.ckpt", weights_only=False)
@@ -211,7 +211,7 @@ def test_failed_write_is_an_error_and_keeps_the_old_file(tmp_path: Path) -> None
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "some.ckpt"]
 
 
-def test_the_config_of_an_earlier_run_with_the_former_name_of_the_plugin_is_read() -> None:
+def test_config_with_the_former_name_of_the_plugin_is_read() -> None:
     main(["fit", "--config=digits.yaml", *SHORT])
     config = Path("runs/digits/version_0/config.yaml")
     name = "lsoftmax_lightning.checkpoints.AtomicCheckpointIO"
@@ -247,7 +247,7 @@ def of_ddp_and_compile(plain: Plain) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("saved", [bare, of_lightning, of_ddp_and_compile])
-def test_margin_training_starts_from_a_softmax_network(
+def test_warm_start_loads_a_softmax_network(
     saved: Callable[[Plain], dict[str, Any]], bias: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = make_model(margin=1)
@@ -266,7 +266,7 @@ def test_margin_training_starts_from_a_softmax_network(
     assert ("metric.total" in said) == (saved is of_lightning)
 
 
-def test_a_backbone_alone_is_taken_and_a_head_begins_at_random(caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_start_with_other_classes_initialises_the_head(caplog: pytest.LogCaptureFixture) -> None:
     torch.save(make_model(num_classes=7).state_dict(), "seven.pt")
     with caplog.at_level("INFO"):
         make_model(warm_start="seven.pt")
@@ -324,13 +324,13 @@ def test_warm_start_reads_weights_of_torchvision() -> None:
         ),
     ],
 )
-def test_warm_start_from_another_network_is_refused(change: Callable[[Any], Any], said: str) -> None:
+def test_warm_start_from_another_network_is_rejected(change: Callable[[Any], Any], said: str) -> None:
     torch.save(change(make_model().state_dict()), "other.pt")
     with pytest.raises(InputError, match=said):
         make_model(warm_start="other.pt")
 
 
-def test_a_run_that_began_warm_is_resumed_without_the_file() -> None:
+def test_warm_started_module_loads_without_the_file() -> None:
     torch.save(make_model(margin=1).state_dict(), "softmax.pt")
     model = make_model(warm_start="softmax.pt")
     trainer = make_trainer(max_steps=1)
@@ -341,7 +341,7 @@ def test_a_run_that_began_warm_is_resumed_without_the_file() -> None:
     assert torch.equal(loaded.head.weight, model.head.weight)
 
 
-def test_command_line_takes_warm_start() -> None:
+def test_command_line_accepts_warm_start() -> None:
     main(["fit", "--config=digits.yaml", *SHORT, "--model.margin=1"])
     best = "runs/digits/version_0/checkpoints/best.ckpt"
     begin = [*SHORT, "--model.optimizer.lr=0", f"--model.warm_start={best}"]

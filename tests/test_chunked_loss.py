@@ -32,7 +32,7 @@ def batch(size: int, width: int, classes: int, dtype: torch.dtype = torch.float6
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("size", [1, 64, 150])  # a part of a chunk, a whole one, and more
-def test_values_and_gradients_are_those_of_the_logits(m: int, size: int, smoothing: float) -> None:
+def test_loss_and_gradients_equal_those_of_the_dense_logits(m: int, size: int, smoothing: float) -> None:
     x, weight, target = batch(size, 16, 37)
     plain = F.linear(x, weight)
     logits = margin_logits(plain, x, weight, target, m, 0.3)
@@ -67,7 +67,7 @@ def test_backward_runs_only_once() -> None:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_it_computes_none(context: Callable[[], AbstractContextManager[None]]) -> None:
+def test_no_gradients_are_computed_without_grad_mode(context: Callable[[], AbstractContextManager[None]]) -> None:
     x, _, target = batch(70, 16, CHUNKED_FROM, torch.float32)
     head = LSoftmaxLinear(16, CHUNKED_FROM, margin=3, lambda_=0.3)
     expected = chunked_cross_entropy(x, head.weight, target, 3, 0.3)
@@ -81,13 +81,13 @@ def test_without_gradients_it_computes_none(context: Callable[[], AbstractContex
     assert not {"aten::addmm_", "aten::index_add_"} & {event.name for event in profile.events()}
 
 
-def test_a_weighted_or_ignoring_criterion_is_not_replaced() -> None:
+def test_criterion_with_weight_or_ignore_index_is_not_replaced() -> None:
     assert is_plain_cross_entropy(nn.CrossEntropyLoss(label_smoothing=0.1))
     for settings in ({"weight": torch.ones(4)}, {"reduction": "sum"}, {"ignore_index": 0}):
         assert not is_plain_cross_entropy(nn.CrossEntropyLoss(**settings))  # type: ignore[arg-type]
 
 
-def test_unsupported_settings_are_refused() -> None:
+def test_unsupported_settings_are_rejected() -> None:
     x, weight, target = batch(4, 16, 5)
     with pytest.raises(InputError, match="lambda_: must not require gradients"):
         chunked_cross_entropy(x, weight, target, 3, torch.tensor(1.0, requires_grad=True))
@@ -141,7 +141,7 @@ def test_empty_batch_has_loss_zero() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, -100])
-def test_absent_class_is_an_error(wrong: int) -> None:
+def test_class_out_of_range_is_an_error(wrong: int) -> None:
     x, weight, target = batch(4, 16, 5)
     target[2] = wrong
     with pytest.raises(InputError, match="target must hold classes 0 to 4, got"):
@@ -169,7 +169,7 @@ def test_module_with_many_classes_uses_the_chunked_loss() -> None:
     assert torch.equal(model.margin_loss(x, target)[1], logits)
 
 
-def test_chunked_loss_takes_a_fraction_of_the_memory() -> None:
+def test_chunked_loss_uses_a_fraction_of_the_memory() -> None:
     """More than a chunk of logits at a time would not fit."""
     x, weight, target = batch(4096, 64, 20_000, torch.float32)
     with torch.profiler.profile(profile_memory=True) as profile:

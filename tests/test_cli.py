@@ -226,7 +226,7 @@ def test_the_mode_follows_the_metric_of_the_best_checkpoint(
         (["--checkpoint.monitor=val/feature_norm"], "checkpoint.mode: is not known for val/feature_norm; set min if"),
     ],
 )
-def test_the_worst_checkpoint_is_never_kept(
+def test_wrong_or_missing_checkpoint_mode_is_rejected(
     settings: list[str], said: str, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in (["fit", "--config", config], ["compare", "--config", config, "--margins", "1"]):
@@ -320,12 +320,12 @@ def test_aliases_of_a_config_are_bounded(argument: str, text: str, capsys: pytes
         ("trainer:\n  callbacks:\n  - {class_path: a, class_path: b}\n", "class_path: must be in a mapping once"),
     ],
 )
-def test_a_key_is_given_once(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicate_keys_are_rejected(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("twice.yaml").write_text(text)
     assert said in fails(capsys, "fit", "--config=digits.yaml", "--config=twice.yaml")
 
 
-def test_merged_keys_may_be_given_again() -> None:
+def test_merged_keys_can_be_overridden() -> None:
     Path("merged.yaml").write_text("trainer:\n  <<: {max_epochs: 1, max_steps: 7}\n  <<: {}\n  max_epochs: 2\n")
     cli = main(["fit", "--config=digits.yaml", "--config=merged.yaml", *QUIET, "--trainer.limit_train_batches=2"])
     assert cli is not None
@@ -369,7 +369,7 @@ class Faces(VerificationModule):
 
 
 @pytest.mark.parametrize("name", ["Narrow", "Fixed", "Faces"])
-def test_a_subclass_may_fix_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subclass_can_fix_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("narrow_module.py").write_text(NARROW)
     monkeypatch.syspath_prepend("")
     config, data = "digits.yaml", []
@@ -440,7 +440,7 @@ def test_given_settings_override_those_of_a_checkpoint() -> None:
     assert cli.model.head.margin == 3
 
 
-def test_checkpoint_of_another_network_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_of_another_network_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
     test = ["test", "--config", "digits.yaml", *QUIET, "--ckpt_path"]
     best = "runs/digits/version_0/checkpoints/best.ckpt"

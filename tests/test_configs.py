@@ -29,7 +29,7 @@ def settings_of(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_a_config_is_short_and_leaves_out_only_defaults(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_is_short_and_omits_only_defaults(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert len(lines) <= 20
     stated, found = flat(yaml.safe_load(path.read_text())), settings_of(capsys, f"--config={path.name}")
@@ -40,7 +40,7 @@ def test_a_config_is_short_and_leaves_out_only_defaults(path: Path, capsys: pyte
     assert stated.keys() <= found.keys()
 
 
-def test_the_name_of_a_run_is_that_of_its_first_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_is_named_after_its_first_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine, logger = tmp_path / "mine.yaml", tmp_path / "logger.yaml"
     mine.write_text("trainer: {max_epochs: 3}\n")
     logger.write_text("trainer: {logger: {init_args: {name: chosen}}}\n")

@@ -33,7 +33,7 @@ def test_equal_seeds_give_equal_runs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+def test_number_of_workers_does_not_change_the_weights(tmp_path: Path) -> None:
     for number in range(48):  # no two alike
         part = "train" if number < 36 else "test"
         write_image(tmp_path / "images" / part / str(number % 2) / f"{number}.png", (5 * number, 250 * (number % 2), 9))

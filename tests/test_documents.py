@@ -185,7 +185,7 @@ def test_every_setting_of_every_comparison_is_planned(
     assert planned
 
 
-def test_the_tables_on_the_page_of_results_are_those_of_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_the_results_page_equal_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / "docs" / "results.md"
     text = page.read_text()
     shown = set()
@@ -238,7 +238,7 @@ def test_configs_quote_the_accuracies_of_the_paper_from_the_data_file(config: st
         assert f"{accuracy:.2f}" == paper_accuracy(experiment_of(config), margin).removesuffix("*")
 
 
-def test_the_configs_and_files_named_are_there() -> None:
+def test_configs_and_files_named_in_the_readme_exist() -> None:
     readme = PAGES[0].read_text()
     for name in re.findall(r"--config (\w+\.yaml)", readme):
         assert (ROOT / "configs" / name).is_file() or name == "my.yaml"
@@ -318,7 +318,7 @@ def test_another_project_is_found_by_its_class_path() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("builder", ["html", "doctest"])
-def test_the_pages_are_built_without_a_warning(builder: str) -> None:
+def test_pages_are_built_without_warnings(builder: str) -> None:
     done = run_on(1, partial(sphinx, ["-W", "--keep-going", "-b", builder, str(ROOT / "docs"), "built"]))
     assert done.returncode == 0, done.stderr
 

@@ -46,7 +46,7 @@ def logits_of(x: Tensor, weight: Tensor, target: Tensor, m: int, lambda_: float 
 
 @pytest.mark.parametrize("lambda_", [0.0, 3.0])
 @pytest.mark.parametrize("m", MARGINS)
-def test_agrees_with_the_definition(m: int, lambda_: float) -> None:
+def test_logits_equal_the_definition(m: int, lambda_: float) -> None:
     x, weight, target = batch(n=10_000, d=3, c=20)  # narrow features, so that every segment is met
     expected = reference_logits(x, weight, target, m, lambda_)
     scale = x.norm(dim=1, keepdim=True) * weight.norm(dim=1).max()
@@ -57,13 +57,13 @@ def test_agrees_with_the_definition(m: int, lambda_: float) -> None:
 
 
 @pytest.mark.parametrize("m", MARGINS)
-def test_cos_multiple(m: int) -> None:
+def test_cos_multiple_equals_the_cosine_of_the_multiple_angle(m: int) -> None:
     theta = torch.linspace(0, math.pi, 1001, dtype=torch.float64)
     torch.testing.assert_close(cos_multiple(theta.cos(), m), (m * theta).cos(), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("m", MARGINS)
-def test_psi_derivative_is_right_at_the_knots_and_the_ends(m: int) -> None:
+def test_psi_derivative_is_exact_at_knots_and_ends(m: int) -> None:
     knots = torch.tensor([math.cos(j * math.pi / m) for j in range(m + 1)], dtype=torch.float64)
     cosine = torch.cat([knots, knots + 1e-4, knots - 1e-4]).requires_grad_()
     # the one-sided second derivatives differ at a knot, by at most m^4: that times eps is the error allowed
@@ -74,7 +74,7 @@ def test_psi_derivative_is_right_at_the_knots_and_the_ends(m: int) -> None:
 
 
 @pytest.mark.parametrize("m", MARGINS)
-def test_gradients(m: int) -> None:
+def test_first_and_second_derivatives_pass_gradcheck(m: int) -> None:
     x, weight, target = batch()
     inputs = (x.requires_grad_(), weight.requires_grad_())
     assert gradcheck(lambda x, w: logits_of(x, w, target, m, 0.5), inputs)
@@ -178,7 +178,7 @@ def test_an_empty_batch_has_loss_zero_and_a_gradient(m: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+def test_labels_of_any_integer_type_are_accepted(dtype: torch.dtype) -> None:
     x, weight, target = batch()
     assert torch.equal(
         lsoftmax_cross_entropy(x, weight, target.to(dtype), 3), lsoftmax_cross_entropy(x, weight, target, 3)
@@ -197,14 +197,14 @@ def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
         (torch.tensor([0, 1, 2, 4, 0, 1, 2, 3]), "0 to 3, got 0 to 4"),
     ],
 )
-def test_bad_labels_are_refused(m: int, target: Tensor, said: str) -> None:
+def test_invalid_labels_are_rejected(m: int, target: Tensor, said: str) -> None:
     x, weight, _ = batch()
     with pytest.raises(InputError, match=said):
         logits_of(x, weight, target, m)
 
 
 @pytest.mark.parametrize("margin", [0, -1, 2.5, 2.0, True, "2", None, 101, 10**9])
-def test_bad_margins_are_refused(margin: object) -> None:
+def test_invalid_margins_are_rejected(margin: object) -> None:
     x, weight, target = batch()
     with pytest.raises(InputError, match="integer >= 1"):
         logits_of(x, weight, target, margin)  # type: ignore[arg-type]
@@ -252,14 +252,14 @@ def test_half_precision_input_is_computed_in_single(dtype: torch.dtype) -> None:
     assert error.gather(1, target[:, None]).max() < 1e-5 * scale
 
 
-def test_label_smoothing_is_that_of_torch() -> None:
+def test_label_smoothing_equals_torch() -> None:
     x, weight, target = batch()
     expected = F.cross_entropy(logits_of(x, weight, target, 2), target, label_smoothing=0.1)
     assert torch.equal(lsoftmax_cross_entropy(x, weight, target, 2, label_smoothing=0.1), expected)
 
 
 @pytest.mark.parametrize("m", MARGINS)
-def test_gradients_are_finite_where_there_is_no_angle(m: int) -> None:
+def test_gradients_are_finite_for_zero_vectors(m: int) -> None:
     x, weight = (
         torch.eye(4)[:, :3].clone().requires_grad_(),
         torch.eye(3)[[0, 1, 1]].mul(torch.tensor([1, 0, 1])[:, None]),

@@ -42,7 +42,7 @@ def batches(accelerator: str, device_memory_gib: float) -> list[list[Tensor]]:
     return batches.kept
 
 
-def test_batches_are_the_same_from_the_device_and_from_the_host() -> None:
+def test_batches_from_device_and_host_memory_are_equal() -> None:
     """Images and classes are the same bits; normalisation on another device may round otherwise."""
     on_device, from_host = batches("gpu", 4.0), batches("gpu", 0.0)
     assert len(on_device) == len(from_host) == 16

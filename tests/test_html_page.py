@@ -49,7 +49,7 @@ class Page(HTMLParser):
             self.headings.append(data)
 
 
-def test_texts_are_shown_as_they_are() -> None:
+def test_texts_are_escaped() -> None:
     sections = [
         Section("<Table>", table_html(["a & b"], [["<1>"]])),
         Section("Text", text_html("x < y\n  z")),

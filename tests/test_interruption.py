@@ -105,7 +105,7 @@ def test_a_run_stopped_at_random_moments_resumes_exactly(epochs: int, stops: lis
 @pytest.mark.parametrize(
     ("at", "lines", "end"), [(9, {"lambda": [9]}, 10), (19, {"lambda": [9, 19], "train/acc": [19]}, 20)]
 )
-def test_what_was_measured_before_a_stop_is_logged(at: int, lines: dict[str, list[int]], end: int) -> None:
+def test_metrics_before_a_stop_are_logged(at: int, lines: dict[str, list[int]], end: int) -> None:
     class Tells(Callback):
         def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
             if trainer.global_step == at:
@@ -162,7 +162,7 @@ def test_a_signal_outside_of_training_ends_with_its_code(command: str, hook: str
 
 
 @pytest.mark.parametrize("command", [pytest.param("test", marks=pytest.mark.slow), "predict"])
-def test_a_signal_to_one_rank_ends_all(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_to_one_rank_ends_all_ranks(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = [command, "--config=digits.yaml", *QUIET, "--trainer.devices=2", "--trainer.strategy=ddp"]
     send = Send(signal.SIGTERM, f"on_{command}_batch_end", rank=1)
     Path("program.py").write_text(
@@ -207,7 +207,7 @@ def test_workers_survive_a_signal_to_the_process_group() -> None:
 
 
 @pytest.mark.parametrize("content", ["", "seed_everything: 0\nmodel:\n  class", "model: [", "\udcff"])
-def test_a_run_whose_config_was_half_written_continues(content: str) -> None:
+def test_run_with_a_truncated_config_continues(content: str) -> None:
     with pytest.warns(UserWarning, match="There is no"):
         main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
     config = Path("runs/digits/version_0/config.yaml")
@@ -222,7 +222,7 @@ def test_a_run_whose_config_was_half_written_continues(content: str) -> None:
     assert config.with_name("hparams.yaml").read_text() == hparams
 
 
-def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_of_a_run_is_written_atomically(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
 
@@ -237,7 +237,7 @@ def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_resume_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_stop_together_and_resume_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", ROOT)
     args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]
     args += ["--trainer.max_epochs=16"]  # ranks agree to stop once a second, in which a fast machine takes 200 steps
@@ -290,7 +290,7 @@ NAMED_BY_METRIC = ["--checkpoint.filename={epoch}-{val/acc:.2f}", "--checkpoint.
         (["--checkpoint.dirpath=$SCRATCH/best"], "runs/digits/version_0"),
     ],
 )
-def test_last_and_best_are_found_where_the_run_is(
+def test_last_and_best_are_found_in_any_run_folder(
     settings: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -328,7 +328,7 @@ def test_a_run_without_a_checkpoint_is_not_the_last_one(capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("how", ["path", "moved", "renamed"])
-def test_the_best_of_all_epochs_is_tested_where_a_run_continues(how: str) -> None:
+def test_resumed_run_tests_the_best_of_all_epochs(how: str) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, *FIRST_IS_BEST]
     main([*fit, "--trainer.max_epochs=4", "--trainer.logger.name=whole"])
     whole = json.loads(Path("runs/whole/version_0/results.json").read_text())
@@ -377,7 +377,7 @@ def test_resume_with_another_seed_is_an_error(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.filterwarnings("ignore:There is no")
-def test_other_optimizers_are_refused_and_settings_without_effect_are_reported(
+def test_resume_rejects_other_optimizers_and_reports_settings_without_effect(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
@@ -438,7 +438,7 @@ def test_a_stopped_command_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch)
     assert done.returncode == 143
 
 
-def test_workers_that_still_run_are_killed_when_a_command_is_stopped() -> None:
+def test_running_workers_are_killed_when_a_command_is_stopped() -> None:
     def stopped() -> None:
         inherited = multiprocessing.active_children()  # of the process that runs the tests
         context = multiprocessing.get_context("fork")

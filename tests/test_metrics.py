@@ -96,7 +96,7 @@ def test_random_embeddings_score_a_half() -> None:
 
 
 @pytest.mark.parametrize("pca_components", [None, 5])
-def test_identical_embeddings_of_a_person_score_all(pca_components: int | None) -> None:
+def test_identical_embeddings_of_a_person_score_perfectly(pca_components: int | None) -> None:
     pairs, people = make_pairs()
     found = metric_values(pairs, noisy(people, noise=0), pca_components=pca_components)
     expected = {"acc": 1, "acc_stderr": 0, "auc": 1, "eer": 0, "tar_at_far_1e-2": 1, "tar_at_far_1e-3": 1}
@@ -189,12 +189,12 @@ def test_missing_images_give_nan_and_a_warning() -> None:
         (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2], [4, 5, 0, 1]]), "fold 1 needs both same and different pairs"),
     ],
 )
-def test_bad_pairs_are_refused(pairs: Tensor, said: str) -> None:
+def test_invalid_pairs_are_rejected(pairs: Tensor, said: str) -> None:
     with pytest.raises(InputError, match=said):
         PairVerification(Pairs.from_table(pairs))
 
 
-def test_bad_components_are_refused() -> None:
+def test_invalid_pca_components_are_rejected() -> None:
     pairs, people = make_pairs(folds=2, count=10)
     for components in (0, 20, 21):
         with pytest.raises(InputError, match=f"at least 1 and below 20, the number of .*, got {components}"):
@@ -204,7 +204,7 @@ def test_bad_components_are_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric PairVerification was called before")
-def test_without_images_all_is_nan() -> None:
+def test_metrics_without_images_are_nan() -> None:
     metric = PairVerification(Pairs.from_table(make_pairs()[0]), pca_components=3)
     with pytest.warns(UserWarning, match="600 of 600 images have missing or non-finite embeddings"):
         assert all(math.isnan(value) for value in metric.compute().values())
@@ -220,7 +220,7 @@ def test_reset_removes_the_cosines() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_angles_are_exact_in_a_module_of_any_precision_and_in_and_after_inference_mode(dtype: torch.dtype) -> None:
+def test_angles_are_exact_in_any_precision_and_inference_mode(dtype: torch.dtype) -> None:
     features, target = torch.randn(300, 8), torch.arange(300) % 3
     expected = ClassAngles(3, 8, 2)
     expected.update(features, torch.eye(3, 8), target)
@@ -290,7 +290,7 @@ def test_opposite_features_are_in_the_last_segment() -> None:
     assert math.isnan(values["centre_angle_mean"])  # of a single class
 
 
-def test_verification_leaves_the_cosines_of_the_scored_pairs() -> None:
+def test_compute_stores_the_cosines_of_the_scored_pairs() -> None:
     pairs, people = make_pairs(folds=3)
     pairs[pairs[:, 3] == 3, 3] = 0
     embeddings = noisy(people, 0.5)

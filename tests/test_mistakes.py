@@ -205,7 +205,7 @@ WRONG_TYPE = "trainer:\n  max_epochs: 3\n  max_steps: many\n"
         ("--checkpoint.monitor val/segment_4 --checkpoint.mode max", "val/segment_3, val/weight_angle_mean"),
     ],
 )
-def test_a_mistake_on_the_command_line_gets_one_line(args: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_argument_gives_a_one_line_error(args: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [args] if "{" in args else args.split()
     printed = fails(capsys, "fit", "--config=digits.yaml", *QUIET, *words)
     assert said in printed
@@ -238,7 +238,7 @@ def test_a_mistake_on_the_command_line_gets_one_line(args: str, said: str, capsy
         ("- 1\n", "my.yaml: must be a mapping of settings, got [1]."),
     ],
 )
-def test_a_mistake_in_a_config_gets_one_line(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_config_gives_a_one_line_error(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("my.yaml").write_text(text)
     printed = fails(capsys, "fit", "--config=my.yaml", *QUIET)
     assert said in printed
@@ -257,7 +257,7 @@ def test_a_mistake_in_a_config_gets_one_line(text: str, said: str, capsys: pytes
         ),
     ],
 )
-def test_what_is_required_gets_one_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_setting_gives_a_one_line_error(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = fails(capsys, "fit", *args)
     assert said in printed
     assert len(printed.splitlines()) == 1
@@ -281,7 +281,7 @@ def test_what_is_required_gets_one_line(args: list[str], said: str, capsys: pyte
         (["configs", "--cpy", "digits"], "unrecognized arguments: --cpy digits"),
     ],
 )
-def test_a_mistake_in_an_option_gets_one_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_option_gives_a_one_line_error(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = fails(capsys, *args)
     assert said in printed
     assert printed.startswith("error: ")
@@ -301,7 +301,7 @@ class Module(ClassificationModule):
 
 
 @pytest.mark.parametrize("setting", ["--model=logs.Module", "--trainer.callbacks+=logs.Logs"])
-def test_metrics_of_the_users_classes_may_define_the_best_checkpoint(
+def test_custom_metrics_can_define_the_best_checkpoint(
     setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("logs.py").write_text(LOGS)
@@ -313,7 +313,7 @@ def test_metrics_of_the_users_classes_may_define_the_best_checkpoint(
 
 
 @pytest.mark.parametrize("config", ["digits.yaml", "lfw_fold.yaml"])
-def test_every_logged_metric_may_define_the_best_checkpoint(
+def test_every_logged_metric_can_define_the_best_checkpoint(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = small_data(config, tmp_path / "small", monkeypatch)
@@ -338,11 +338,11 @@ def test_every_logged_metric_may_define_the_best_checkpoint(
     assert all(name in str(caught.value) for name in logged)
 
 
-def test_the_right_name_is_offered_for_a_sample_of_typos(capsys: pytest.CaptureFixture[str]) -> None:
+def test_correct_name_is_suggested_for_a_sample_of_typos(capsys: pytest.CaptureFixture[str]) -> None:
     check(random.Random(1).sample(all_typos(), SAMPLE_SIZE), capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1])
-def test_the_right_name_is_offered_for_hundreds_of_typos(part: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_correct_name_is_suggested_for_hundreds_of_typos(part: int, capsys: pytest.CaptureFixture[str]) -> None:
     check(all_typos()[part::6], capsys)

@@ -21,7 +21,7 @@ def call(*args: str | Path) -> str:
 DATA_FILES = {"py.typed", "configs/digits.yaml", "compare/paper_accuracies.yaml"}
 
 
-def test_the_package_and_the_configs_that_the_wheel_includes_have_the_data_files() -> None:
+def test_data_files_of_the_wheel_exist() -> None:
     package = ROOT / "lsoftmax_lightning"
     assert all((package / name).is_file() or (ROOT / name).is_file() for name in DATA_FILES)
     settings = (ROOT / "pyproject.toml").read_text()
@@ -29,7 +29,7 @@ def test_the_package_and_the_configs_that_the_wheel_includes_have_the_data_files
 
 
 @pytest.mark.slow
-def test_the_wheel_is_complete_and_does_what_the_images_do() -> None:
+def test_wheel_is_complete_and_passes_docker_without_sh() -> None:
     call(sys.executable, "-m", "build", "-o", "dist", ROOT)
     files = sorted(Path("dist").iterdir())
     assert [file.suffix for file in files] == [".whl", ".gz"]

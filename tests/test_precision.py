@@ -30,7 +30,7 @@ def adversarial(weight: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", range(1, 7))
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_whole_margin_at_once_makes_no_nan(device: str, m: int, dtype: torch.dtype) -> None:
+def test_full_margin_from_the_first_step_gives_no_nan(device: str, m: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     head = LSoftmaxLinear(16, 5, margin=m, lambda_=0.0, device=device)
     features, target = adversarial(head.weight.detach())
@@ -114,7 +114,7 @@ def test_half_precision_does_not_round_the_target_logit(
         *(pytest.param("gpu", precision, marks=pytest.mark.gpu) for precision in ("bf16-mixed", "16-mixed")),
     ],
 )
-def test_half_precision_learns_as_single_does(
+def test_half_precision_is_as_accurate_as_single(
     accelerator: str, precision: str, record_property: Callable[[str, object], None]
 ) -> None:
     accuracy = {}
@@ -148,7 +148,7 @@ class Weighted(ClassificationModule):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed", "32-true", "64-true"])
 @pytest.mark.parametrize("init_module", [False, True])
-def test_a_criterion_may_have_tensors(precision: Any, init_module: bool) -> None:
+def test_criterion_with_tensors_trains_in_every_precision(precision: Any, init_module: bool) -> None:
     trainer = make_trainer(precision=precision)
     settings = {"num_classes": 4, "backbone": "digits", "margin": 2, "image_shape": (1, 8, 8)}
     with trainer.init_module() if init_module else nullcontext():

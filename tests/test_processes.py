@@ -91,7 +91,7 @@ def run_command(devices: int, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("counts", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
-def test_any_number_of_processes_trains_and_tests_as_one(
+def test_training_and_test_do_not_depend_on_the_number_of_processes(
     counts: tuple[int, ...], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     for count in counts:
@@ -114,7 +114,7 @@ def test_any_number_of_processes_trains_and_tests_as_one(
                 assert figures[count][size] == pytest.approx(one, rel=1e-5, abs=1e-4)
 
 
-def test_two_processes_train_and_draw_as_one() -> None:
+def test_two_ranks_train_and_draw_as_one() -> None:
     weights, results = [], []
     for devices, start in ((1, run), (2, run_launched)):
         done = start(devices, "--dashboard.save=true")
@@ -198,7 +198,7 @@ def test_two_ranks_augment_and_verify_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_forked_and_spawned_processes_are_as_independent_ones() -> None:
+def test_forked_and_spawned_ranks_equal_independent_ones() -> None:
     results, weights = [], []
     for strategy, start in (("ddp", run), ("ddp_notebook", run_command), ("ddp_spawn", run_launched)):
         settings = ["--trainer.max_epochs=2", "--dashboard.every_n_epochs=0", f"--trainer.strategy={strategy}"]
@@ -217,7 +217,7 @@ def test_forked_and_spawned_processes_are_as_independent_ones() -> None:
         torch.testing.assert_close(weights[other], weights[0])
 
 
-def test_a_batch_that_does_not_divide_is_one_error() -> None:
+def test_indivisible_batch_size_is_an_error() -> None:
     done = run(2, "--data.batch_size=65")
     assert done.returncode != 0
     assert (
@@ -229,7 +229,7 @@ def test_a_batch_that_does_not_divide_is_one_error() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_notebook", "ddp_spawn"])
-def test_an_error_of_a_forked_or_spawned_process_is_one_error(strategy: str) -> None:
+def test_error_of_a_forked_or_spawned_rank_is_reported(strategy: str) -> None:
     done = run_command(2, "--data.batch_size=65", f"--trainer.strategy={strategy}")
     assert done.returncode == 1
     assert (
@@ -239,7 +239,7 @@ def test_an_error_of_a_forked_or_spawned_process_is_one_error(strategy: str) -> 
     assert "Traceback" not in done.stderr
 
 
-def test_divergence_ends_every_process() -> None:
+def test_divergence_ends_every_rank() -> None:
     args = arguments(2, "--model.optimizer.lr=1e30")
     done = run_on(2, partial(main, args), kill_others=False)
     assert done.returncode != 0

@@ -52,7 +52,7 @@ def test_run_fraction_does_not_depend_on_the_length_of_the_run() -> None:
     assert ratios == pytest.approx([ratios[0]] * 4)  # the margin's share grows by the same factor every step
 
 
-def test_run_fraction_needs_an_end() -> None:
+def test_run_fraction_needs_the_length_of_the_run() -> None:
     for unknown in (math.inf, -1):  # the latter is what the Trainer says of data without a length
         with pytest.raises(InputError, match="max_steps or max_epochs"):
             RunFraction()(0, unknown)
@@ -99,7 +99,7 @@ def test_feedback_falls_with_accuracy_within_its_bounds(
         (RunFraction, {"base": 1, "lambda_min": 2}, "^lambda_min: must not exceed base"),
     ],
 )
-def test_bad_settings_are_refused(kind: type[LambdaSchedule], settings: dict[str, float], said: str) -> None:
+def test_invalid_settings_are_rejected(kind: type[LambdaSchedule], settings: dict[str, float], said: str) -> None:
     with pytest.raises(InputError, match=said):
         kind(**settings)
 

@@ -45,7 +45,7 @@ RESUMED = [(2, 1), (1, 2)]
     ],
     ids=["some", "all"],
 )
-def test_any_number_of_processes_trains_as_one(
+def test_training_does_not_depend_on_the_number_of_processes(
     resumed: list[tuple[int, int]],
     max_count: int,
     names: list[str],

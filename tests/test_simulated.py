@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_no_training_step_waits_for_the_device_and_the_chunked_loss_starts_few_kernels() -> None:
+def test_training_steps_do_not_wait_and_the_chunked_loss_starts_few_kernels() -> None:
     """One test for all, as each process that asks would train again."""
     done = subprocess.run([sys.executable, "-m", "tests.helpers.simulated_fit"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -42,7 +42,7 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_nothing_heavy_is_imported(args: list[str], code: int) -> None:
+def test_heavy_libraries_are_not_imported(args: list[str], code: int) -> None:
     done = python("-X", "importtime", *args)
     assert done.returncode == code
     imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.MULTILINE))
@@ -114,7 +114,7 @@ def test_help_names_every_command(option: str, capsys: pytest.CaptureFixture[str
         ([], "got nothing; see lsoftmax_lightning --help.\n"),
     ],
 )
-def test_a_wrong_command_gets_one_line(args: list[str], end: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_command_gives_a_one_line_error(args: list[str], end: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(args)
     assert caught.value.code == 2
@@ -122,7 +122,7 @@ def test_a_wrong_command_gets_one_line(args: list[str], end: str, capsys: pytest
     assert capsys.readouterr().err == start + end
 
 
-def test_a_config_with_settings_of_several_commands_may_stand_before_the_command(
+def test_config_before_the_command_may_have_settings_of_several_commands(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("settings.yaml").write_text("fit:\n  trainer: {max_epochs: 3}\ntest:\n  trainer: {max_epochs: 3}\n")
@@ -133,7 +133,7 @@ def test_a_config_with_settings_of_several_commands_may_stand_before_the_command
 
 
 @pytest.mark.slow
-def test_the_package_offers_its_names_when_they_are_used() -> None:
+def test_public_names_are_imported_lazily() -> None:
     code = """
 import sys
 import lsoftmax_lightning
@@ -174,7 +174,7 @@ def test_a_signal_that_a_library_swallows_ends_the_command() -> None:
 
 
 @pytest.mark.slow
-def test_only_the_process_of_the_command_freezes_its_imports() -> None:
+def test_only_the_command_process_freezes_its_imports() -> None:
     code = """
 import gc
 from contextlib import suppress

@@ -39,7 +39,7 @@ def test_crop_and_flip_equal_torchvision(shape: tuple[int, ...], padding: int, f
         assert torch.equal(after, TF.hflip(expected) if flip and draw[2] < 0.5 else expected)
 
 
-def test_the_ends_of_the_draws_stay_inside() -> None:
+def test_extreme_draws_stay_inside_the_image() -> None:
     draws = torch.tensor([[0.0, 0.0, 0.0], [1 - 2**-24] * 3])  # the largest that torch.rand gives
     found = places(RandomCropFlip(4, flip=True)(numbered(2, 32), draws), 32)
     assert found.tolist() == [[0, 0, 1], [8, 8, 0]]
@@ -55,6 +55,6 @@ def test_crops_and_flips_are_uniform_and_independent_per_sample() -> None:
         assert chi2_contingency(table).pvalue > ALPHA
 
 
-def test_a_negative_padding_is_refused() -> None:
+def test_a_negative_padding_is_rejected() -> None:
     with pytest.raises(InputError, match="padding: must be 0 pixels or more, got -1"):
         RandomCropFlip(-1)

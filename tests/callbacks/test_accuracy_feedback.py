@@ -88,7 +88,7 @@ def test_lambda_follows_the_accuracy_of_the_margin_logits(accumulate: int) -> No
 
 
 @pytest.mark.usefixtures("chunks")
-def test_the_chunked_loss_gives_the_same_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_gives_the_same_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {}
     for chunked_from in (4, 5):  # classes; there are 4
         monkeypatch.setattr("lsoftmax_lightning.heads.CHUNKED_FROM", chunked_from)
@@ -190,7 +190,7 @@ class Own(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_the_head_in_a_users_own_module() -> None:
+def test_annealing_works_in_a_custom_module() -> None:
     model, recorder = Own(), Recorder()
     trainer = make_trainer(callbacks=[LambdaAnnealing(), recorder], max_epochs=8)
     trainer.fit(model, BlobsDataModule())
@@ -200,7 +200,7 @@ def test_the_head_in_a_users_own_module() -> None:
     assert num_hooks(model) == 0
 
 
-def test_without_annealing_it_is_warned_once() -> None:
+def test_training_without_annealing_warns_once() -> None:
     with pytest.warns(UserWarning, match="LambdaAnnealing") as caught:
         make_trainer(max_epochs=2).fit(Own(), BlobsDataModule())
     assert sum("LambdaAnnealing" in str(warning.message) for warning in caught) == 1
@@ -215,7 +215,7 @@ class AccuracyItself(LambdaSchedule):
         return accuracy + 5
 
 
-def test_a_users_own_schedule_gets_the_accuracy_of_a_step() -> None:
+def test_custom_schedule_receives_the_accuracy_of_a_step() -> None:
     _, recorder = fit(make_model(margin=3, lambda_schedule=AccuracyItself()), max_epochs=2)
     shares = [right / total for right, total in recorder.correct.values()]
     assert [recorder.lambdas[step] - 5 for step in range(3, 16)] == pytest.approx(shares[:13])
@@ -231,20 +231,20 @@ class Rewritten(Own):
         return F.cross_entropy(self.head.apply_margin(self.head(features), features, y), y)
 
 
-def test_a_head_without_classes_is_refused() -> None:
+def test_head_called_without_target_is_rejected() -> None:
     with pytest.raises(InputError, match=r"call self\.head\(x, target\)"):
         make_trainer(callbacks=[LambdaAnnealing()], max_epochs=3).fit(Rewritten(), BlobsDataModule())
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_a_schedule_with_an_impossible_decay_is_refused(decay: float) -> None:
+def test_accuracy_decay_out_of_range_is_rejected(decay: float) -> None:
     schedule = AccuracyItself()
     schedule.accuracy_decay = decay
     with pytest.raises(InputError, match="accuracy_decay"):
         make_trainer().fit(make_model(lambda_schedule=schedule), BlobsDataModule())
 
 
-def test_a_second_fit_after_an_exception_goes_on() -> None:
+def test_fit_after_an_exception_continues_annealing() -> None:
     class Fail(Callback):
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
             if trainer.global_step == 30:
@@ -319,7 +319,7 @@ def test_a_resumed_sharded_run_has_the_same_lambda(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "class_sharded"])
-def test_every_rank_has_the_lambda_of_one_process(strategy: str) -> None:
+def test_lambda_of_every_rank_equals_that_of_one_process(strategy: str) -> None:
     if strategy == "class_sharded" and torch.__version__ < "2.9":
         pytest.skip("gloo sums gradients here")
     lines = []

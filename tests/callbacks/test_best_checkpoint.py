@@ -64,7 +64,7 @@ def assert_same_best(one: BestCheckpoint, other: BestCheckpoint) -> None:
 @pytest.mark.parametrize("epochs", [1, 3, 5])
 @pytest.mark.parametrize("continued", ["moved", "elsewhere"])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_the_best_checkpoint_is_kept_where_a_run_continues(
+def test_best_checkpoint_is_kept_in_a_moved_or_new_folder(
     continued: str, epochs: int, keep: dict[str, Any], whole_run: Callable[..., BestCheckpoint], tmp_path: Path
 ) -> None:
     train(tmp_path / "begun", keep, epochs)
@@ -80,7 +80,7 @@ def test_the_best_checkpoint_is_kept_where_a_run_continues(
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("before", [(LastCheckpoint, "_save_checkpoint"), (BestCheckpoint, "_remove_checkpoint")])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The best checkpoint in")
-def test_a_kill_between_the_best_and_the_last_checkpoint_changes_nothing(
+def test_kill_between_best_and_last_checkpoint_keeps_the_best(
     before: tuple[type[ModelCheckpoint], str],
     epoch: int,
     keep: dict[str, Any],
@@ -110,7 +110,7 @@ def test_a_kill_between_the_best_and_the_last_checkpoint_changes_nothing(
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_an_earlier_checkpoint_continues_without_the_later_best(tmp_path: Path) -> None:
+def test_resume_from_an_earlier_checkpoint_drops_later_ones(tmp_path: Path) -> None:
     keep = {"filename": "{epoch}", "save_top_k": 2}
     best = train(tmp_path, keep, **FALLING)
     assert {Path(path).name for path in best.best_k_models} == {"epoch=2.ckpt", "epoch=3.ckpt"}
@@ -122,7 +122,7 @@ def test_an_earlier_checkpoint_continues_without_the_later_best(tmp_path: Path) 
 @pytest.mark.parametrize("kind", [BestCheckpoint, ModelCheckpoint])
 @pytest.mark.parametrize("path", ["{victim}", "{own}/../victim", "{own}/../victim/file.ckpt", "victim"])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_checkpoint_never_has_other_files_removed(kind: type[ModelCheckpoint], path: str, tmp_path: Path) -> None:
+def test_hostile_checkpoint_cannot_delete_other_files(kind: type[ModelCheckpoint], path: str, tmp_path: Path) -> None:
     victim, own = tmp_path / "victim", tmp_path / "own"
     victim.mkdir()
     (victim / "file.ckpt").write_text("")

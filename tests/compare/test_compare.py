@@ -138,7 +138,7 @@ def test_interrupted_comparison_resumes_exactly(
 
 
 @pytest.mark.slow
-def test_interrupted_comparison_in_processes_of_its_own_resumes_exactly() -> None:
+def test_interrupted_comparison_in_subprocesses_resumes_exactly() -> None:
     args = [*QUIET, "--trainer.max_epochs=60", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
     command = ["compare", "--config=digits.yaml", "--margins=2", "--seeds=3", *args]
     comparison = subprocess.Popen(
@@ -181,14 +181,14 @@ def steps_of(run: Path) -> float:
 
 
 @pytest.mark.slow
-def test_a_run_in_processes_of_its_own_may_take_several_devices_under_a_progress_bar() -> None:
+def test_run_on_several_devices_with_a_progress_bar_finishes() -> None:
     bar = [word for word in SHORT if "progress_bar" not in word]
     (row,) = compare_margins("digits.yaml", [2], [0], [*bar, "--trainer.devices=2", "--trainer.strategy=ddp"])
     assert row["steps"] == 3
 
 
 @pytest.mark.usefixtures("forked_runs")
-def test_failed_run_is_named_and_the_others_finish(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_run_is_reported_and_the_others_finish(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {"model.optimizer.lr": ["1e30", "5e-2"], "model.lr_scheduler.milestones": [[0.5, 0.75]]}
     with pytest.raises(RunError, match="1 of 2 runs failed") as caught:
         compare_margins("digits", [1], [0], [*SHORT, "--checkpoint.monitor=val/acc"], sweep, jobs=2)
@@ -282,7 +282,7 @@ def test_jobs_divide_devices_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("threads", "expected"), [("4,2", 4), ("", 8), ("x", 8)])
-def test_any_number_of_threads_that_openmp_takes_starts_a_run(
+def test_any_value_of_omp_num_threads_starts_a_run(
     threads: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started(monkeypatch)
@@ -310,7 +310,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     return environments
 
 
-def test_jobs_divide_devices_and_cores_among_the_runs_that_are_left(
+def test_jobs_divide_devices_and_cores_among_unfinished_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environments = started(monkeypatch)
@@ -326,7 +326,7 @@ def test_jobs_divide_devices_and_cores_among_the_runs_that_are_left(
 
 
 @pytest.mark.parametrize("name", ["file", "file/sub", "file/sub/sub"])
-def test_a_folder_that_is_a_file_or_in_one_is_an_input_error(name: str, tmp_path: Path) -> None:
+def test_folder_that_is_or_is_inside_a_file_is_an_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
         InputError, match=f"^--folder: is a file or inside a file, got {tmp_path}/{name}; choose a folder"
@@ -334,14 +334,14 @@ def test_a_folder_that_is_a_file_or_in_one_is_an_input_error(name: str, tmp_path
         train([], 1, tmp_path / name, {})
 
 
-def test_a_file_with_the_name_of_a_run_is_named(tmp_path: Path) -> None:
+def test_file_with_the_name_of_a_run_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "m1-s0").write_text("mine")
     with pytest.raises(InputError, match=f"^--folder: has a file with the name of a run, got {tmp_path}/m1-s0; move"):
         plan(["digits"], [1], [0], SHORT, {}, tmp_path)
     assert (tmp_path / "m1-s0").read_text() == "mine"
 
 
-def test_an_error_in_a_run_is_not_one_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_a_run_is_not_reported_as_one_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise FileExistsError("of the run")
 
@@ -350,7 +350,7 @@ def test_an_error_in_a_run_is_not_one_of_the_folder(tmp_path: Path, monkeypatch:
         train([Run(tmp_path / "m1-s0", {}, {})], 1, tmp_path, {})
 
 
-def test_a_run_without_a_last_checkpoint_says_what_it_removes(
+def test_removal_of_a_run_without_last_checkpoint_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started(monkeypatch)

@@ -80,7 +80,7 @@ def test_figures_reach_the_logger(kind: type[FakeLogger]) -> None:
     assert not list(Path().rglob("*.png"))
 
 
-def test_a_logger_without_figures_gets_none() -> None:
+def test_logger_without_figure_support_receives_none() -> None:
     logger = FakeLogger()
     make_trainer(logger=logger, callbacks=[Dashboard()]).fit(make_model(), BlobsDataModule())
     assert not logger.figures

@@ -127,7 +127,7 @@ def test_run_is_listed_under_hparams(own: bool, monkeypatch: pytest.MonkeyPatch)
     assert steps(events, "val/acc") == [7]  # no value before there was one
 
 
-def test_pairs_of_images_have_no_class(tmp_path: Path) -> None:
+def test_pairs_have_no_class_scalars(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4, count=4)
     data = LFWFoldDataModule(str(tmp_path), 4, 3, image_size=8, batch_size=4, num_workers=0)
     model = VerificationModule(data.num_classes, "digits", image_shape=data.image_shape, margin=2)
@@ -148,7 +148,7 @@ def test_other_loggers_get_the_scalars() -> None:
     assert "val/angle" in (Path(logger.log_dir) / "metrics.csv").read_text()
 
 
-def test_module_without_our_head_is_not_observed() -> None:
+def test_module_without_lsoftmax_head_is_not_observed() -> None:
     class Other(ClassificationModule):
         def configure_model_parts(self, backbone: str | nn.Module) -> None:
             super().configure_model_parts(backbone)
@@ -169,7 +169,7 @@ def test_module_without_our_head_is_not_observed() -> None:
     assert not {"val/angle", "train/angle"} & set(events.Tags()["scalars"])
 
 
-def test_a_subclass_may_ask_the_head_for_margin_logits_alone() -> None:
+def test_training_step_with_only_margin_logits_is_monitored() -> None:
     class Bare(ClassificationModule):
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             x, target = batch
@@ -184,7 +184,7 @@ def test_a_subclass_may_ask_the_head_for_margin_logits_alone() -> None:
         assert values[0] == pytest.approx(values[1], rel=1e-4), tag
 
 
-def test_accumulated_steps_are_logged_once_taken() -> None:
+def test_accumulated_batches_are_logged_by_optimiser_step() -> None:
     trainer, events = fit(make_model(), accumulate_grad_batches=2, max_epochs=2)
     assert trainer.global_step == 8
     assert steps(events, "train/angle") == steps(events, "train/loss") == [3, 7]
@@ -192,7 +192,7 @@ def test_accumulated_steps_are_logged_once_taken() -> None:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-def test_a_run_goes_on_from_the_middle_of_an_epoch() -> None:
+def test_monitor_resumes_within_an_epoch() -> None:
     saving = ModelCheckpoint(dirpath=".", filename="middle", every_n_train_steps=5, save_top_k=1)
     make_trainer(callbacks=[MarginMonitor(), saving], enable_checkpointing=True).fit(make_model(), BlobsDataModule())
     logger = TensorBoardLogger(".", name="resumed")

@@ -18,14 +18,14 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
-def test_two_features_are_drawn_as_they_are() -> None:
+def test_two_dimensional_features_are_not_projected() -> None:
     features, weight = torch.tensor([[3.0, 4.0], [0.0, -5.0]]), torch.tensor([[2.0, 0.0], [0.0, 9.0], [1.0, 1.0]])
     points, rays = plots.plane(features, weight)
     assert torch.equal(points, features)
     torch.testing.assert_close(rays, 5 * torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5**0.5, 0.5**0.5]]))
 
 
-def test_more_features_are_projected_so_that_classes_keep_their_places() -> None:
+def test_wide_features_are_projected_to_fixed_class_places() -> None:
     weight = torch.diag(torch.tensor([1.0, 5.0, 0.1, 2.0]))
     points, rays = plots.plane(torch.cat([3 * torch.eye(4), torch.ones(1, 4)]), weight)
     circle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
@@ -37,7 +37,7 @@ def test_more_features_are_projected_so_that_classes_keep_their_places() -> None
 
 
 @pytest.mark.parametrize("count", [3, 10, 100])
-def test_every_class_is_told_apart_and_named(count: int) -> None:
+def test_every_class_has_its_own_marker_and_label(count: int) -> None:
     target = torch.arange(5 * count) % count
     names = [f"class {number}" for number in range(count)]
     figure = plots.feature_scatter(torch.rand(5 * count, 2), torch.rand(count, 2), target, names, "title")
@@ -53,7 +53,7 @@ def test_every_class_is_told_apart_and_named(count: int) -> None:
     assert axes.get_xlim() == (-1.3, 1.3)
 
 
-def test_names_that_begin_with_an_underscore_are_in_legends() -> None:
+def test_names_with_a_leading_underscore_are_in_legends() -> None:
     names, values = ["_private", "$x$", "y" * 300], torch.tensor([0.1, 0.5, 0.9])
     pairs = {"_run": (values, torch.tensor([True, False, True]))}
     for figure, expected in (
@@ -104,7 +104,7 @@ def test_segments_are_stacked() -> None:
 
 
 @pytest.mark.parametrize("shares", [False, True])
-def test_the_confusion_matrix_has_counts_or_shares_of_rows(shares: bool) -> None:
+def test_confusion_matrix_shows_counts_or_percent_of_rows(shares: bool) -> None:
     counts = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
     figure = plots.confusion(plots.percent_of_rows(counts) if shares else counts, NAMES)
     assert texts(figure) == (["80", "20", "25", "75"] if shares else ["8", "2", "1", "3"])
@@ -127,7 +127,7 @@ def test_angle_map_shows_the_matrix(count: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_carry_their_captions(channels: int) -> None:
+def test_images_have_captions(channels: int) -> None:
     figure = plots.image_strip(torch.full((7, channels, 4, 5), 200, dtype=torch.uint8), [str(n) for n in range(7)])
     FigureCanvasAgg(figure).draw()
     assert [axes.get_title() for axes in figure.axes] == [*map(str, range(7)), *[""] * 5]
@@ -135,7 +135,7 @@ def test_images_carry_their_captions(channels: int) -> None:
     assert len(plots.image_strip(torch.zeros(2, channels, 4, 5, dtype=torch.uint8), ["a", "b"]).axes) == 2
 
 
-def test_the_roc_curve_is_that_of_scikit_learn() -> None:
+def test_roc_curve_equals_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     same = torch.arange(300) % 2 == 0
     cosines = (0.4 * torch.randn(300, generator=generator) + 0.3 * same).clamp(-1, 1)

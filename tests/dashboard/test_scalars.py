@@ -15,7 +15,7 @@ def make_head() -> LSoftmaxLinear:
     return LSoftmaxLinear(8, 5, margin=3, lambda_=2.0)
 
 
-def test_training_scalars_are_those_of_the_batch() -> None:
+def test_training_scalars_equal_their_definition() -> None:
     head, features, target = make_head().requires_grad_(False), torch.randn(20, 8), torch.arange(20) % 5
     values = {tag: float(value) for tag, value in training_scalars(head, features, target).items()}
     theta = torch.cosine_similarity(features, head.weight[target]).arccos().rad2deg()

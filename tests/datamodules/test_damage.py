@@ -52,7 +52,7 @@ def examples(test: Callable[..., None]) -> Callable[..., None]:
 @pytest.mark.filterwarnings("ignore")  # what Pillow says of files that it reads nevertheless
 @examples
 @given(data=st.data())
-def test_damaged_images_are_one_error(data: st.DataObject, tmp_path: Path) -> None:
+def test_damaged_images_raise_data_error(data: st.DataObject, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "images", ignore_errors=True)
     write_folder(tmp_path / "images", ("train", "val", "test"), count=1)
     kind = data.draw(st.sampled_from(FORMATS))
@@ -66,7 +66,7 @@ def test_damaged_images_are_one_error(data: st.DataObject, tmp_path: Path) -> No
 
 @examples
 @given(data=st.data())
-def test_damaged_lists_of_pairs_are_one_error(data: st.DataObject, tmp_path: Path) -> None:
+def test_damaged_lists_of_pairs_raise_data_error(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "pairs.txt"
     path.write_bytes(data.draw(mess(pairs_text().encode())))
     problem = said(lambda: read_pairs(path))
@@ -91,7 +91,7 @@ def refuses(module: Any, path: Path, content: bytes) -> bool:
 
 @examples
 @given(data=st.data())
-def test_damaged_mnist_files_are_one_error(data: st.DataObject, tmp_path: Path) -> None:
+def test_damaged_mnist_files_raise_data_error(data: st.DataObject, tmp_path: Path) -> None:
     if not (tmp_path / "MNIST").exists():
         write_mnist(tmp_path, train=100, test=10)
     path = data.draw(st.sampled_from(sorted((tmp_path / "MNIST" / "raw").iterdir())))
@@ -106,7 +106,7 @@ def test_damaged_mnist_files_are_one_error(data: st.DataObject, tmp_path: Path) 
 
 @examples
 @given(data=st.data())
-def test_damaged_cifar_files_are_one_error(
+def test_damaged_cifar_files_raise_data_error(
     data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / CIFAR10.base_folder

@@ -23,7 +23,7 @@ def told(data: PairsDataModule, part: str) -> list[tuple[str, str, bool, int]]:
     return [(files.paths[a].stem, files.paths[b].stem, same, fold) for a, b, same, fold in rows]
 
 
-def test_the_pairs_are_those_of_the_file(tmp_path: Path) -> None:
+def test_pairs_equal_those_of_the_file(tmp_path: Path) -> None:
     write_lfw(tmp_path / "lfw", folds=2)
     for number in range(5):
         write_image(tmp_path / "faces" / f"identity {number % 2}" / f"{number}.jpg")
@@ -47,7 +47,7 @@ def test_the_pairs_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fold", "val_fold"), [(1, None), (4, None), (2, 1), (4, 2)])
-def test_the_people_of_a_fold_are_held_out(fold: int, val_fold: int | None, tmp_path: Path) -> None:
+def test_people_of_a_fold_are_held_out(fold: int, val_fold: int | None, tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4, count=3)
     write_image(tmp_path / "images" / "Person_2A" / "Person_2A_0003.jpg")  # in no pair, and trained on all the same
     write_image(tmp_path / "images" / "Nobody" / "Nobody_0001.jpg")  # of no fold known, so not trained on
@@ -76,14 +76,14 @@ def test_the_people_of_a_fold_are_held_out(fold: int, val_fold: int | None, tmp_
     assert len(data.train_data.images.store) == len(paths | set(data.test_files.paths))
 
 
-def test_the_pairs_of_a_test_keep_their_fold(tmp_path: Path) -> None:
+def test_test_pairs_keep_their_fold(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4)
     for val_fold, fitted in ((None, 12), (3, 4)):
         folds = LFWFoldDataModule(str(tmp_path), 2, val_fold, **SMALL).test_pairs.fold
         assert ((folds == 0).sum(), (folds == 2).sum(), len(folds)) == (fitted, 4, fitted + 4)
 
 
-def test_a_person_of_two_folds_is_not_trained_on(tmp_path: Path) -> None:
+def test_person_of_two_folds_is_not_used_for_training(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4)
     text = (tmp_path / "pairs.txt").read_text()
     (tmp_path / "pairs.txt").write_text(text.replace("Person_0A\t1\tPerson_0B\t2", "Person_3A\t1\tPerson_0B\t2"))
@@ -91,7 +91,7 @@ def test_a_person_of_two_folds_is_not_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fold", [0, 4, -1])
-def test_the_folds_must_be_there(fold: int, tmp_path: Path) -> None:
+def test_invalid_folds_are_rejected(fold: int, tmp_path: Path) -> None:
     write_lfw(tmp_path)
     with pytest.raises(InputError, match=f"^fold: must be one of the 3 folds of pairs.txt, got {fold}"):
         LFWFoldDataModule(str(tmp_path), fold, **SMALL)
@@ -101,7 +101,7 @@ def test_the_folds_must_be_there(fold: int, tmp_path: Path) -> None:
         LFWFoldDataModule(str(tmp_path), 2, 2, **SMALL)
 
 
-def test_people_of_lfw_among_those_trained_on_are_reported(tmp_path: Path) -> None:
+def test_training_identities_that_are_in_lfw_are_reported(tmp_path: Path) -> None:
     write_lfw(tmp_path / "lfw")
     for name in ("person 1a", "Person_2B", "Somebody"):
         write_image(tmp_path / "faces" / name / "0.jpg")
@@ -185,14 +185,14 @@ def replace(old: str, new: str) -> Callable[[str], str]:
         (lambda text: text.rsplit("\n", 2)[0], "announces 3 x 2 x 2 pairs, but 11 follow"),
     ],
 )
-def test_a_damaged_list_is_one_error(change: Callable[[str], str], said: str, tmp_path: Path) -> None:
+def test_damaged_pairs_txt_raises_data_error(change: Callable[[str], str], said: str, tmp_path: Path) -> None:
     write_lfw(tmp_path)
     (tmp_path / "pairs.txt").write_text(change(pairs_text()))
     with pytest.raises(DataError, match=said):
         LFWFoldDataModule(str(tmp_path), 1, **SMALL)
 
 
-def test_missing_and_unreadable_images_are_named(tmp_path: Path) -> None:
+def test_missing_and_unreadable_images_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lfw/pairs.txt: the file does not exist"):
         LFWFoldDataModule(str(tmp_path / "lfw"), 1, **SMALL)
     write_lfw(tmp_path)

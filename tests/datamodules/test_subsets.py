@@ -61,14 +61,14 @@ def draw(**settings: Any) -> tuple[list[int], Tensor]:
 
 
 @pytest.mark.parametrize("train_size", [400, 0.25])
-def test_the_classes_keep_their_proportions(train_size: float) -> None:
+def test_subset_keeps_class_proportions(train_size: float) -> None:
     index, targets = draw(train_size=train_size)
     assert len(set(index)) == 400
     assert targets.bincount().tolist() == [100] * 4
     assert targets.tolist() == [i % 4 for i in index]
 
 
-def test_uneven_classes_keep_their_proportions_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subset_of_uneven_classes_keeps_proportions_and_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [1000, 600, 398, 2]
     targets = torch.arange(4).repeat_interleave(torch.tensor(sizes))
     images = torch.zeros(2000, 1, 8, 8, dtype=torch.uint8)
@@ -102,7 +102,7 @@ def test_subsets_are_nested_by_seed() -> None:
     assert set(large) != set(other)
 
 
-def test_the_seed_is_that_of_seed_everything_unless_one_is_given() -> None:
+def test_train_seed_defaults_to_seed_everything() -> None:
     settings = {"train_size": 400, "label_noise": 0.5}
     found = []
     for seed, given in ((1, None), (1, None), (2, None), (1, 3), (2, 3)):
@@ -163,7 +163,7 @@ def test_label_noise_is_uniform_and_only_in_training() -> None:
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.001, 2), (0.2, 320), (0.9999, 1600), (1, 1600)])
-def test_exactly_the_stated_fraction_of_the_labels_is_drawn(
+def test_label_noise_draws_exactly_the_stated_fraction(
     fraction: float, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ManyDataModule, "num_classes", 2**40)  # no drawn label equals the one it replaces
@@ -177,7 +177,7 @@ def test_full_label_noise_draws_every_label() -> None:
     assert share == pytest.approx(0.25, abs=0.05)
 
 
-def test_the_noise_does_not_depend_on_the_images_drawn() -> None:
+def test_subset_does_not_depend_on_label_noise() -> None:
     assert draw(train_size=400, label_noise=0.2)[0] == draw(train_size=400)[0]
 
 
@@ -195,12 +195,12 @@ def test_the_noise_does_not_depend_on_the_images_drawn() -> None:
         ({"train_size": 3}, "cannot cover 4 classes, got 3; use at least 4"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_rejected(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         draw(**settings)
 
 
-def test_a_batch_larger_than_the_subset_is_refused() -> None:
+def test_a_batch_larger_than_the_subset_is_rejected() -> None:
     data = ManyDataModule(train_size=16)
     with pytest.raises(InputError, match="16 samples are too few for batch_size 20"):
         make_trainer().fit(make_model(), data)
@@ -246,7 +246,7 @@ def test_images_and_labels_stay_paired_in_every_store(kind: str, tmp_path: Path)
         LFWFoldDataModule,
     ],
 )
-def test_every_datamodule_takes_subset_arguments(
+def test_every_datamodule_accepts_subset_arguments(
     kind: type[BatchDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {} if kind is DigitsDataModule else {"root": str(tmp_path)}
@@ -315,7 +315,7 @@ def test_fashion_mnist_states_its_classes(tmp_path: Path) -> None:
     assert (data.num_classes, data.class_names[0], data.class_names[9]) == (10, "T-shirt/top", "Ankle boot")
 
 
-def test_fit_says_what_is_trained_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_fit_reports_train_size_and_label_noise(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         data = ManyDataModule(train_size=100, label_noise=0.2, train_seed=3)
         make_trainer().fit(make_model(), data)
@@ -323,7 +323,7 @@ def test_fit_says_what_is_trained_on(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages.count(said) == 1
 
 
-def test_command_line_takes_subset_arguments() -> None:
+def test_command_line_accepts_subset_arguments() -> None:
     settings = ["--data.train_size=200", "--data.label_noise=0.1", "--data.train_seed=4"]
     cli = main(["fit", "--config=digits.yaml", *QUIET, "--trainer.fast_dev_run=true", *settings])
     assert cli is not None
@@ -336,7 +336,7 @@ def print_labels() -> None:
     print("labels", *indices(data.train_data.images).tolist(), *data.train_data.targets.tolist())
 
 
-def test_every_rank_draws_the_same() -> None:
+def test_every_rank_draws_the_same_subset() -> None:
     done = run_on(2, partial(print_labels))
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("labels")]
