@@ -168,8 +168,11 @@ def against_logits() -> list[list[str]]:
         rows.append(
             [
                 f"({size}, {width}, {classes:,})",
-                *(f"{theirs:.2f}" if theirs else "-", f"{ours:.2f}", f"{ours / theirs:.2f}" if theirs else "-"),
-                *(f"{their_peak:.2f}" if their_peak else "does not fit", f"{our_peak:.2f}"),
+                f"{theirs:.2f}" if theirs else "-",
+                f"{ours:.2f}",
+                f"{ours / theirs:.2f}" if theirs else "-",
+                f"{their_peak:.2f}" if their_peak else "does not fit",
+                f"{our_peak:.2f}",
             ]
         )
     return rows

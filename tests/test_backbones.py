@@ -71,9 +71,27 @@ def test_pooling_rounds_up_for_any_image_size() -> None:
 
 # the smallest network of each family
 FAMILIES = {
-    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
-    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "resnet18", "resnext50_32x4d"),
-    *("shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn", "vit_b_32", "wide_resnet50_2"),
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "resnet18",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_0",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11",
+    "vgg11_bn",
+    "vit_b_32",
+    "wide_resnet50_2",
 }
 
 
@@ -117,7 +135,7 @@ def test_fixed_size_models_are_built_for_the_image_size(name: str, shape: tuple[
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "settings", "said"),
+    ("name", "shape", "settings", "message"),
     [
         ("vit_b_16", (3, 64, 48), {}, r"'vit_b_16' does not take images of \(3, 64, 48\): Wrong image width!"),
         ("vit_b_16", (3, 30, 30), {}, r"with no arguments for images of \(3, 30, 30\): .* indivisible by patch size"),
@@ -135,16 +153,16 @@ def test_fixed_size_models_are_built_for_the_image_size(name: str, shape: tuple[
     ],
 )
 def test_unsupported_image_sizes_are_rejected_in_one_line(
-    name: str, shape: tuple[int, int, int], settings: dict[str, Any], said: str
+    name: str, shape: tuple[int, int, int], settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InputError, match=said) as caught, torch.device("meta"):
+    with pytest.raises(InputError, match=message) as caught, torch.device("meta"):
         create_backbone(name, shape, **settings)
     assert "\n" not in str(caught.value)
 
 
 def test_command_line_reports_backbone_and_image_shape(capsys: pytest.CaptureFixture[str]) -> None:
-    said = fails(capsys, "fit", "--config=digits.yaml", "--model.backbone=alexnet")
-    assert "error: backbone 'alexnet' does not take images of (1, 8, 8): " in said
+    message = fails(capsys, "fit", "--config=digits.yaml", "--model.backbone=alexnet")
+    assert "error: backbone 'alexnet' does not take images of (1, 8, 8): " in message
 
 
 def test_invalid_backbones_are_rejected() -> None:

@@ -41,7 +41,7 @@ def flipped(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (lambda whole: b"", "not a complete checkpoint"),
         (lambda whole: b"text", "not a complete checkpoint"),
@@ -50,18 +50,18 @@ def flipped(content: bytes) -> bytes:
         (lambda whole: pickle.dumps(Call()), "not a complete checkpoint"),
     ],
 )
-def test_incomplete_or_damaged_files_are_rejected(content: Callable[[bytes], bytes], said: str) -> None:
+def test_incomplete_or_damaged_files_are_rejected(content: Callable[[bytes], bytes], message: str) -> None:
     path = Path("some.ckpt")
     torch.save({"state_dict": {"weight": torch.full((3,), 7.0)}}, path)
     assert read(path)["state_dict"]["weight"].tolist() == [7, 7, 7]
     path.write_bytes(content(path.read_bytes()))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read(path)
     assert not Path("called").exists()
 
 
 @pytest.mark.parametrize(
-    ("saved", "said"),
+    ("saved", "message"),
     [
         (Call(), "loading it would run code"),
         ({"state_dict": Call()}, "loading it would run code"),
@@ -76,9 +76,9 @@ def test_incomplete_or_damaged_files_are_rejected(content: Callable[[bytes], byt
         ),
     ],
 )
-def test_files_without_weights_are_rejected(saved: Any, said: str) -> None:
+def test_files_without_weights_are_rejected(saved: Any, message: str) -> None:
     torch.save(saved, "some.ckpt")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read("some.ckpt")
     assert not Path("called").exists()
 
@@ -259,11 +259,11 @@ def test_warm_start_loads_a_softmax_network(
     for name, weight in model.backbone.state_dict().items():
         assert torch.equal(weight, plain.features.state_dict()[name])
     assert torch.equal(model.head.weight, plain.fc.weight)
-    said = caplog.messages[-1]
-    assert "Warm start from softmax.pt: loaded the backbone" in said
-    assert "and the classifier (" in said
-    assert ("fc.bias" in said) == bias
-    assert ("metric.total" in said) == (saved is of_lightning)
+    message = caplog.messages[-1]
+    assert "Warm start from softmax.pt: loaded the backbone" in message
+    assert "and the classifier (" in message
+    assert ("fc.bias" in message) == bias
+    assert ("metric.total" in message) == (saved is of_lightning)
 
 
 def test_warm_start_with_other_classes_initialises_the_head(caplog: pytest.LogCaptureFixture) -> None:
@@ -312,7 +312,7 @@ def test_warm_start_reads_weights_of_torchvision() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda state: {}, "no state_dict"),
         (lambda state: {"other.weight": torch.zeros(2)}, "got no weight for .* of shape .*a mismatch for"),
@@ -324,9 +324,9 @@ def test_warm_start_reads_weights_of_torchvision() -> None:
         ),
     ],
 )
-def test_warm_start_from_another_network_is_rejected(change: Callable[[Any], Any], said: str) -> None:
+def test_warm_start_from_another_network_is_rejected(change: Callable[[Any], Any], message: str) -> None:
     torch.save(change(make_model().state_dict()), "other.pt")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         make_model(warm_start="other.pt")
 
 

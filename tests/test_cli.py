@@ -213,13 +213,13 @@ def test_the_mode_follows_the_metric_of_the_best_checkpoint(
     (best,) = (c for c in cli.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint))
     assert best.mode == mode
     assert yaml.safe_load(Path("runs/digits/version_0/config.yaml").read_text())["checkpoint"]["mode"] == mode
-    said = {"max": "Best checkpoint: highest", "min": "Best checkpoint: lowest"}[mode]
-    assert (f"{said} {best.monitor}" in caplog.messages) == (best.monitor is not None)
+    message = {"max": "Best checkpoint: highest", "min": "Best checkpoint: lowest"}[mode]
+    assert (f"{message} {best.monitor}" in caplog.messages) == (best.monitor is not None)
 
 
 @pytest.mark.parametrize("config", ["digits.yaml", "mnist.yaml"])
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["--checkpoint.monitor=val/acc", "--checkpoint.mode=min"], "the best val/acc is its maximum, got min"),
         (["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"], "the best val/loss is its minimum, got max"),
@@ -227,10 +227,10 @@ def test_the_mode_follows_the_metric_of_the_best_checkpoint(
     ],
 )
 def test_wrong_or_missing_checkpoint_mode_is_rejected(
-    settings: list[str], said: str, config: str, capsys: pytest.CaptureFixture[str]
+    settings: list[str], message: str, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in (["fit", "--config", config], ["compare", "--config", config, "--margins", "1"]):
-        assert said in fails(capsys, *command, *settings)
+        assert message in fails(capsys, *command, *settings)
 
 
 def test_only_errors_in_the_users_code_show_a_traceback(
@@ -250,7 +250,7 @@ def test_only_errors_in_the_users_code_show_a_traceback(
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("purge_step=true", "trainer.logger.purge_step must be a step below 2^63, or null, got True."),
         ("purge_step=99999999999999999999", "trainer.logger.purge_step must be"),
@@ -259,8 +259,10 @@ def test_only_errors_in_the_users_code_show_a_traceback(
         ("max_queue=[1]", "trainer.logger.max_queue must be an integer, got [1]."),
     ],
 )
-def test_settings_of_the_event_writer_are_checked(setting: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in fails(capsys, "fit", "--config", "digits.yaml", *SHORT, f"--trainer.logger.{setting}")
+def test_settings_of_the_event_writer_are_checked(
+    setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, "fit", "--config", "digits.yaml", *SHORT, f"--trainer.logger.{setting}")
     assert not Path("runs").exists()
 
 
@@ -313,16 +315,16 @@ def test_aliases_of_a_config_are_bounded(argument: str, text: str, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("seed_everything: 1\nseed_everything: 2\n", "seed_everything: must be in a mapping once, got lines 1 and 2"),
         ("trainer:\n  logger: {name: a, name: b}\n", "name: must be in a mapping once, got lines 2 and 2"),
         ("trainer:\n  callbacks:\n  - {class_path: a, class_path: b}\n", "class_path: must be in a mapping once"),
     ],
 )
-def test_duplicate_keys_are_rejected(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicate_keys_are_rejected(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("twice.yaml").write_text(text)
-    assert said in fails(capsys, "fit", "--config=digits.yaml", "--config=twice.yaml")
+    assert message in fails(capsys, "fit", "--config=digits.yaml", "--config=twice.yaml")
 
 
 def test_merged_keys_can_be_overridden() -> None:
@@ -450,8 +452,8 @@ def test_checkpoint_of_another_network_is_rejected(capsys: pytest.CaptureFixture
     torch.save({"weight": torch.zeros(1)}, "bare.ckpt")
     assert "has weights alone: begin with them by --model.warm_start bare.ckpt" in fails(capsys, *test, "bare.ckpt")
     torch.save(Path("unsafe"), "unsafe.ckpt")
-    said = fails(capsys, *test, "unsafe.ckpt")
-    assert re.search(r"loading it would run code \(pathlib(\._local)?\.PosixPath\)", said)  # its name on Python 3.13
+    message = fails(capsys, *test, "unsafe.ckpt")
+    assert re.search(r"loading it would run code \(pathlib(\._local)?\.PosixPath\)", message)  # its name on Python 3.13
     assert "there is no file runs" in fails(capsys, *test, "runs")
 
 
@@ -504,8 +506,17 @@ def test_configs_command_lists_each_config_with_a_description(capsys: pytest.Cap
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("cifar10.yaml", "cifar100.yaml", "cifar10plus.yaml", "digits.yaml", "fashion_mnist.yaml"),
-        *("folder.yaml", "lfw.yaml", "lfw_fold.yaml", "mnist.yaml", "mnist_1000.yaml", "mnist_2d.yaml"),
+        "cifar10.yaml",
+        "cifar100.yaml",
+        "cifar10plus.yaml",
+        "digits.yaml",
+        "fashion_mnist.yaml",
+        "folder.yaml",
+        "lfw.yaml",
+        "lfw_fold.yaml",
+        "mnist.yaml",
+        "mnist_1000.yaml",
+        "mnist_2d.yaml",
     ]
     assert all(len(line.split()) > 4 for line in lines)
 
@@ -527,8 +538,10 @@ def test_version_and_print_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_faces_are_predicted_as_embeddings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_lfw(tmp_path / "lfw", folds=10)
     args = ("--config", "lfw_fold.yaml", f"--data.root={tmp_path / 'lfw'}", "--data.num_workers=0", *QUIET[:3])
-    said = "predictions.embeddings: must be true for VerificationModule, which predicts only embeddings, got false; set"
-    assert said in fails(capsys, "predict", *args)
+    message = (
+        "predictions.embeddings: must be true for VerificationModule, which predicts only embeddings, got false; set"
+    )
+    assert message in fails(capsys, "predict", *args)
     main(["predict", *args, "--predictions.output=faces.csv", "--predictions.embeddings=true"])
     _, *paths = Path("faces.csv").read_text().splitlines()
     assert all(Path(path).is_file() for path in paths)
@@ -539,9 +552,17 @@ def test_data_class_of_a_config_can_be_replaced(tmp_path: Path) -> None:
     write_folder(tmp_path)
     cli = main(
         [
-            *("fit", "--config", "cifar10plus.yaml", "--trainer.fast_dev_run=true", *QUIET),
-            *("--data", "ImageFolderDataModule", f"--data.root={tmp_path}", "--data.image_size=16"),
-            *("--data.batch_size=8", "--data.num_workers=0"),
+            "fit",
+            "--config",
+            "cifar10plus.yaml",
+            "--trainer.fast_dev_run=true",
+            *QUIET,
+            "--data",
+            "ImageFolderDataModule",
+            f"--data.root={tmp_path}",
+            "--data.image_size=16",
+            "--data.batch_size=8",
+            "--data.num_workers=0",
         ]
     )
     assert cli is not None
@@ -555,7 +576,7 @@ def test_testing_random_weights_warns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["fit", "--config", "nope.yaml"], ["no config 'nope.yaml'", "digits.yaml, fashion_mnist.yaml, folder.yaml"]),
         (["configs", "--copy", "nope"], ["no config 'nope'", "digits.yaml"]),
@@ -589,9 +610,9 @@ def test_testing_random_weights_warns() -> None:
         ([], ["fit"]),
     ],
 )
-def test_mistakes_get_one_clear_error(args: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_get_one_clear_error(args: list[str], message: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     printed = fails(capsys, *args, *(QUIET[:-1] if args[:1] == ["fit"] else []))
-    for part in said:
+    for part in message:
         assert part in printed
 
 

@@ -80,11 +80,11 @@ def test_command_line_rejects_other_data(is_full: bool, capsys: pytest.CaptureFi
         "--data.std=[0.5,0.5,0.5]": "std (0.5, 0.5, 0.5) instead of",
     }
     commands = ["test", "validate", "predict", "fit"]
-    for index, (change, said) in enumerate(changes.items()):
+    for index, (change, message) in enumerate(changes.items()):
         for command in commands if is_full or index == 0 else [commands[index % len(commands)]]:
             more = QUIET if command != "fit" else [*SHORT, "--trainer.max_epochs=2"]
             printed = fails(capsys, command, *FOLDER, "--data.image_size=8", change, *more, f"--ckpt_path={BEST}")
-            assert f"error: data: differ from those that the network was trained on, got {said}" in printed
+            assert f"error: data: differ from those that the network was trained on, got {message}" in printed
     # the class names of an export are those of the checkpoint
     assert "got mean" in fails(capsys, "export", f"--ckpt_path={BEST}", "--data.mean=[0.5,0.5,0.5]")
 
@@ -99,8 +99,8 @@ def test_prediction_of_a_folder_needs_no_dataset(checkpoint: str, capsys: pytest
     shutil.rmtree("images")
     main(["predict", *args, "--data.predict_folder=photos"])
     assert [row.partition(",")[2] for row in Path("out.csv").read_text().splitlines()] == expected
-    said = fails(capsys, "predict", *args, "--data.predict_folder=photos", "--data.image_size=9")
-    assert "image_shape (3, 9, 9) instead of (3, 8, 8)" in said
+    message = fails(capsys, "predict", *args, "--data.predict_folder=photos", "--data.image_size=9")
+    assert "image_shape (3, 9, 9) instead of (3, 8, 8)" in message
     assert "images/train: the folder does not exist" in fails(capsys, "predict", *args)
 
 

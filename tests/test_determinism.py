@@ -39,9 +39,15 @@ def test_number_of_workers_does_not_change_the_weights(tmp_path: Path) -> None:
         write_image(tmp_path / "images" / part / str(number % 2) / f"{number}.png", (5 * number, 250 * (number % 2), 9))
     runs = [
         weights(
-            *("--config=folder.yaml", f"--data.root={tmp_path / 'images'}", "--data.image_size=16"),
-            *("--data.memory_gib=0", f"--data.num_workers={workers}", "--data.crop_padding=2", "--data.flip=true"),
-            *("--data.batch_size=8", "--model.backbone=digits"),
+            "--config=folder.yaml",
+            f"--data.root={tmp_path / 'images'}",
+            "--data.image_size=16",
+            "--data.memory_gib=0",
+            f"--data.num_workers={workers}",
+            "--data.crop_padding=2",
+            "--data.flip=true",
+            "--data.batch_size=8",
+            "--model.backbone=digits",
         )
         for workers in (0, 1, 3)
     ]

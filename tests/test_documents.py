@@ -36,11 +36,18 @@ FILES = dict(
 )
 PROGRAMS = ("docker", "make", "pip", "pre-commit", "pytest", "python", "source", "srun", "tensorboard", "torchrun")
 SMALL = [
-    *("--data.batch_size=8", "--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.max_epochs=1"),
-    *("--trainer.val_check_interval=1", "--trainer.limit_train_batches=1", "--trainer.num_sanity_val_steps=0"),
+    "--data.batch_size=8",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=1",
+    "--trainer.max_epochs=1",
+    "--trainer.val_check_interval=1",
+    "--trainer.limit_train_batches=1",
+    "--trainer.num_sanity_val_steps=0",
     "--data.train_size=null",  # the generated data are smaller than what a page asks for
     "--trainer.precision=32-true",  # elsewhere than on the newest processors bf16 takes minutes
-    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--dashboard.every_n_epochs=0"),
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--dashboard.every_n_epochs=0",
 ]
 
 

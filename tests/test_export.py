@@ -100,13 +100,13 @@ def test_export_command_exports_a_checkpoint(capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert "Wrote model.pt2. For test images it differs from the module by at most" in printed
 
-    for args, said in (
+    for args, message in (
         (["--ckpt_path", "nope.ckpt"], "there is no config.yaml, the config of the run that nope.ckpt is of"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),
         (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is of another network than the config"),
         (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "there is no file nope.ckpt"),
     ):
-        assert said in fails(capsys, "export", *args)
+        assert message in fails(capsys, "export", *args)
 
 
 def test_export_without_data_uses_the_data_spec_of_the_module() -> None:

@@ -187,7 +187,7 @@ def test_labels_of_any_integer_type_are_accepted(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "message"),
     [
         (torch.zeros(8), "float32"),
         (torch.zeros(8, dtype=torch.bool), "bool"),
@@ -197,9 +197,9 @@ def test_labels_of_any_integer_type_are_accepted(dtype: torch.dtype) -> None:
         (torch.tensor([0, 1, 2, 4, 0, 1, 2, 3]), "0 to 3, got 0 to 4"),
     ],
 )
-def test_invalid_labels_are_rejected(m: int, target: Tensor, said: str) -> None:
+def test_invalid_labels_are_rejected(m: int, target: Tensor, message: str) -> None:
     x, weight, _ = batch()
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         logits_of(x, weight, target, m)
 
 

@@ -65,7 +65,7 @@ def test_weight_has_msra_initialisation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"in_features": 0}, "in_features"),
         ({"num_classes": 1}, "num_classes"),
@@ -75,8 +75,8 @@ def test_weight_has_msra_initialisation() -> None:
         ({"lambda_": math.nan}, "lambda"),
     ],
 )
-def test_invalid_settings_are_rejected(settings: dict[str, float], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         LSoftmaxLinear(**{"in_features": 6, "num_classes": 4, "margin": 3} | settings)  # type: ignore[arg-type]
 
 

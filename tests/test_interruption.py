@@ -31,11 +31,17 @@ from .helpers.training import file_size_limit
 
 ROOT = str(Path(__file__).parents[1])
 LONG = [
-    *("fit", "--config=digits.yaml", *QUIET),
+    "fit",
+    "--config=digits.yaml",
+    *QUIET,
     # everything that has a state or draws
-    *("--model.backbone={class_path: tests.helpers.interrupted.Random}", "--data=tests.helpers.interrupted.Shifted"),
-    *("--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss"),
-    *("--model.lr_scheduler.patience=1", "--model.lr_scheduler.factor=0.7", "--model.lr_scheduler_interval=epoch"),
+    "--model.backbone={class_path: tests.helpers.interrupted.Random}",
+    "--data=tests.helpers.interrupted.Shifted",
+    "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau",
+    "--model.lr_scheduler.monitor=val/loss",
+    "--model.lr_scheduler.patience=1",
+    "--model.lr_scheduler.factor=0.7",
+    "--model.lr_scheduler_interval=epoch",
 ]
 EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
 KILLS = ["SIGKILL", "batch", "validation", "checkpoint"]

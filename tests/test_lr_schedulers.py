@@ -314,7 +314,7 @@ def test_command_line_accepts_the_bare_name_and_resumes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--model.lr_scheduler.milestones=[400, 500]"], ["milestones: must be", "[400.0, 500.0]", "MultiStepLR"]),
         (["--model.lr_scheduler.gamma=2"], ["gamma: must be", "got 2.0"]),
@@ -322,9 +322,9 @@ def test_command_line_accepts_the_bare_name_and_resumes() -> None:
         (["--trainer.max_epochs=-1", "--trainer.max_time=00:01:00:00"], ["total_steps: ", "max_time"]),
     ],
 )
-def test_mistakes_get_one_clear_error(args: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_get_one_clear_error(args: list[str], message: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     printed = fails(capsys, "fit", "--config=digits.yaml", *QUIET, *args)
-    for part in said:
+    for part in message:
         assert part in printed
 
 

@@ -176,7 +176,7 @@ def test_missing_images_give_nan_and_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "said"),
+    ("pairs", "message"),
     [
         (torch.zeros(4, 3, dtype=torch.int64), r"int64 \(P, 4\)"),
         (torch.zeros(4, 4), "float32"),
@@ -189,8 +189,8 @@ def test_missing_images_give_nan_and_a_warning() -> None:
         (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2], [4, 5, 0, 1]]), "fold 1 needs both same and different pairs"),
     ],
 )
-def test_invalid_pairs_are_rejected(pairs: Tensor, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_pairs_are_rejected(pairs: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         PairVerification(Pairs.from_table(pairs))
 
 

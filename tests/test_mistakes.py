@@ -146,7 +146,7 @@ WRONG_TYPE = "trainer:\n  max_epochs: 3\n  max_steps: many\n"
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         ("--model.margn 2", "--model.margn: is not a setting of ClassificationModule; did you mean --model.margin?"),
         ("--margin 2", "--margin: is not a setting of fit; did you mean --model.margin?"),
@@ -205,16 +205,16 @@ WRONG_TYPE = "trainer:\n  max_epochs: 3\n  max_steps: many\n"
         ("--checkpoint.monitor val/segment_4 --checkpoint.mode max", "val/segment_3, val/weight_angle_mean"),
     ],
 )
-def test_wrong_argument_gives_a_one_line_error(args: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_argument_gives_a_one_line_error(args: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [args] if "{" in args else args.split()
     printed = fails(capsys, "fit", "--config=digits.yaml", *QUIET, *words)
-    assert said in printed
+    assert expected in printed
     assert printed.startswith("error: ")
     assert len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (FLAT, "my.yaml, line 1: backbone: is not a setting of fit; did you mean model.init_args.backbone?"),
         (NO_BRACE, "my.yaml, line 3: is not valid YAML: did not find expected ',' or '}'."),
@@ -238,16 +238,16 @@ def test_wrong_argument_gives_a_one_line_error(args: str, said: str, capsys: pyt
         ("- 1\n", "my.yaml: must be a mapping of settings, got [1]."),
     ],
 )
-def test_wrong_config_gives_a_one_line_error(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_config_gives_a_one_line_error(text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("my.yaml").write_text(text)
     printed = fails(capsys, "fit", "--config=my.yaml", *QUIET)
-    assert said in printed
+    assert expected in printed
     assert printed.startswith("error: ")
     assert len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         ([], "required, got nothing; name a config that has model and data, as in --config digits.yaml."),
         (["--model.margin=2"], "--model.margin: has no class yet; give --model CLASS before it, or a config."),
@@ -257,14 +257,16 @@ def test_wrong_config_gives_a_one_line_error(text: str, said: str, capsys: pytes
         ),
     ],
 )
-def test_missing_setting_gives_a_one_line_error(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_setting_gives_a_one_line_error(
+    args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     printed = fails(capsys, "fit", *args)
-    assert said in printed
+    assert expected in printed
     assert len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         (
             ["compare", "--config=digits.yaml", "--margin", "2"],
@@ -281,9 +283,11 @@ def test_missing_setting_gives_a_one_line_error(args: list[str], said: str, caps
         (["configs", "--cpy", "digits"], "unrecognized arguments: --cpy digits"),
     ],
 )
-def test_wrong_option_gives_a_one_line_error(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_option_gives_a_one_line_error(
+    args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     printed = fails(capsys, *args)
-    assert said in printed
+    assert expected in printed
     assert printed.startswith("error: ")
     assert len(printed.splitlines()) == 1
 
@@ -301,9 +305,7 @@ class Module(ClassificationModule):
 
 
 @pytest.mark.parametrize("setting", ["--model=logs.Module", "--trainer.callbacks+=logs.Logs"])
-def test_custom_metrics_can_define_the_best_checkpoint(
-    setting: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_custom_metrics_can_define_the_best_checkpoint(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("logs.py").write_text(LOGS)
     monkeypatch.syspath_prepend("")
     monitor = ["--checkpoint.monitor=val/mine", "--checkpoint.mode=max"]

@@ -82,7 +82,7 @@ def test_feedback_falls_with_accuracy_within_its_bounds(
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "said"),
+    ("kind", "settings", "message"),
     [
         (PowerLaw, {"gamma": -1}, "gamma"),
         (PowerLaw, {"base": math.inf}, "base"),
@@ -99,8 +99,8 @@ def test_feedback_falls_with_accuracy_within_its_bounds(
         (RunFraction, {"base": 1, "lambda_min": 2}, "^lambda_min: must not exceed base"),
     ],
 )
-def test_invalid_settings_are_rejected(kind: type[LambdaSchedule], settings: dict[str, float], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(kind: type[LambdaSchedule], settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         kind(**settings)
 
 

@@ -1,4 +1,4 @@
-"""A schedule that follows the training accuracy, whatever the Trainer does around it."""
+"""Schedule that follows the training accuracy, in all modes of the Trainer."""
 
 import copy
 from functools import partial
@@ -45,7 +45,7 @@ class Recorder(Callback):
 
 
 def record(model: Any, recorder: Recorder, trainer: Trainer) -> None:
-    """Count the samples of each training step by a hook of the test's own."""
+    """Count the samples of each training step by a separate hook."""
 
     def hook(calls: Any, args: Any, call: Any) -> None:
         if call.target is not None and torch.is_grad_enabled():
@@ -58,7 +58,7 @@ def record(model: Any, recorder: Recorder, trainer: Trainer) -> None:
 
 
 def expected(correct: dict[int, list[int]], decay: float = 0.95, delay: int = 2) -> list[float]:
-    """lambda of each step by the rule of the docstrings: the mean of the steps up to two before the last one."""
+    """Return lambda of each step by the documented rule: the mean accuracy of all but the last two steps."""
     lambdas, mean = [], 0.0
     for step in sorted(correct):
         if step > delay:
@@ -148,7 +148,7 @@ def test_a_run_of_unknown_length_is_annealed() -> None:
 
 def test_lambda_rises_again_when_the_accuracy_falls() -> None:
     class Shuffle(Callback):
-        """Labels that mean nothing, from a step on."""
+        """Draw labels at random from step 40 on."""
 
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step >= 40:
@@ -170,8 +170,8 @@ def test_lambda_and_its_accuracy_are_logged(tmp_path: Path) -> None:
         assert FEEDBACK(0, accuracy=accuracy) == pytest.approx(lambda_, rel=1e-3)
 
 
-class Own(LightningModule):
-    """A user's module, in which an LSoftmaxLinear has replaced a linear layer."""
+class CustomModule(LightningModule):
+    """Module of a user with an LSoftmaxLinear instead of a linear layer."""
 
     def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Own(LightningModule):
 
 
 def test_annealing_works_in_a_custom_module() -> None:
-    model, recorder = Own(), Recorder()
+    model, recorder = CustomModule(), Recorder()
     trainer = make_trainer(callbacks=[LambdaAnnealing(), recorder], max_epochs=8)
     trainer.fit(model, BlobsDataModule())
     assert recorder.lambdas[0] == 1000
@@ -202,12 +202,12 @@ def test_annealing_works_in_a_custom_module() -> None:
 
 def test_training_without_annealing_warns_once() -> None:
     with pytest.warns(UserWarning, match="LambdaAnnealing") as caught:
-        make_trainer(max_epochs=2).fit(Own(), BlobsDataModule())
+        make_trainer(max_epochs=2).fit(CustomModule(), BlobsDataModule())
     assert sum("LambdaAnnealing" in str(warning.message) for warning in caught) == 1
 
 
-class AccuracyItself(LambdaSchedule):
-    """A user's schedule of accuracy."""
+class AccuracyPlusFive(LambdaSchedule):
+    """Schedule of a user that depends on the accuracy."""
 
     accuracy_decay = 0.0
 
@@ -216,14 +216,14 @@ class AccuracyItself(LambdaSchedule):
 
 
 def test_custom_schedule_receives_the_accuracy_of_a_step() -> None:
-    _, recorder = fit(make_model(margin=3, lambda_schedule=AccuracyItself()), max_epochs=2)
-    shares = [right / total for right, total in recorder.correct.values()]
-    assert [recorder.lambdas[step] - 5 for step in range(3, 16)] == pytest.approx(shares[:13])
+    _, recorder = fit(make_model(margin=3, lambda_schedule=AccuracyPlusFive()), max_epochs=2)
+    accuracies = [right / total for right, total in recorder.correct.values()]
+    assert [recorder.lambdas[step] - 5 for step in range(3, 16)] == pytest.approx(accuracies[:13])
     assert recorder.lambdas[0] == 5
 
 
-class Rewritten(Own):
-    """A module whose head gets the classes in a way that cannot be counted."""
+class Rewritten(CustomModule):
+    """Module that calls the head without a target."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -238,7 +238,7 @@ def test_head_called_without_target_is_rejected() -> None:
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_accuracy_decay_out_of_range_is_rejected(decay: float) -> None:
-    schedule = AccuracyItself()
+    schedule = AccuracyPlusFive()
     schedule.accuracy_decay = decay
     with pytest.raises(InputError, match="accuracy_decay"):
         make_trainer().fit(make_model(lambda_schedule=schedule), BlobsDataModule())
@@ -271,7 +271,7 @@ def test_a_failed_run_leaves_no_hook() -> None:
 
 
 def train_on(strategy: str) -> None:
-    """Print lambda of each step, on the ranks there are."""
+    """Print lambda of each step on every rank."""
     seed_everything(0)
     recorder = Recorder()
     model = make_model(margin=3, lambda_schedule=FEEDBACK, backbone=Flat())
@@ -282,7 +282,7 @@ def train_on(strategy: str) -> None:
 
 
 class Flat(nn.Sequential):
-    """A network without batch normalisation, whose batches would be smaller on two ranks."""
+    """Network without batch normalisation, whose statistics would depend on the number of ranks."""
 
     num_features = 16
 
@@ -291,7 +291,7 @@ class Flat(nn.Sequential):
 
 
 def resume_sharded(folder: Path) -> None:
-    """Print lambda of a run on two ranks, and of its continuation from step 11."""
+    """Print lambda of a run on two ranks, and of a run resumed from step 11."""
     for max_epochs, name in ((3, None), (3, "step=11.ckpt")):
         seed_everything(0)
         recorder = Recorder()

@@ -1,4 +1,4 @@
-"""lambda over a run: by optimiser step, whatever the Trainer does around it."""
+"""Annealing of lambda by optimiser step, in all modes of the Trainer."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ SCHEDULE = PowerLaw(base=100, gamma=0.1, power=2)
 
 
 class Recorder(Callback):
-    """lambda of the head at each forward pass of training, with the optimiser step it belongs to."""
+    """Record the optimiser step and lambda at each training batch."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, float]] = []
@@ -182,7 +182,7 @@ def test_missing_head_or_invalid_schedule_is_rejected() -> None:
 
 
 class Poison(nn.Module):
-    """Cross-entropy that goes bad at one step."""
+    """Cross-entropy that is not finite at one step."""
 
     def __init__(self, bad_step: int, value: float) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(
     for part in (f"step {bad_step},", f"lambda was {SCHEDULE(bad_step):.4g}", "slower", "lambda_min", "best.ckpt"):
         assert part in message
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert kept["global_step"] == 8  # of the first epoch; the loss went bad in the second
+    assert kept["global_step"] == 8  # the end of the first epoch; the loss diverges in the second
     assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
 
 

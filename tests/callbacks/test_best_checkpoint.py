@@ -1,4 +1,4 @@
-"""The best checkpoint of a run that was killed, moved or continued elsewhere, and checkpoints that name other files."""
+"""Best checkpoint of a run that was killed, moved or continued in another folder, and hostile checkpoints."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ KEEPS = [{"filename": "best"}, {"filename": "{epoch}"}, {"filename": "{epoch}", 
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL."""
+    """Stand-in for SIGKILL."""
 
 
 def train(folder: Path, keep: dict[str, Any], max_epochs: int = 5, mode: str = "max", **fit: Any) -> BestCheckpoint:
@@ -31,7 +31,7 @@ def train(folder: Path, keep: dict[str, Any], max_epochs: int = 5, mode: str = "
     best = BestCheckpoint(folder, monitor="val/loss", mode=mode, **keep)
     callbacks = [best, LastCheckpoint(folder), ExactResume()]
     trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=max_epochs, limit_train_batches=2)
-    model = make_model(optimizer=partial(torch.optim.SGD, lr=0.01))  # with which the loss falls from the first step
+    model = make_model(optimizer=partial(torch.optim.SGD, lr=0.01))  # small, so that the loss falls from the first step
     trainer.fit(model, BlobsDataModule(), **fit)
     return best
 
@@ -101,7 +101,7 @@ def test_kill_between_best_and_last_checkpoint_keeps_the_best(
         except Killed:
             pass
         else:
-            assert before[1] == "_remove_checkpoint"  # of the same name: nothing to remove
+            assert before[1] == "_remove_checkpoint"  # the same name or fewer files: nothing to remove
             return
     best = json.loads((tmp_path / "killed" / "index.json").read_text())["best"]
     assert (tmp_path / "killed" / best).is_file()

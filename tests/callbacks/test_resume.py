@@ -1,4 +1,4 @@
-"""Runs resume within and between epochs with the same weights, epochs and learning rates."""
+"""Exact resume within and between epochs: weights, epochs and learning rates."""
 
 import functools
 import json
@@ -59,7 +59,7 @@ def test_plateau_scheduler_steps_once_per_epoch(tmp_path: Path) -> None:
         )
         length = {"max_epochs": max_epochs, "val_check_interval": 5, "check_val_every_n_epoch": None}
         trainer = make_trainer(callbacks=[saved, ExactResume()], enable_checkpointing=True, **length)
-        trainer.fit(model, BlobsDataModule(), **resume)  # 8 steps an epoch, validations behind 5, 10, 15, 20
+        trainer.fit(model, BlobsDataModule(), **resume)  # 8 steps an epoch, validations after 5, 10, 15, 20
         trainer.save_checkpoint(tmp_path / folder / "ended.ckpt")
         return model.head.weight, trainer.lr_scheduler_configs[0].scheduler.state_dict()
 
@@ -116,7 +116,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Tensor]]:
-    """Return the weights after a run that nothing ended before its time, trained once for each of its settings."""
+    """Return the weights after an uninterrupted run, trained once for each setting."""
 
     def weights(**length: Any) -> dict[str, Tensor]:
         return train_in(tmp_path_factory.mktemp("whole"), **length)[1]

@@ -1,4 +1,4 @@
-"""Comparisons from the first command to the table."""
+"""Comparison of margins: planning, training, interruption and resume."""
 
 import json
 import math
@@ -44,11 +44,13 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     rows = compare_margins("digits", [1, 2], [0], SHORT, sweep, jobs=2)
     folder = Path("runs/compare-digits")
     assert [(row["margin"], row["model.label_smoothing"], row["seed"]) for row in rows] == [
-        *((1, 0, 0), (2, 0, 0)),
-        *((1, 0.1, 0), (2, 0.1, 0)),
+        (1, 0, 0),
+        (2, 0, 0),
+        (1, 0.1, 0),
+        (2, 0.1, 0),
     ]
     assert all(row["steps"] == 3 and row["seconds"] > 0 and "test/acc" in row for row in rows)
-    assert "val/loss" in rows[0]  # which chose the checkpoint
+    assert "val/loss" in rows[0]  # the metric that chose the checkpoint
     assert "m2-label_smoothing=0.1-s0" in capsys.readouterr().out
     run = folder / "m2-label_smoothing=0.1-s0"
     names = {path.name for path in run.iterdir()}
@@ -58,7 +60,7 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     table = (folder / "table.md").read_text()
     assert "compare --config digits --margins 1 2 --seeds 0 --sweep model.label_smoothing=0,0.1 --jobs 2 " in table
 
-    # as a fit by hand would have been
+    # fit with the same settings gives the same results
     hand = ["--model.margin=2", "--model.label_smoothing=0.1", "--seed_everything=0"]
     main(["fit", "--config", "digits", *SHORT, *hand])
     by_hand = json.loads(Path("runs/digits/version_0/results.json").read_text())
@@ -82,7 +84,7 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     main(["compare", "--report", str(folder)])
     assert (folder / "table.md").read_text() == made
 
-    # other settings do not come into the same table, under the name of a run that is there or under another
+    # runs with other settings are rejected, with the name of an existing run and with a new name
     for margin in (1, 3):
         with pytest.raises(InputError, match="has a run with other settings") as caught:
             compare_margins("digits", [margin], [0], [*SHORT, "--data.batch_size=32"], {"model.label_smoothing": [0]})
@@ -91,7 +93,7 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
 
 
 class InterruptAt25(ProgressFile):
-    """Signals the comparison or this process at step 25, in the middle of an epoch."""
+    """Send a signal to the comparison or to this process at step 25, within an epoch."""
 
     target = "comparison"
     signum = signal.SIGKILL
@@ -101,7 +103,9 @@ class InterruptAt25(ProgressFile):
         if trainer.global_step == 25:
             comparison = os.getppid()
             os.kill(comparison if self.target == "comparison" else os.getpid(), self.signum)
-            while os.getppid() == comparison and SignalHandler.latest < 0:  # until it or its signal is noticed
+            while (
+                os.getppid() == comparison and SignalHandler.latest < 0
+            ):  # until the end of the comparison or the signal is noticed
                 time.sleep(0.01)
         super().on_train_batch_end(trainer, *args, **kwargs)
 
@@ -112,7 +116,10 @@ class InterruptAt25(ProgressFile):
         (signal.SIGKILL, "comparison", -9, ""),
         (signal.SIGINT, "comparison", 130, "The same command continues from here.\nStopped by SIGINT.\n"),
         pytest.param(
-            *(signal.SIGTERM, "worker", 1, "error: 1 of 1 runs failed; the same command tries them again."),
+            signal.SIGTERM,
+            "worker",
+            1,
+            "error: 1 of 1 runs failed; the same command tries them again.",
             marks=pytest.mark.slow,
         ),
     ],
@@ -160,16 +167,16 @@ def test_interrupted_comparison_in_subprocesses_resumes_exactly() -> None:
 
 
 def assert_resumes_exactly(args: list[str], steps: int) -> None:
-    """Continue a comparison, and compare its run with one that was not interrupted.
+    """Continue a comparison, and compare its run with an uninterrupted one.
 
-    A run that loses its best checkpoint, which is that of the first epoch, has another one at the end.
+    The best checkpoint is that of the first epoch, so that a run that loses it tests another one.
     """
     run = Path("runs/compare-digits/m2-s3")
     assert not (run / "run.json").exists()
     assert 0 < torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] < steps
     (row,) = compare_margins("digits.yaml", [2], [3], args)
     assert row["steps"] == steps
-    assert row["seconds"] is None  # those of the last part alone would mislead
+    assert row["seconds"] is None  # unknown, because the run was interrupted
     main(["fit", "--config=digits.yaml", "--model.margin=2", "--seed_everything=3", *args])
     whole = json.loads(Path("runs/digits/version_0/results.json").read_text())
     assert {name: row[name] for name in whole} == whole
@@ -293,7 +300,7 @@ def test_any_value_of_omp_num_threads_starts_a_run(
 
 
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """Let runs end at once, and return the list of the environments in which they are started."""
+    """Let runs end at once, and return the list of their environments."""
     environments: list[dict[str, str]] = []
 
     class Process:
@@ -310,9 +317,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     return environments
 
 
-def test_jobs_divide_devices_and_cores_among_unfinished_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jobs_divide_devices_and_cores_among_unfinished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environments = started(monkeypatch)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
@@ -391,7 +396,7 @@ def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> No
     # not finished
     (run / "run.json").unlink()
     parts = [whole[:cut] for cut in range(0, len(whole), max(1, len(whole) // 10))]
-    parts = [part for part in parts if whole[len(part) :].strip() != "null"]  # without that it says the same
+    parts = [part for part in parts if whole[len(part) :].strip() != "null"]  # a missing null changes nothing
     for content in [*map(str.encode, parts), b"\x00" * 100, b"caf\xe9", b"text", b"[1]"]:
         path.write_bytes(content)
         with pytest.warns(UserWarning, match=r"config\.yaml is incomplete and is replaced; checkpoints in .* are kept"):
@@ -404,7 +409,7 @@ def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> No
     ):
         plans()
 
-    # damaged results of a finished run: it is continued, from a checkpoint at its end
+    # a finished run with damaged results resumes from its last checkpoint
     path.write_bytes(b"")
     (run / "run.json").write_text(facts[:50])
     with (

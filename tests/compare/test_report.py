@@ -1,4 +1,4 @@
-"""Table, rows and figures, from runs written by hand."""
+"""Report of a comparison: table, rows and figures of generated runs."""
 
 import csv
 import io
@@ -52,15 +52,19 @@ def write_run(
         torch.save({"cosines": torch.linspace(-1, 1, 10), "same": torch.arange(10) > 4}, run / "test.pt")
     else:
         record = {
-            **{"class_names": ["a", "b"], "points": torch.rand(6, 2), "rays": torch.eye(2)},
-            **{"points_target": torch.arange(6) % 2, "counts": torch.tensor([[3, 1], [0, 2]])},
+            "class_names": ["a", "b"],
+            "points": torch.rand(6, 2),
+            "rays": torch.eye(2),
+            "points_target": torch.arange(6) % 2,
+            "counts": torch.tensor([[3, 1], [0, 2]]),
+            "angles": torch.rand(6) * 90,
         }
-        torch.save(record | {"angles": torch.rand(6) * 90}, run / "test.pt")
+        torch.save(record, run / "test.pt")
 
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing: a figure takes longer than the rest of a report."""
+    """Draw nothing, because a figure takes longer than the rest of a report."""
     monkeypatch.setattr("lsoftmax_lightning.compare.reporting.draw", lambda runs: ())
 
 
@@ -74,7 +78,7 @@ def test_means_and_paired_differences_equal_a_reference(tmp_path: Path) -> None:
     for seed, (one, four) in enumerate(zip(softmax, margin, strict=True)):
         write_run(tmp_path, 1, seed, one)
         write_run(tmp_path, 4, seed, four)
-    write_run(tmp_path, 4, 9, 0.10)  # of a seed that m = 1 has not: in the mean, not in the difference
+    write_run(tmp_path, 4, 9, 0.10)  # a seed without a run at m = 1: in the mean, not in the difference
     rows = report(tmp_path)
     assert [(row["margin"], row["seed"]) for row in rows] == [(1, 0), (1, 1), (1, 2), (4, 0), (4, 1), (4, 2), (4, 9)]
     header, _, first, second = cells(tmp_path)
@@ -87,7 +91,7 @@ def test_means_and_paired_differences_equal_a_reference(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     for part in ("maximum of val/acc", "7 steps, batch_size 8", "on M", "torch 2.6", "the command"):
         assert part in text
-    assert "paper" not in text.lower()  # these are not its data
+    assert "paper" not in text.lower()  # other data than the paper
 
     with (tmp_path / "results.csv").open() as file:
         written = list(csv.DictReader(file))
@@ -104,8 +108,10 @@ def test_each_swept_value_has_rows_differences_and_figures(tmp_path: Path) -> No
     header, _, *lines = cells(tmp_path)
     assert header[:3] == ["m", "data.size", "runs"]
     assert [line[:2] + line[4:5] for line in lines] == [
-        *(["1", "2", "-"], ["2", "2", "-1.00"]),
-        *(["1", "10", "-"], ["2", "10", "+2.00"]),
+        ["1", "2", "-"],
+        ["2", "2", "-1.00"],
+        ["1", "10", "-"],
+        ["2", "10", "+2.00"],
     ]
     assert {"angles-data.size=2.png", "angles-data.size=10.png"} <= {path.name for path in tmp_path.glob("*.png")}
 
@@ -150,10 +156,14 @@ def test_settings_of_several_calls_are_kept_apart(tmp_path: Path) -> None:
     assert header[:4] == ["m", "data.a", "data.b", "runs"]
     assert all(len(line) == len(header) for line in lines)
     assert [(*line[:4], line[5]) for line in lines] == [
-        *(("1", "-", "-", "1", "-"), ("2", "-", "-", "1", "+10.00")),
-        *(("1", "1", "-", "1", "-"), ("2", "1", "-", "1", "+20.00")),
-        *(("1", "-", "1", "1", "-"), ("2", "-", "1", "1", "+20.00")),
-        *(("1", "-", "[1, 'x']", "1", "-"), ("2", "-", "[1, 'x']", "1", "+20.00")),
+        ("1", "-", "-", "1", "-"),
+        ("2", "-", "-", "1", "+10.00"),
+        ("1", "1", "-", "1", "-"),
+        ("2", "1", "-", "1", "+20.00"),
+        ("1", "-", "1", "1", "-"),
+        ("2", "-", "1", "1", "+20.00"),
+        ("1", "-", "[1, 'x']", "1", "-"),
+        ("2", "-", "[1, 'x']", "1", "+20.00"),
     ]
 
 
@@ -166,10 +176,10 @@ def test_figures_show_the_records_of_the_runs(tmp_path: Path) -> None:
     dots_and_means = [line.get_ydata() for line in figures["accuracy"].axes[0].get_lines()]
     assert any(list(means) == pytest.approx([55.0 + margin for margin in range(1, 13)]) for means in dots_and_means)
     losses = next(axes for axes in figures["curves"].axes if axes.get_title() == "train/loss")
-    assert [list(line.get_ydata()) for line in losses.get_lines()] == [[1.5, 2.5]] * 12  # of more than ten colours
+    assert [list(line.get_ydata()) for line in losses.get_lines()] == [[1.5, 2.5]] * 12  # more lines than colours
     confusions = [axes for axes in figures["confusion"].axes if axes.get_title()]
     assert len(confusions) == 12
-    assert [text.get_text() for text in confusions[0].texts] == ["6", "2", "4"]  # of two seeds
+    assert [text.get_text() for text in confusions[0].texts] == ["6", "2", "4"]  # the sum over two seeds
     _, labels = figures["angles"].axes[0].get_legend_handles_labels()
     assert len(labels) == 12
 
@@ -217,7 +227,7 @@ def test_notes_state_train_size_and_label_noise(tmp_path: Path) -> None:
     report(tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert "batch_size 8, train_size 1000, label_noise 0.2, on M" in table
-    assert "Paper:" not in table  # its results are of all images
+    assert "Paper:" not in table  # the paper trains on all images
 
 
 def test_facts_include_train_size_and_label_noise(tmp_path: Path) -> None:
@@ -408,7 +418,7 @@ def test_several_comparisons_are_reported_together(tmp_path: Path) -> None:
     )
     data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": 500}}
     write_run(tmp_path / "more", 3, 0, 0.9, data=data)
-    assert len(report([tmp_path / "500" / "results.csv", tmp_path / "more"])) == 5  # in one row of settings
+    assert len(report([tmp_path / "500" / "results.csv", tmp_path / "more"])) == 5  # in one group of settings
 
     accuracy, difference = dict(draw(runs))["accuracy_by_train_size"].axes
     assert accuracy.get_xscale() == "log"
@@ -419,7 +429,7 @@ def test_several_comparisons_are_reported_together(tmp_path: Path) -> None:
     gaps = {bars.get_label(): list(bars.lines[0].get_ydata()) for bars in difference.containers}
     assert gaps == {
         "m = 2": pytest.approx([1.0, 2.0, 0.5]),
-        "m = 1, model.label_smoothing = 0.1": pytest.approx([4.5] * 3),  # to the first m = 1
+        "m = 1, model.label_smoothing = 0.1": pytest.approx([4.5] * 3),  # compared with the first curve at m = 1
     }
 
 
@@ -442,11 +452,11 @@ def test_averaged_settings_pair_the_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["data.train_size", "data.init_args.train_size"])
 @pytest.mark.usefixtures("no_figures")
 def test_train_size_can_be_averaged(name: str, tmp_path: Path) -> None:
-    for size, gap in ((1000, 0.01), (None, 0.03)):  # all images are those of the paper, whose accuracy is not shown
+    for size, gap in ((1000, 0.01), (None, 0.03)):  # None: all images, for which the paper has an accuracy
         data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": size}}
         for margin in (1, 2):
             write_run(tmp_path, margin, 0, 0.9 + gap * (margin - 1), {name: size}, data, backbone="mnist")
-    report(tmp_path, average=[name])  # of runs that a --sweep trained
+    report(tmp_path, average=[name])  # runs trained by --sweep
     swept = (tmp_path / "table.md").read_text()
     for path in tmp_path.glob("*/run.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"averaged": name}))
@@ -483,7 +493,7 @@ def test_equal_averaged_values_pair_the_runs(tmp_path: Path) -> None:
 def test_average_applies_to_all_runs(tmp_path: Path) -> None:
     for fold, accuracy in ((2, 0.8), (10, 0.9)):
         write_run(tmp_path, 2, 0, accuracy, {"data.fold": fold})
-    rows = report(tmp_path, average=["data.fold"])  # of runs that a --sweep trained
+    rows = report(tmp_path, average=["data.fold"])  # runs trained by --sweep
     assert cells(tmp_path)[2][:3] == ["2", "2", "85.00 ± 7.07"]
     assert [(row["data.fold"], row["averaged"]) for row in rows] == [(2, "data.fold"), (10, "data.fold")]
     write_run(tmp_path / "other", 1, 0, 0.5)
@@ -495,7 +505,9 @@ def test_average_applies_to_all_runs(tmp_path: Path) -> None:
     ("settings", "name"),
     [({}, "command"), ({"batch_size": 9}, "batch_size"), ({"backbone": "mnist"}, "backbone")],
 )
-def test_runs_with_differences_outside_the_table_are_rejected(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
+def test_runs_with_differences_outside_the_table_are_rejected(
+    settings: dict[str, Any], name: str, tmp_path: Path
+) -> None:
     for folder, batch_size, backbone in (
         ("a", 8, "digits"),
         ("b", settings.get("batch_size", 8), settings.get("backbone", "digits")),
@@ -514,7 +526,7 @@ def test_every_path_of_a_report_needs_finished_runs(tmp_path: Path) -> None:
 
 def test_rows_are_sorted_numerically(tmp_path: Path) -> None:
     for seed in (10, 9):
-        for value in ("1e-1", "1e-3", "1e-2"):  # texts to YAML
+        for value in ("1e-1", "1e-3", "1e-2"):  # strings in YAML
             write_run(tmp_path, 1, seed, 0.5, {"model.lr": value})
     rows = report(tmp_path)
     order = [(value, seed) for value in ("1e-3", "1e-2", "1e-1") for seed in (9, 10)]
@@ -580,9 +592,7 @@ def test_file_that_is_not_results_csv_is_rejected(content: str, tmp_path: Path) 
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(("width", "num_tables"), [(80, 2), (200, 1)])
-def test_table_fits_the_terminal(
-    width: int, num_tables: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_table_fits_the_terminal(width: int, num_tables: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for margin in (1, 2, 3, 4, 5):
         write_run(tmp_path, margin, 0, 0.9)
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""The dashboard, read back from its event files and folders."""
+"""Dashboard, read back from its event files and folders."""
 
 import csv
 import gc
@@ -46,7 +46,7 @@ PAIR_PLOTS = {"roc", "pair_angles", "hardest_pairs"}
 
 
 class HardBlobs(BlobsDataModule):
-    """Some labels are wrong, so that there are mistakes to show."""
+    """Blobs with some wrong labels, so that there are mistakes to plot."""
 
     def load(self, train: bool) -> Any:
         images, targets = super().load(train)
@@ -89,7 +89,9 @@ def test_training_writes_plots() -> None:
     histogram = events.Histograms("angles/val")[-1]
     assert (histogram.step, histogram.histogram_value.num) == (16, 40)
     assert histogram.histogram_value.max <= 180
-    assert events.Histograms("angles/train")[-1].histogram_value.num == 2 * 20  # of the logged steps since the last
+    assert (
+        events.Histograms("angles/train")[-1].histogram_value.num == 2 * 20
+    )  # the logged steps since the last snapshot
 
 
 def test_projector_has_features_names_and_images() -> None:
@@ -112,7 +114,7 @@ def test_projector_has_features_names_and_images() -> None:
     sprite = Image.open(paths["image"])
     assert sprite.size == (4 * 8, 4 * 8)  # ten images in a square of four by four
     first = pil_to_tensor(sprite.convert("L").crop((0, 0, 8, 8)))
-    assert torch.equal(first, images[0])  # pixels as they were before normalisation
+    assert torch.equal(first, images[0])  # the pixels before normalisation
 
 
 @pytest.mark.draws
@@ -165,7 +167,7 @@ def test_plots_beyond_max_share_are_drawn_after_training(
     first_call = time.perf_counter()
 
     def perf_counter() -> float:
-        """Return a time after which training has taken long."""
+        """Return times between which training has taken an hour if max_share is 1."""
         nonlocal first_call
         seconds, first_call = first_call, time.perf_counter() + 3600 * max_share
         return seconds
@@ -198,7 +200,7 @@ def test_save_writes_every_plot_and_its_data() -> None:
     worst = table(folder, "val_most_confused_000008")
     assert len(worst) == int(wrong.sum().clamp(max=12)) > 0
     gap = logits.softmax(1).amax(1) - logits.softmax(1).gather(1, target[:, None])[:, 0]
-    firsts = [  # several may be as confident
+    firsts = [  # several images may be equally confident
         (data.class_names[target[i]], data.class_names[logits[i].argmax()], pytest.approx(angles[i], rel=1e-4))
         for i in (gap > gap.max() - 1e-6).nonzero().flatten().tolist()
     ]
@@ -232,7 +234,7 @@ def test_softmax_run_in_the_same_folder_is_overlaid() -> None:
     assert set(angles) == {"train", "val", "val of softmax (version_0)"}
     assert angles["val of softmax (version_0)"] == [angle // 1 + 0.5 for angle in sorted(softmax)]
 
-    trainer, folder = with_logger(Dashboard(save=True))  # the softmax after the margin
+    trainer, folder = with_logger(Dashboard(save=True))  # softmax after the margin
     trainer.fit(make_model(margin=1), HardBlobs())
     assert {row["stage"] for row in table(folder, "val_angles_000008")} == {"train", "val", "val of m = 2 (version_1)"}
 
@@ -324,7 +326,9 @@ def fail(*args: Any, **kwargs: Any) -> None:
         ("dashboard.monitor.hparams", "HParams", CLASS_PLOTS),
     ],
 )
-def test_plot_error_does_not_stop_the_run(place: str, what: str, left: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_error_does_not_stop_the_run(
+    place: str, what: str, left: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(f"lsoftmax_lightning.{place}", fail)
     dashboard = Dashboard(every_n_epochs=1, save=place.endswith("write_csv"))
     trainer, folder = with_logger(dashboard, max_epochs=2, callbacks=[MarginMonitor()])
@@ -351,7 +355,7 @@ def test_collector_is_incomplete_after_an_error() -> None:
 
 
 class Wrapped(LightningDataModule):
-    """The blobs by PyTorch's loaders, in another shape or without a length."""
+    """Blobs from loaders of PyTorch, in another shape or without a length."""
 
     def __init__(self, size: tuple[int, int] = (8, 8), length: bool = True) -> None:
         super().__init__()
@@ -730,7 +734,7 @@ def fifo_as_hparams(run: Path) -> Path:
 def damaged_events(run: Path) -> Path:
     (path,) = run.glob("*tfevents*")
     event, length = b"\xff\xfe no event", struct.pack("<Q", 11)
-    with path.open("ab") as file:  # with right checksums; at others TensorBoard stops reading
+    with path.open("ab") as file:  # with valid checksums, because TensorBoard stops at invalid ones
         file.write(length + struct.pack("<I", masked_crc32c(length)))
         file.write(event[:11] + struct.pack("<I", masked_crc32c(event[:11])))
     return run

@@ -1,4 +1,4 @@
-"""The scalars of a training with a margin, on whatever logger, and their place on TensorBoard."""
+"""Scalars of a training with a margin, on any logger, and their charts on TensorBoard."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def test_monitor_logs_angles_norms_and_segments() -> None:
     for tag in ("train/loss", "train/angle", "effective_margin", "lr", "images_per_second"):
         assert steps(events, tag) == [3, 7, 11, 15], tag
     for tag in ("val/loss", "val/angle", "val/margin_loss"):
-        assert steps(events, tag) == [7, 15], tag  # and none of the sanity check
+        assert steps(events, tag) == [7, 15], tag  # not in the sanity check
     assert all(event.value > 0 for event in events.Scalars("images_per_second"))
     assert not {"val/angle", "val/margin_loss"} - set(trainer.callback_metrics)
 
@@ -80,7 +80,7 @@ def test_test_logs_the_angles() -> None:
     assert results["test/angle"] == pytest.approx(torch.rad2deg(torch.arccos(cosines)).mean().item(), rel=1e-4)
     (validated,) = trainer.validate(model, data, verbose=False)
     assert "val/angle" in validated
-    assert "val/margin_loss" not in validated  # nobody has set lambda
+    assert "val/margin_loss" not in validated  # lambda is not set outside of training
 
 
 def test_checkpoint_can_monitor_an_angle() -> None:
@@ -94,7 +94,11 @@ def test_custom_scalars_layout_is_written() -> None:
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == [
-        *("Learning", "Annealing", "Compactness", "Separability", "Speed"),
+        "Learning",
+        "Annealing",
+        "Compactness",
+        "Separability",
+        "Speed",
     ]
     patterns = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
     tags = events.Tags()["scalars"]
@@ -102,10 +106,10 @@ def test_custom_scalars_layout_is_written() -> None:
         assert any(tag.startswith(pattern.removesuffix("$")) for tag in tags), pattern
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_run_is_listed_under_hparams(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_callback", [False, True])
+def test_run_is_listed_under_hparams(has_callback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
-    callbacks = [LambdaAnnealing(PowerLaw(base=9.0))] if own else []
+    callbacks = [LambdaAnnealing(PowerLaw(base=9.0))] if has_callback else []
     _, events = fit(make_model(margin=2, label_smoothing=0.1), callbacks=callbacks)
     content = {
         tag: plugin_data_pb2.HParamsPluginData.FromString(events.summary_metadata[tag].plugin_data.content)
@@ -114,17 +118,23 @@ def test_run_is_listed_under_hparams(own: bool, monkeypatch: pytest.MonkeyPatch)
     row = content["_hparams_/session_start_info"].session_start_info.hparams
     assert row["margin"].number_value == 2
     assert row["backbone"].string_value == "digits"
-    schedule = PowerLaw(base=9.0) if own else AccuracyFeedback()
+    schedule = PowerLaw(base=9.0) if has_callback else AccuracyFeedback()
     assert row["lambda"].string_value == repr(schedule)
     assert row["lambda_min"].number_value == 0
     assert row["seed"].string_value == "7"
     assert row["settings/lr"].number_value == 0.1
     assert row["settings/label_smoothing"].number_value == 0.1
-    assert sorted(row)[:5] == ["backbone", "lambda", "lambda_min", "margin", "seed"]  # what TensorBoard shows at once
+    assert sorted(row)[:5] == [
+        "backbone",
+        "lambda",
+        "lambda_min",
+        "margin",
+        "seed",
+    ]  # the columns that TensorBoard shows by default
     metrics = [metric.name.tag for metric in content["_hparams_/experiment"].experiment.metric_infos]
     assert metrics == ["val/acc", "test/acc", "val/angle"]
     assert "hp_metric" not in events.Tags()["scalars"]
-    assert steps(events, "val/acc") == [7]  # no value before there was one
+    assert steps(events, "val/acc") == [7]  # no placeholder before the first value
 
 
 def test_pairs_have_no_class_scalars(tmp_path: Path) -> None:

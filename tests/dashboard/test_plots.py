@@ -1,4 +1,4 @@
-"""The plots, from plain tensors, by what matplotlib was given to draw."""
+"""Plots of plain tensors, by their matplotlib artists."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_wide_features_are_projected_to_fixed_class_places() -> None:
     circle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     torch.testing.assert_close(rays, circle, atol=1e-6, rtol=0)
     torch.testing.assert_close(points[:4], circle, atol=1e-6, rtol=0)
-    torch.testing.assert_close(points[4], torch.zeros(2), atol=1e-6, rtol=0)  # like all classes alike
+    torch.testing.assert_close(points[4], torch.zeros(2), atol=1e-6, rtol=0)  # equally similar to all classes
     points, _ = plots.plane(torch.tensor([[0.8, 0.6, 0.0, 0.0], [0.8, 0.0, 0.0, -0.6]]), weight)
     torch.testing.assert_close(points, torch.tensor([[0.8**3, 0.6**3], [0.8**3, 0.0]]), atol=1e-6, rtol=0)
 
@@ -79,7 +79,9 @@ def test_angle_histogram_shows_fractions_and_boundaries() -> None:
     legend = axes.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == [
-        *("training (mean 68.4°)", "validation (mean 45.0°)", "softmax: 40.0°"),
+        "training (mean 68.4°)",
+        "validation (mean 45.0°)",
+        "softmax: 40.0°",
     ]
 
 
@@ -103,13 +105,13 @@ def test_segments_are_stacked() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["0° to 60°", "60° to 120°", "120° to 180°"]
 
 
-@pytest.mark.parametrize("shares", [False, True])
-def test_confusion_matrix_shows_counts_or_percent_of_rows(shares: bool) -> None:
+@pytest.mark.parametrize("percent", [False, True])
+def test_confusion_matrix_shows_counts_or_percent_of_rows(percent: bool) -> None:
     counts = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
-    figure = plots.confusion(plots.percent_of_rows(counts) if shares else counts, NAMES)
-    assert texts(figure) == (["80", "20", "25", "75"] if shares else ["8", "2", "1", "3"])
+    figure = plots.confusion(plots.percent_of_rows(counts) if percent else counts, NAMES)
+    assert texts(figure) == (["80", "20", "25", "75"] if percent else ["8", "2", "1", "3"])
     axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", r"\$dog^\$", "fish"]  # drawn as they are
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", r"\$dog^\$", "fish"]  # escaped
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
 
 
@@ -118,7 +120,7 @@ def test_angle_map_shows_the_matrix(count: int) -> None:
     names = [f"class {number}" for number in range(count)]
     figure = plots.angle_map(torch.full((count, count), 90.0).fill_diagonal_(0), names)
     written = texts(figure)
-    assert written == (["90"] * 6 if count == 3 else [])  # a hundred columns leave no room for numbers
+    assert written == (["90"] * 6 if count == 3 else [])  # no room for numbers in a hundred columns
     assert int(figure.axes[0].images[0].get_array().mask.sum()) == count  # the diagonal is blank
     labels = figure.axes[0].get_xticklabels()
     assert [label.get_text() for label in labels] == names

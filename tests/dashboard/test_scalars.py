@@ -1,4 +1,4 @@
-"""Scalars of the monitor, against their definition, and the charts that show them."""
+"""Scalars of the monitor against their definition, and their charts."""
 
 import re
 
@@ -56,4 +56,4 @@ def test_every_scalar_has_a_chart(has_pairs: bool) -> None:
         *(f"val/{name}" for name in weight_scalars(head)),
     ]
     for tag in tags:
-        assert "/segment_" in tag or any(re.match(pattern, tag) for pattern in patterns), tag  # those are one picture
+        assert "/segment_" in tag or any(re.match(pattern, tag) for pattern in patterns), tag  # segments have a plot

@@ -1,4 +1,4 @@
-"""Split, batches, normalisation, and what is said about bad files."""
+"""Split, batches, normalisation, and errors for invalid settings and damaged files."""
 
 import gzip
 import urllib.error
@@ -94,15 +94,15 @@ def test_training_batches_are_complete_and_shuffled_by_seed_and_epoch() -> None:
 def test_ranks_share_the_batches_of_one_rank(train: bool, world_size: int) -> None:
     kind = {"shuffle": train, "drop_last": train}
     alone = batches(**kind)
-    shares = [batches(**kind, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for number, whole in enumerate(alone):
-        parts = [share[number] for share in shares if number < len(share)]
-        assert sorted(index for part in parts for index in part) == sorted(whole)
-    assert sum(len(batch) for share in shares for batch in share) == (8 if train else 10)  # none twice
+    by_rank = [batches(**kind, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for index, whole in enumerate(alone):
+        parts = [batches_of_rank[index] for batches_of_rank in by_rank if index < len(batches_of_rank)]
+        assert sorted(sample for part in parts for sample in part) == sorted(whole)
+    assert sum(len(batch) for batches_of_rank in by_rank for batch in batches_of_rank) == (8 if train else 10)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"batch_size": 5, "world_size": 2}, r"divisible by the number of devices \(2\), got 5; use 4"),
         ({"batch_size": 1, "world_size": 2}, r"divisible by the number of devices \(2\), got 1; use 2"),
@@ -114,8 +114,8 @@ def test_ranks_share_the_batches_of_one_rank(train: bool, world_size: int) -> No
         ),
     ],
 )
-def test_invalid_batch_sizes_are_rejected(settings: dict[str, int], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_batch_sizes_are_rejected(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         batches(**settings)
 
 
@@ -208,7 +208,7 @@ def test_loaders_work_without_a_trainer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size"),
         ({"val_size": 0}, "val_size"),
@@ -216,8 +216,8 @@ def test_loaders_work_without_a_trainer() -> None:
         ({"val_size": -3}, "val_size"),
     ],
 )
-def test_invalid_settings_are_rejected(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         BlobsDataModule(**settings)
 
 
@@ -228,7 +228,7 @@ def test_impossible_split_is_rejected(val_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (
             Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 4])),
@@ -242,9 +242,9 @@ def test_impossible_split_is_rejected(val_size: int) -> None:
         (Images(torch.zeros(0, 1, 8, 8), torch.zeros(0)), "0 images"),
     ],
 )
-def test_invalid_labels_are_rejected(data: Images, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_labels_are_rejected(data: Images, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlobsDataModule, "load", lambda self, train: data)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         BlobsDataModule().setup("test")
 
 
@@ -337,8 +337,8 @@ def test_run_resumed_at_any_step_sees_the_remaining_batches(settings: dict[str, 
 
 def test_resume_within_an_epoch_rejects_another_batch_size(tmp_path: Path) -> None:
     def train(batch_size: int, ckpt_path: Path | None = None) -> None:
-        amid = ModelCheckpoint(tmp_path, filename="amid", every_n_train_steps=3)
-        trainer = make_trainer(callbacks=[amid], enable_checkpointing=True, max_epochs=2)
+        within = ModelCheckpoint(tmp_path, filename="within", every_n_train_steps=3)
+        trainer = make_trainer(callbacks=[within], enable_checkpointing=True, max_epochs=2)
         trainer.fit(make_model(), BlobsDataModule(batch_size), ckpt_path=ckpt_path)
 
     train(32)  # five batches an epoch
@@ -346,4 +346,4 @@ def test_resume_within_an_epoch_rejects_another_batch_size(tmp_path: Path) -> No
         pytest.warns(UserWarning, match="not empty"),
         pytest.raises(InputError, match="batch_size: must be 32 to resume this run within an epoch, got 20"),
     ):
-        train(20, tmp_path / "amid.ckpt")
+        train(20, tmp_path / "within.ckpt")

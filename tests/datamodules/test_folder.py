@@ -1,4 +1,4 @@
-"""Folders of images: what is read, what is refused, and that memory and files give the same."""
+"""Folders of images: reading, errors, and equality of images in memory and in files."""
 
 import io
 import multiprocessing
@@ -178,7 +178,7 @@ def test_every_exif_orientation_equals_pillow(orientation: int, suffix: str, tmp
 
 
 def exif_data(*tags: bytes, end: bytes = b"") -> bytes:
-    """The EXIF data of a camera, little-endian, with tags of 12 bytes and whatever follows them."""
+    """Return little-endian EXIF data with tags of 12 bytes each, followed by ``end``."""
     return b"Exif\x00\x00II*\x00" + struct.pack("<LH", 8, len(tags)) + b"".join(tags) + end
 
 
@@ -242,7 +242,9 @@ DAMAGES = ("truncated", "broken", "text", "empty", "deep")
 
 @pytest.mark.parametrize("memory_gib", [1, 0])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_unreadable_files_of_all_parts_are_reported_in_one_error(memory_gib: float, num_workers: int, tmp_path: Path) -> None:
+def test_unreadable_files_of_all_parts_are_reported_in_one_error(
+    memory_gib: float, num_workers: int, tmp_path: Path
+) -> None:
     write_folder(tmp_path)
     for part in ("train", "test"):
         for kind in DAMAGES:
@@ -330,7 +332,7 @@ def test_skipping_must_leave_an_image_of_each_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"image_size": 0}, "image_size"),
         ({"image_size": (8, -1)}, "image_size"),
@@ -349,9 +351,9 @@ def test_skipping_must_leave_an_image_of_each_class(tmp_path: Path) -> None:
         ({"val_size": 0}, "val_size"),
     ],
 )
-def test_invalid_settings_are_rejected(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_folder(tmp_path)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         make(tmp_path, **settings)
 
 

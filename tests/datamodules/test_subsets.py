@@ -54,7 +54,7 @@ def indices(images: Any) -> Tensor:
 
 
 def draw(**settings: Any) -> tuple[list[int], Tensor]:
-    """Indices and labels of the training images."""
+    """Return indices and labels of the training images."""
     data = ManyDataModule(**settings)
     data.setup("fit")
     return indices(data.train_data.images).tolist(), data.train_data.targets
@@ -155,7 +155,9 @@ def test_label_noise_is_uniform_and_only_in_training() -> None:
     data.setup("test")
     true = indices(data.train_data.images) % 4
     wrong = (data.train_data.targets != true).sum().item()
-    assert wrong == pytest.approx(0.75 * 640, abs=5 * (640 * 0.75 * 0.25) ** 0.5)  # a quarter draws its own class
+    assert wrong == pytest.approx(
+        0.75 * 640, abs=5 * (640 * 0.75 * 0.25) ** 0.5
+    )  # a quarter of the draws gives the true class
     counts = data.train_data.targets[data.train_data.targets != true].bincount(minlength=4)
     assert counts.min() > 0.7 * counts.max()
     for part in (data.val_data, data.test_data):
@@ -173,8 +175,8 @@ def test_label_noise_draws_exactly_the_stated_fraction(
 
 def test_full_label_noise_draws_every_label() -> None:
     index, targets = draw(label_noise=1.0)
-    share = sum(int(target) == i % 4 for i, target in zip(index, targets, strict=True)) / len(index)
-    assert share == pytest.approx(0.25, abs=0.05)
+    correct = sum(int(target) == i % 4 for i, target in zip(index, targets, strict=True)) / len(index)
+    assert correct == pytest.approx(0.25, abs=0.05)
 
 
 def test_subset_does_not_depend_on_label_noise() -> None:
@@ -182,7 +184,7 @@ def test_subset_does_not_depend_on_label_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"train_size": 0}, "train_size: must be a number of images or a fraction between 0 and 1, got 0"),
         ({"train_size": -5}, "got -5"),
@@ -195,8 +197,8 @@ def test_subset_does_not_depend_on_label_noise() -> None:
         ({"train_size": 3}, "cannot cover 4 classes, got 3; use at least 4"),
     ],
 )
-def test_invalid_settings_are_rejected(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         draw(**settings)
 
 
@@ -206,10 +208,10 @@ def test_a_batch_larger_than_the_subset_is_rejected() -> None:
         make_trainer().fit(make_model(), data)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "subset", "files", "own"])
+@pytest.mark.parametrize("kind", ["tensor", "subset", "files", "custom"])
 def test_images_and_labels_stay_paired_in_every_store(kind: str, tmp_path: Path) -> None:
-    class Own:
-        """A user's store, which reads by index alone."""
+    class CustomStore:
+        """Store of a user, which supports only indexing."""
 
         def __len__(self) -> int:
             return 6
@@ -221,7 +223,7 @@ def test_images_and_labels_stay_paired_in_every_store(kind: str, tmp_path: Path)
     stores: dict[str, Any] = {
         "tensor": pixels,
         "subset": ImageSubset(pixels.flip(0), torch.arange(5, -1, -1), [f"{i}" for i in range(6)]),
-        "own": Own(),
+        "custom": CustomStore(),
     }
     if kind == "files":
         for i in range(6):
@@ -301,7 +303,7 @@ def from_command_line(kind: type[BatchDataModule], **settings: Any) -> BatchData
 
 
 def labelled(data: Images) -> list[tuple[bytes, int]]:
-    """Each image as bytes, with its label."""
+    """Return each image as bytes, with its label."""
     images = data.images[torch.arange(len(data.images))]
     return [(image.numpy().tobytes(), int(target)) for image, target in zip(images, data.targets, strict=True)]
 
@@ -319,8 +321,8 @@ def test_fit_reports_train_size_and_label_noise(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO):
         data = ManyDataModule(train_size=100, label_noise=0.2, train_seed=3)
         make_trainer().fit(make_model(), data)
-    said = "Training on 100 of 1,600 images; 20 of 100 training labels drawn at random (label_noise 0.2); seed 3."
-    assert caplog.messages.count(said) == 1
+    message = "Training on 100 of 1,600 images; 20 of 100 training labels drawn at random (label_noise 0.2); seed 3."
+    assert caplog.messages.count(message) == 1
 
 
 def test_command_line_accepts_subset_arguments() -> None:

@@ -239,7 +239,7 @@ def test_a_deep_copy_is_independent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"margin": 0}, "margin"),
         ({"num_classes": 1}, "num_classes"),
@@ -251,8 +251,8 @@ def test_a_deep_copy_is_independent() -> None:
         ({"backbone_args": {"width": 3}}, "cannot be made with"),
     ],
 )
-def test_invalid_settings_are_rejected(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         make_model(**settings)
 
 
@@ -335,7 +335,7 @@ def test_a_checkpoint_classifies_raw_images_as_the_test_does(precision: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda images: images.float(), r"images: must be uint8 \(N, 1, 8, 8\).* got float32 \(50, 1, 8, 8\)"),
         (lambda images: images[0], r"got uint8 \(1, 8, 8\)"),
@@ -343,13 +343,13 @@ def test_a_checkpoint_classifies_raw_images_as_the_test_does(precision: Any) -> 
         (lambda images: images.repeat(1, 3, 1, 1), r"got uint8 \(50, 3, 8, 8\)"),
     ],
 )
-def test_only_raw_images_are_classified(change: Any, said: str) -> None:
+def test_only_raw_images_are_classified(change: Any, message: str) -> None:
     model, data = make_model(), BlobsDataModule()
     images = data.load(train=False).images
     with pytest.raises(InputError, match="data_spec: must have class_names, image_shape, mean, std"):
         model.classify(images)
     model.data_spec = DataSpec.from_datamodule(data)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         model.classify(change(images))
 
 
