@@ -1,4 +1,4 @@
-"""Networks by name."""
+"""Backbones by name."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ PAPER = {
 
 
 def layers(name: str) -> list[tuple[str, int]]:
-    """Kind and width of what Table 1 lists."""
+    """Return kind and width of the layers that Table 1 lists."""
     return [
         ("conv", m.out_channels) if isinstance(m, nn.Conv2d) else ("fc", m.out_features)
         for m in create_backbone(name, PAPER[name]).modules()
@@ -95,7 +95,7 @@ FAMILIES = {
 }
 
 
-# RegNet computes its widths from tensors, which the meta device has not
+# RegNet computes its widths from tensors, which have no values on the meta device
 @pytest.mark.parametrize(
     "name",
     [

@@ -1,4 +1,4 @@
-"""Files of weights: what is refused and why, and what a network takes from another."""
+"""Checkpoints and files of weights: damage, code, warm start and earlier releases."""
 
 import importlib
 import io
@@ -98,11 +98,11 @@ def test_damage_at_any_byte_is_detected() -> None:
             after = read(path)["state_dict"]
         except InputError:
             continue
-        assert torch.equal(after["weight"], before)  # the damage is where nothing is kept
+        assert torch.equal(after["weight"], before)  # the damaged bytes hold no data
 
 
 def repacked(content: bytes, compression: int = zipfile.ZIP_DEFLATED, copies: int = 1) -> bytes:
-    """A checkpoint whose files are compressed or stored again, some of them twice."""
+    """Return a checkpoint whose members are compressed or stored again, possibly several times."""
     packed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(packed, "w", compression) as target:
         for entry in source.infolist():
@@ -134,7 +134,7 @@ def test_uncompressed_copy_is_read() -> None:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """The address of a server of the working directory."""
+    """Serve the working directory, and return the address."""
     handler = partial(SimpleHTTPRequestHandler, directory=str(Path.cwd()))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
@@ -224,7 +224,7 @@ def test_config_with_the_former_name_of_the_plugin_is_read() -> None:
 
 
 class Plain(nn.Module):
-    """A softmax network as anybody may write it."""
+    """Softmax network of a user."""
 
     def __init__(self, backbone: nn.Module, bias: bool = True, num_classes: int = 4) -> None:
         super().__init__()
@@ -236,17 +236,17 @@ def bare(plain: Plain) -> dict[str, Tensor]:
     return plain.state_dict()
 
 
-def of_lightning(plain: Plain) -> dict[str, Any]:
+def lightning_checkpoint(plain: Plain) -> dict[str, Any]:
     state = {f"model.{name}": weight for name, weight in plain.state_dict().items()}
     return {"state_dict": state | {"metric.total": torch.zeros(())}, "pytorch-lightning_version": "2.0.0"}
 
 
-def of_ddp_and_compile(plain: Plain) -> dict[str, Tensor]:
+def ddp_and_compile(plain: Plain) -> dict[str, Tensor]:
     return {f"module._orig_mod.{name}": weight for name, weight in plain.state_dict().items()}
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("saved", [bare, of_lightning, of_ddp_and_compile])
+@pytest.mark.parametrize("saved", [bare, lightning_checkpoint, ddp_and_compile])
 def test_warm_start_loads_a_softmax_network(
     saved: Callable[[Plain], dict[str, Any]], bias: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -263,7 +263,7 @@ def test_warm_start_loads_a_softmax_network(
     assert "Warm start from softmax.pt: loaded the backbone" in message
     assert "and the classifier (" in message
     assert ("fc.bias" in message) == bias
-    assert ("metric.total" in message) == (saved is of_lightning)
+    assert ("metric.total" in message) == (saved is lightning_checkpoint)
 
 
 def test_warm_start_with_other_classes_initialises_the_head(caplog: pytest.LogCaptureFixture) -> None:
@@ -274,7 +274,7 @@ def test_warm_start_with_other_classes_initialises_the_head(caplog: pytest.LogCa
 
 
 class Stateful(nn.Sequential):
-    """A backbone with a state that is no tensor."""
+    """Backbone with an extra state that is not a tensor."""
 
     num_features = 4
 
@@ -353,7 +353,9 @@ def test_command_line_accepts_warm_start() -> None:
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("releases/*.ckpt")), ids=lambda path: path.name)
 @pytest.mark.filterwarnings("ignore:The best checkpoint in", "ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning")  # newer than the oldest
+@pytest.mark.filterwarnings(
+    "ignore:The loaded checkpoint was produced with Lightning"
+)  # newer than the oldest supported one
 def test_checkpoint_of_an_earlier_release_resumes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE / "releases"))
     module: Any = importlib.import_module("flat").Module

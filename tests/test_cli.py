@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""Command line, from the perspective of a user."""
 
 import gc
 import json
@@ -33,12 +33,12 @@ from .helpers.command_line import FIRST_IS_BEST, QUIET, SHORT, fails, small_data
 from .helpers.forked import run_on
 from .helpers.formats import write_folder, write_lfw
 
-# a head of few classes, augmented images, and pairs of faces
+# few classes, augmented images, and pairs of faces
 ON_TWO_DEVICES = ("digits.yaml", "cifar10plus.yaml", "lfw.yaml")
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-@pytest.mark.filterwarnings("ignore:.*non-finite embeddings")  # in the one batch of a fast_dev_run
+@pytest.mark.filterwarnings("ignore:.*non-finite embeddings")  # a fast_dev_run has one batch
 def test_every_shipped_config_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = small_data(config.name, tmp_path / "small", monkeypatch)
     cli = main(["fit", "--config", config.name, "--trainer.fast_dev_run=true", *QUIET, *data])
@@ -75,7 +75,7 @@ def test_every_shipped_config_is_complete(config: Path) -> None:
     assert not re.search("TODO|EXPECTED", text)
     keys = yaml.safe_load(text)
     assert {"model", "data", "trainer"} <= set(keys)
-    assert "num_classes" not in keys["model"]["init_args"]  # the data says it
+    assert "num_classes" not in keys["model"]["init_args"]  # the data define it
 
 
 def test_test_and_predict_find_the_folder_of_fit() -> None:
@@ -89,9 +89,9 @@ def test_test_and_predict_find_the_folder_of_fit() -> None:
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 9
     results = json.loads((run / "results.json").read_text())
     angles = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what in ("mean", "nearest", "min")}
-    figures = {"acc", "loss", "angle", "feature_norm", "segment_0", "segment_1"} | angles
+    metrics = {"acc", "loss", "angle", "feature_norm", "segment_0", "segment_1"} | angles
     chosen_by = results.pop("val/centre_angle_nearest")
-    assert set(results) == {f"test/{name}" for name in figures}
+    assert set(results) == {f"test/{name}" for name in metrics}
     scores = [
         state["best_model_score"].item()
         for name, state in torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"].items()
@@ -156,7 +156,7 @@ def test_fit_tests_the_weights_of_the_best_checkpoint(callback: list[str], monke
     assert json.loads(Path("runs/digits/version_0/test/results.json").read_text()) == pytest.approx(results)
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # said by Lightning, rightly, of a folder named twice
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # Lightning warns about a folder that is used twice
 def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", "--config", "digits.yaml", *SHORT]
     for _ in range(2):
@@ -289,7 +289,7 @@ def test_tuners_of_lightning_run_before_the_training(finder: list[str], num_imag
     name, *settings = finder
     config = ["--config=digits.yaml", f"--data.train_size={num_images}", *QUIET]
     args = ["fit", *config, "--trainer.max_epochs=3", f"--trainer.callbacks+={name}", *settings]
-    gc.freeze()  # Lightning collects garbage at each trial, and searches whatever is imported
+    gc.freeze()  # Lightning collects garbage at each trial, which is slow with many imports
     cli = LSoftmaxCLI(args, callbacks=[Record()])
     gc.unfreeze()
     steps = 3 * (num_images // batch_size)
@@ -416,10 +416,10 @@ def test_a_trained_module_pickles_without_the_parser() -> None:
     assert b"jsonargparse" not in Path("model.pt").read_bytes()
     loaded = torch.load("model.pt", weights_only=False)
     assert loaded.configure_optimizers()["optimizer"].defaults["lr"] == 0.05
-    pickle.dumps(cli.datamodule)  # which holds the Trainer and its callbacks
+    pickle.dumps(cli.datamodule)  # references the Trainer and its callbacks
 
 
-RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a new folder for the rest of the run
+RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the resumed run has a new folder
 
 
 @RESUMED
@@ -429,7 +429,7 @@ def test_resume_continues_the_training() -> None:
     cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", last])
     assert cli is not None
     assert cli.trainer.global_step == 6
-    assert cli.model.lambda_schedule == AccuracyFeedback()  # what a checkpoint does not hold, the config says
+    assert cli.model.lambda_schedule == AccuracyFeedback()  # from the config, because checkpoints do not store it
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0005)
 
 
@@ -453,7 +453,9 @@ def test_checkpoint_of_another_network_is_rejected(capsys: pytest.CaptureFixture
     assert "has weights alone: begin with them by --model.warm_start bare.ckpt" in fails(capsys, *test, "bare.ckpt")
     torch.save(Path("unsafe"), "unsafe.ckpt")
     message = fails(capsys, *test, "unsafe.ckpt")
-    assert re.search(r"loading it would run code \(pathlib(\._local)?\.PosixPath\)", message)  # its name on Python 3.13
+    assert re.search(
+        r"loading it would run code \(pathlib(\._local)?\.PosixPath\)", message
+    )  # the second name is that of Python 3.13
     assert "there is no file runs" in fails(capsys, *test, "runs")
 
 
@@ -566,7 +568,7 @@ def test_data_class_of_a_config_can_be_replaced(tmp_path: Path) -> None:
         ]
     )
     assert cli is not None
-    assert cli.datamodule.augment.padding == 4  # what both classes take stays as the config says
+    assert cli.datamodule.augment.padding == 4  # settings of both classes are kept
     assert cli.model.head.num_classes == 2
 
 
@@ -644,4 +646,4 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_ends_with_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = entry_points(group="console_scripts", name="lsoftmax_lightning")
     monkeypatch.setattr("lsoftmax_lightning.__main__.main", lambda: "anything")
-    assert command.load()() is None  # else it is printed, and the code is 1
+    assert command.load()() is None  # any other result would be printed, with exit code 1

@@ -1,4 +1,4 @@
-"""What the package relies on in private parts of libraries, and in the texts of their errors and warnings."""
+"""Private parts of libraries, and texts of their errors and warnings, on which the package relies."""
 
 import inspect
 import multiprocessing
@@ -63,11 +63,11 @@ def test_current_datamodule_ignores_earlier_runs() -> None:
         assert compat.current_datamodule(trainer) is data
         run(BoringModel(), DataLoader(data.random_full))
         assert compat.current_datamodule(trainer) is None
-        assert trainer.datamodule is data  # otherwise this function is not needed
+        assert trainer.datamodule is data  # the reason for this function
 
 
 class Recorder(compat.CommandLine):
-    """Records the hooks instead of running the command."""
+    """Record the hooks instead of running the command."""
 
     def __init__(self, args: list[str]) -> None:
         self.hooks: list[str] = []
@@ -102,7 +102,7 @@ COMMAND = [
 
 @pytest.fixture(autouse=True)
 def _no_arguments_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LightningCLI warns of arguments that are given twice."""
+    """Clear the arguments of the process, because LightningCLI warns if they are given, too."""
     monkeypatch.setattr(sys, "argv", ["pytest"])
 
 
@@ -290,7 +290,7 @@ def test_a_checkpoint_is_written_by_the_public_methods() -> None:
     callback = Written()
     trainer = make_trainer(callbacks=[callback], enable_checkpointing=True, max_steps=3, log_every_n_steps=1)
     trainer.fit(BoringModel(), BoringDataModule())
-    assert callback.states == 3 * [(True, True, True)]  # and not again at the end of the epoch
+    assert callback.states == 3 * [(True, True, True)]  # not again at the end of the epoch
 
 
 def test_lightning_warns_about_a_used_folder() -> None:
@@ -421,7 +421,7 @@ def test_end_workers_ends_the_workers_of_a_kept_iterator(num_workers: int) -> No
     next(batches)
     assert len(set(multiprocessing.active_children()) - before) == num_workers
     compat.end_workers(batches)
-    assert set(multiprocessing.active_children()) <= before  # one of an earlier test may end meanwhile
+    assert set(multiprocessing.active_children()) <= before  # a worker of an earlier test may end in the meantime
 
 
 def fail(rank: int, error: Exception) -> None:

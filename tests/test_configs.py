@@ -1,4 +1,4 @@
-"""The shipped configs: short, and with the settings that they leave out."""
+"""Shipped configs: their length, and the defaults that they omit."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.config_files import flat
 
 PATHS = sorted(CONFIGS.glob("*.yaml"))
-LEFT_OUT = {
+OMITTED_DEFAULTS = {
     "seed_everything": 0,
     "model.lambda_schedule.class_path": "lsoftmax_lightning.schedules.AccuracyFeedback",
     "model.lambda_schedule.gain": 1000.0,
@@ -33,7 +33,7 @@ def test_config_is_short_and_omits_only_defaults(path: Path, capsys: pytest.Capt
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert len(lines) <= 20
     stated, found = flat(yaml.safe_load(path.read_text())), settings_of(capsys, f"--config={path.name}")
-    expected = LEFT_OUT | {"trainer.logger.name": path.stem}
+    expected = OMITTED_DEFAULTS | {"trainer.logger.name": path.stem}
     for name in expected.keys() - stated.keys():
         if name in found:  # another schedule has no gain, the digits have no folder
             assert found[name] == expected[name], name

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its data: other data are refused, and a prediction or export needs none."""
+"""Data specification of a checkpoint: other data are rejected, and prediction and export need no dataset."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ class Brighter(BlobsDataModule):
 
 
 class Foreign(LightningDataModule):
-    """A datamodule that has no attributes, and serves images that are ready for the network."""
+    """Datamodule without attributes, whose images are normalised."""
 
     def train_dataloader(self) -> Any:
         samples = [(torch.rand(1, 8, 8), number % 4) for number in range(8)]
@@ -63,7 +63,7 @@ def fit_blobs(name: str, data: LightningDataModule | None = None) -> Classificat
 
 @pytest.mark.parametrize("is_full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_command_line_rejects_other_data(is_full: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command with one change and every change with one command, or all of all."""
+    """Try every command with one change and every change with one command, or all combinations."""
     fit_folder()
     renamed = Path("renamed")
     write_folder(renamed)
@@ -141,7 +141,7 @@ def test_trainer_rejects_other_data(data: BlobsDataModule) -> None:
         make_trainer(max_epochs=2).fit(make_model(), data, ckpt_path="some.ckpt")
     make_trainer(max_epochs=2).fit(make_model(), BlobsDataModule(), ckpt_path="some.ckpt")
     loaded = ClassificationModule.load_from_checkpoint("some.ckpt", weights_only=True)
-    make_trainer().fit(loaded, data)  # its weights are where a new training begins
+    make_trainer().fit(loaded, data)  # a new training may start from any weights
     make_trainer().test(loaded, data)
 
 
@@ -227,7 +227,7 @@ def test_means_that_differ_by_rounding_are_equal() -> None:
         (torch.tensor([3, 7]), ("3", "7")),
         (["cat", None], ("cat",)),
         ({1: "dog"}, ()),
-        ({"cat", "dog"}, ()),  # without an order
+        ({"cat", "dog"}, ()),  # unordered
     ],
 )
 def test_class_names_are_in_the_order_of_the_classes(names: Any, expected: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What may be installed beside us."""
+"""Version bounds of the dependencies."""
 
 from importlib.metadata import requires
 from pathlib import Path

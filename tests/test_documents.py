@@ -1,4 +1,4 @@
-"""README, docs and examples: what they say is run, as printed but smaller."""
+"""Commands and programs of README, docs and examples run as printed, with small data."""
 
 import csv
 import glob
@@ -52,9 +52,9 @@ SMALL = [
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command on a page; its loops and variables are left to the shell."""
+    """Yield the words of each command on a page, after loops and variables are expanded by bash."""
     script = "".join(
-        f"{name}() {{ printf '%s\\0' {name} \"$@\"; printf '\\n\\0'; }}\n"  # which says what it was called with
+        f"{name}() {{ printf '%s\\0' {name} \"$@\"; printf '\\n\\0'; }}\n"  # prints its arguments
         for name in PROGRAMS
     )
     script += "".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE))
@@ -70,7 +70,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data that the pages speak of, and a run."""
+    """Create the data that the pages use, and a finished run."""
     write_mnist(Path("data"))
     write_mnist(Path("data"), folder="FashionMNIST")
     write_cifar(Path("data"), monkeypatch, CIFAR10)
@@ -90,7 +90,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(words: list[str], planned: list[int]) -> None:
-    """Runs a command of ours; of another program, what can be said of it in a moment."""
+    """Run a command of this package; check commands of other programs without running them."""
     name, *args = words
     if name == "make":
         subprocess.run(["make", "-n", "-C", str(ROOT), *args], check=True, stdout=subprocess.DEVNULL)
@@ -109,7 +109,7 @@ def run(words: list[str], planned: list[int]) -> None:
 
 
 def run_ours(args: list[str], starter: str, planned: list[int]) -> None:
-    """In this process, or in forks of it where there are to be several."""
+    """Run a command of this package in this process, or on several ranks in forks."""
     if args[0] in ("fit", "validate", "test", "predict"):
         args = [*args, *SMALL, *(["--data.image_size=32"] if "lfw.yaml" in args else [])]
     if "--trainer.devices" in args:
@@ -130,7 +130,7 @@ def run_ours(args: list[str], starter: str, planned: list[int]) -> None:
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Plan comparisons without training, which tests/compare does; the number of runs of each."""
+    """Plan comparisons without training; return the list of their numbers of runs."""
     planned: list[int] = []
     monkeypatch.setattr("lsoftmax_lightning.compare.train", lambda runs, *rest: planned.append(len(runs)) or {})
     monkeypatch.setattr("lsoftmax_lightning.commands.report", lambda paths, folder, **options: None)
@@ -138,7 +138,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def at_least(page: Path) -> int:
-    """The number of runs of each comparison on a page."""
+    """Return the minimum number of runs of the comparisons on a page."""
     return 4 if page.name == "results.md" else 5
 
 
@@ -165,7 +165,7 @@ def plan_fewer(
         for page in PAGES
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # so small a training is not what anybody would want
+@pytest.mark.filterwarnings("ignore")  # warnings about tiny trainings
 def test_every_command_runs(page: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(commands(page))
     if found:
@@ -254,7 +254,7 @@ def test_configs_and_files_named_in_the_readme_exist() -> None:
 
 
 def program(path: Path | str, *args: str) -> str:
-    """What it prints."""
+    """Run a program and return its output."""
 
     def work() -> None:
         sys.argv = [str(path), *args]

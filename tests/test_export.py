@@ -1,4 +1,4 @@
-"""Export: the outputs of the exported network are those of the module."""
+"""Export: outputs of the exported network equal those of the module."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from .helpers.training import WRITES_ONNX, BlobsDataModule, file_size_limit, mak
 
 
 def run(path: str, images: Tensor) -> tuple[dict[str, str], list[Tensor]]:
-    """Metadata and outputs of a file, read without this package."""
+    """Return metadata and outputs of an exported file, read without this package."""
     if path.endswith("onnx"):
         session = onnxruntime.InferenceSession(path)
         assert [(x.name, x.shape[1:]) for x in session.get_inputs()] == [("images", [1, 8, 8])]
@@ -93,7 +93,7 @@ def test_export_command_exports_a_checkpoint(capsys: pytest.CaptureFixture[str])
     rows = Path("runs/digits/version_0/predict/predictions.csv").read_text().splitlines()[1:]
     assert [row.split(",")[2] for row in rows] == [data.class_names[number] for number in logits.argmax(1)]
 
-    earlier = torch.load(checkpoint, weights_only=True)  # of a release that did not describe the data
+    earlier = torch.load(checkpoint, weights_only=True)  # as from a release without data specification
     del earlier["lsoftmax_lightning"]["data"]
     torch.save(earlier, checkpoint)
     main(["export", "--ckpt_path", checkpoint, "--format", "torch_export", "--output", "model.pt2"])
@@ -197,7 +197,7 @@ export(make_model(), BlobsDataModule(), "out/model", "torch_export")
 
 
 def test_killed_export_leaves_no_output_and_the_next_one_cleans_up() -> None:
-    # a forked process would wait for threads of torch.export that it does not have
+    # a fork would wait for threads of torch.export that it does not have
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, timeout=120, check=False)
     assert killed.returncode == -signal.SIGKILL

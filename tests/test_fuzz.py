@@ -1,6 +1,6 @@
-"""Wrong settings of any kind end in a run or in an error that fits a screen, without a traceback.
+"""Arbitrary settings either run or give a short error without a traceback.
 
-FUZZ is the number of examples of each kind; by default 20, and 100 in the slow tests, which are always the same.
+FUZZ sets the number of examples of each kind and draws new ones; by default there are 20 fixed ones, 100 in slow tests.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from .helpers.command_line import small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-# what would start other processes, or fetch something
+# so that no other process or download is started
 FIXED = [
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
@@ -210,7 +210,7 @@ def configs(draw: st.DrawFn) -> list[str]:
 
 @st.composite
 def texts(draw: st.DrawFn) -> list[str]:
-    """A YAML file that somebody has made a mess of."""
+    """Damaged YAML file."""
     lines = TEXT.splitlines()
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(lines) - 1))
@@ -235,7 +235,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 @contextlib.contextmanager
 def within(seconds: int) -> Iterator[None]:
     def expired(*args: Any) -> None:
-        pytest.fail(f"still at it after {seconds} s")  # no Exception, which the command line might print
+        pytest.fail(f"not finished after {seconds} s")  # not an Exception, which the command line might catch
 
     signal.signal(signal.SIGALRM, expired)
     signal.alarm(seconds)
@@ -274,7 +274,7 @@ TINY = [
     "--trainer.limit_val_batches=1",
     "--trainer.limit_test_batches=1",
 ]
-# what would start other processes, wait, fetch something, or train for long
+# settings that start processes, wait, download or train for long
 UNTRIED = {
     "trainer.devices",
     "trainer.num_nodes",
@@ -313,7 +313,7 @@ def test_wrong_types_of_every_setting_are_errors_without_traceback(
 
 @pytest.fixture(autouse=True)
 def _cheap(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Reads the digits once, and knows no command but fit where no other is called."""
+    """Load the digits only once, and build only the parser of fit where no other command is called."""
     commands = LSoftmaxCLI.subcommands()
     if request.node.callspec.params.get("kind") is not command_lines:
         commands = {"fit": commands["fit"]}

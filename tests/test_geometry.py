@@ -1,4 +1,4 @@
-"""Angles, separation and effective margin against their definitions."""
+"""Angles, separation and effective margin compared with their definitions."""
 
 import math
 

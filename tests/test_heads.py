@@ -1,4 +1,4 @@
-"""The head: a plain linear layer to the outside, a margin in training, whatever wraps it."""
+"""L-Softmax head: a linear layer in inference and a margin in training, under copies, casts, compilation and export."""
 
 import copy
 import io
@@ -48,9 +48,9 @@ def test_head_without_target_is_a_linear_layer(head: LSoftmaxLinear, x: Tensor) 
 
 def test_margin_changes_only_the_target_logit(head: LSoftmaxLinear, x: Tensor, target: Tensor) -> None:
     plain, margin = head(x), head(x, target)
-    own = F.one_hot(target, 4).bool()
-    assert torch.equal(plain[~own], margin[~own])
-    assert (margin[own] < plain[own]).all()
+    is_target = F.one_hot(target, 4).bool()
+    assert torch.equal(plain[~is_target], margin[~is_target])
+    assert (margin[is_target] < plain[is_target]).all()
     torch.testing.assert_close(head.apply_margin(plain, x, target), margin)
     both = head.margin_and_plain_logits(x, target)
     assert torch.equal(both[0], margin)
@@ -118,7 +118,7 @@ def test_autocast_changes_no_bit(dtype: torch.dtype, head: LSoftmaxLinear, x: Te
     expected = outputs()
     with torch.autocast("cpu", dtype):
         found = outputs()
-    for each in (found, expected):  # backward outside of autocast, as PyTorch asks
+    for each in (found, expected):  # backward outside of autocast, as PyTorch recommends
         each += torch.autograd.grad(each[-1], (x, head.weight))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 

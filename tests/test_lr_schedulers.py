@@ -26,7 +26,7 @@ from .helpers.command_line import QUIET, fails
 from .helpers.training import BlobsDataModule, make_model, make_trainer
 
 RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
-# the steps at which each shipped config divides its learning rate, and the length of its run
+# decay steps of each shipped config, and length of its run
 SHIPPED: dict[str, tuple[list[int], int]] = {
     "cifar10": ([12000, 15000], 18000),
     "cifar100": ([12000, 15000], 18000),
@@ -47,7 +47,7 @@ def make_optimizer(lr: Any = 0.1) -> SGD:
 
 
 def rates(scheduler: LRScheduler, steps: int) -> list[float]:
-    """The learning rate of each step."""
+    """Return the learning rate of each step."""
     found = []
     for _ in range(steps):
         found.append(float(scheduler.optimizer.param_groups[0]["lr"]))
@@ -57,12 +57,12 @@ def rates(scheduler: LRScheduler, steps: int) -> list[float]:
 
 
 def decay_steps(found: list[float]) -> list[int]:
-    """The first step of each learning rate but the first."""
+    """Return the steps at which the learning rate changes."""
     return [step for step, (before, after) in enumerate(pairwise(found), start=1) if after != before]
 
 
 class Recorder(Callback):
-    """Records the learning rate of each optimizer step."""
+    """Record the learning rate of each optimiser step."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -76,7 +76,7 @@ def halves(optimizer: Optimizer) -> LRScheduler:
 
 
 def train(resume_from: Path | None = None, save_in: Path | None = None, **settings: Any) -> tuple[Any, list[float]]:
-    """The module after a run of 8 batches an epoch, and the learning rate of each step."""
+    """Train with 8 batches per epoch; return the module and the learning rate of each step."""
     recorder = Recorder()
     callbacks: list[Callback] = [recorder, ExactResume()]
     if save_in:

@@ -1,4 +1,4 @@
-"""Angles of classes and pair verification, against scikit-learn and naive references."""
+"""Class angles and pair verification compared with scikit-learn and naive references."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from lsoftmax_lightning.pairs import Pairs
 
 
 def make_pairs(folds: int = 5, count: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Pairs in LFW's layout, each fold with people of its own, two images each; and the person of each image."""
+    """Return pairs as in LFW, whose folds have separate people with two images each, and the person of each image."""
     generator = torch.Generator().manual_seed(seed)
     rows, people = [], []
     for fold in range(1, folds + 1):
@@ -33,7 +33,7 @@ def make_pairs(folds: int = 5, count: int = 60, seed: int = 0) -> tuple[Tensor, 
 def noisy(people: Tensor, noise: float, width: int = 12) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     centres = torch.randn(int(people.max()) + 1, width, generator=generator)
-    scale = torch.linspace(2, 0.2, width)  # so that PCA has something to choose
+    scale = torch.linspace(2, 0.2, width)  # different variances for PCA
     return (centres[people] + noise * torch.randn(len(people), width, generator=generator)) * scale + 0.3
 
 
@@ -45,7 +45,7 @@ def metric_values(pairs: Tensor, embeddings: Tensor, **settings: Any) -> dict[st
 
 
 def naive(pairs: Tensor, embeddings: Tensor, pca_components: int | None) -> dict[str, float]:
-    """The protocol in its own words: loops, every threshold tried, scikit-learn for PCA and ROC."""
+    """Compute the protocol with loops over all thresholds, and scikit-learn for PCA and ROC."""
     rows = pairs.tolist()
     accuracies, scores, labels = [], [], []
     for fold in sorted({row[3] for row in rows} - {0}):
@@ -113,7 +113,7 @@ def test_no_image_of_the_scored_fold_fits_the_pca() -> None:
     pairs, people = make_pairs(folds=3, count=20)
     pairs[-1, 0] = pairs[0, 0]  # a pair of fold 3 with an image of fold 1
     embeddings = noisy(people, noise=1.5)
-    embeddings[pairs[0, 0]] *= 50  # alone a principal component, where it is fitted on
+    embeddings[pairs[0, 0]] *= 50  # dominates PCA if it is used for fitting
     found = metric_values(pairs, embeddings, pca_components=4)
     assert found == pytest.approx(naive(pairs, embeddings, 4), abs=1e-6)
 
@@ -267,7 +267,7 @@ def test_angles_of_classes_do_not_depend_on_the_batches(margin: int) -> None:
         for i, j in itertools.permutations(range(4), 2)
     }
     nearest = [min(angle for (i, _), angle in between.items() if i == label) for label in range(4)]
-    shares = [np.mean((theta >= k * math.pi / margin) & (theta < (k + 1) * math.pi / margin)) for k in range(margin)]
+    fractions = [np.mean((theta >= k * math.pi / margin) & (theta < (k + 1) * math.pi / margin)) for k in range(margin)]
     assert found == pytest.approx(
         {
             "angle": np.degrees(theta).mean(),
@@ -275,11 +275,11 @@ def test_angles_of_classes_do_not_depend_on_the_batches(margin: int) -> None:
             "centre_angle_mean": np.mean(list(between.values())),
             "centre_angle_nearest": np.mean(nearest),
             "centre_angle_min": min(between.values()),
-            **{f"segment_{k}": share for k, share in enumerate(shares)},
+            **{f"segment_{k}": fraction for k, fraction in enumerate(fractions)},
         },
         rel=1e-4,
     )
-    assert sum(shares) == pytest.approx(1)
+    assert sum(fractions) == pytest.approx(1)
 
 
 def test_opposite_features_are_in_the_last_segment() -> None:

@@ -1,4 +1,4 @@
-"""A mistake in the settings ends in one line that names the right setting."""
+"""A wrong setting gives a one-line error that suggests the correct name."""
 
 import copy
 import functools
@@ -24,11 +24,11 @@ from lsoftmax_lightning.user_errors import errors_without_traceback
 from .helpers.command_line import QUIET, SHORT, fails, small_data
 
 SAMPLE_SIZE = 60
-MIN_SHARE = 0.9
+MIN_FRACTION = 0.9
 
 
 class Typo(NamedTuple):
-    """A mistake in the content of a config, or in an option besides it, and the name that must be offered."""
+    """A mistake in the content of a config or in an option, and the name that must be suggested."""
 
     config: str
     content: dict[str, Any] | None
@@ -74,7 +74,7 @@ def option(keys: tuple[str, ...]) -> str:
 
 def typos_of(path: Path, rng: random.Random) -> Iterator[Typo]:
     content = yaml.safe_load(path.read_text())
-    found = [(keys, value) for keys, value in entries(content) if "backbone_args" not in keys]  # which takes any key
+    found = [(keys, value) for keys, value in entries(content) if "backbone_args" not in keys]  # accepts any key
     groups = [(), *(keys for keys, value in found if isinstance(value, dict) and "class_path" not in value)]
     for keys, value in found:
         *parents, name = keys
@@ -103,7 +103,7 @@ def all_typos() -> list[Typo]:
 
 
 def message(cli: InstantiatedCLI, typo: Typo, capsys: pytest.CaptureFixture[str]) -> str | None:
-    """Return what is printed; None if the parser takes the settings."""
+    """Return the printed error; None if the parser accepts the settings."""
     config = typo.config
     if typo.content is not None:
         config = "wrong.yaml"
@@ -116,18 +116,18 @@ def message(cli: InstantiatedCLI, typo: Typo, capsys: pytest.CaptureFixture[str]
 def check(typos: list[Typo], capsys: pytest.CaptureFixture[str]) -> None:
     cli = InstantiatedCLI(["fit", "--config=digits.yaml", *QUIET])
     printed = [(typo, text) for typo in typos if (text := message(cli, typo, capsys)) is not None]
-    assert len(printed) > 0.9 * len(typos)  # the parser takes an abbreviation
+    assert len(printed) > 0.9 * len(typos)  # the parser accepts abbreviations
     for typo, text in printed:
         assert text.startswith("error: ")
         assert len(text.splitlines()) == 1, text
         if typo.content is not None:
             assert text.startswith("error: wrong.yaml, line "), text
-    missed = [f"{typo.words or typo.content} -> {text}" for typo, text in printed if typo.right not in offered(text)]
-    assert len(missed) <= (1 - MIN_SHARE) * len(printed), "\n".join(missed)
+    missed = [f"{typo.words or typo.content} -> {text}" for typo, text in printed if typo.right not in suggested(text)]
+    assert len(missed) <= (1 - MIN_FRACTION) * len(printed), "\n".join(missed)
 
 
-def offered(text: str) -> set[str]:
-    """Return the names that a message offers, of classes without their module."""
+def suggested(text: str) -> set[str]:
+    """Return the names that a message suggests; classes also without their module."""
     names = re.split(", | or ", text.partition("did you mean ")[2].strip().removesuffix("?"))
     return {name.removeprefix("--") for name in names} | {name.rpartition(".")[2] for name in names if name[:1] != "-"}
 

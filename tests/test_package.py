@@ -1,4 +1,4 @@
-"""The wheel, in an environment without a checkout."""
+"""Wheel in an environment without a checkout."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ def test_wheel_is_complete_and_passes_docker_without_sh() -> None:
         for name in ("/tests/test_package.py", "/lsoftmax_lightning/compare/paper_accuracies.yaml"):
             assert any(path.endswith(name) for path in archive.getnames())
 
-    # an environment that has what it depends on, from the one that runs the tests, and no checkout
+    # an environment with the dependencies of the test environment and without the checkout
     call(sys.executable, "-m", "venv", "venv")
     python = Path("venv/bin/python").absolute()
     site = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
@@ -49,5 +49,5 @@ def test_wheel_is_complete_and_passes_docker_without_sh() -> None:
     call(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", files[0])
     Path("empty").mkdir()
     printed = call("bash", "-c", f"cd empty && {ROOT / 'docker' / 'without.sh'} {python.parent.parent}")
-    assert printed.endswith("== all of it works\n")
+    assert printed.endswith("== all steps succeeded\n")
     assert (site / "lsoftmax_lightning" / "configs").is_dir()

@@ -1,4 +1,4 @@
-"""Pairs of images: columns, and what a datamodule may offer."""
+"""Pairs of images: columns, selection, and pairs of a datamodule."""
 
 from types import SimpleNamespace
 

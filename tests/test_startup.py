@@ -1,4 +1,4 @@
-"""Imports and commands that need no torch start without it."""
+"""Imports and commands that do not need torch start without it."""
 
 import gc
 import os
@@ -167,7 +167,7 @@ def test_a_signal_that_a_library_swallows_ends_the_command() -> None:
         with suppress(SystemExit):
             os.kill(os.getpid(), signal.SIGTERM)
         stop_if_received()
-        pytest.fail("the command goes on")
+        pytest.fail("the command continues")
 
     with pytest.raises(Stopped), exit_on_signals():
         swallow_and_go_on()
@@ -185,7 +185,7 @@ for command in (lambda: main(["fit", "--full_help"]), run):
     print("collects", gc.isenabled(), "frozen", gc.get_freeze_count() > 0)
 """
     lines = python("-c", code, "fit", "--full_help").stdout.splitlines()
-    expected = ["collects True frozen False", "collects True frozen True"]  # of main and of run
+    expected = ["collects True frozen False", "collects True frozen True"]  # main, run
     assert [line for line in lines if line.startswith("collects")] == expected
     assert gc.isenabled()
 

@@ -23,7 +23,7 @@ from lsoftmax_lightning.schedules import AccuracyFeedback, Constant, PowerLaw
 from ..helpers.formats import write_lfw
 from ..helpers.training import BlobsDataModule, make_model, make_trainer, num_hooks
 
-FIGURES = {"angle", "feature_norm", "segment_0", "segment_1"}
+METRICS = {"angle", "feature_norm", "segment_0", "segment_1"}
 SEPARATION = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what in ("mean", "nearest", "min")}
 
 
@@ -41,8 +41,8 @@ def steps(events: EventAccumulator, tag: str) -> list[int]:
 def test_monitor_logs_angles_norms_and_segments() -> None:
     trainer, events = fit(make_model(margin=2), max_epochs=2)  # epochs of 8 steps
     tags = set(events.Tags()["scalars"])
-    assert {f"val/{name}" for name in FIGURES | SEPARATION | {"margin_loss", "loss", "acc"}} <= tags
-    assert {f"train/{name}" for name in FIGURES | {"cross_entropy", "loss", "acc"}} <= tags
+    assert {f"val/{name}" for name in METRICS | SEPARATION | {"margin_loss", "loss", "acc"}} <= tags
+    assert {f"train/{name}" for name in METRICS | {"cross_entropy", "loss", "acc"}} <= tags
     assert {"lambda", "effective_margin", "lr", "images_per_second"} <= tags
     for tag in ("train/loss", "train/angle", "effective_margin", "lr", "images_per_second"):
         assert steps(events, tag) == [3, 7, 11, 15], tag
@@ -73,7 +73,7 @@ def test_test_logs_the_angles() -> None:
     trainer = make_trainer(callbacks=[MarginMonitor()])
     model, data = make_model(margin=2).eval(), BlobsDataModule()
     (results,) = trainer.test(model, data, verbose=False)
-    assert set(results) == {f"test/{name}" for name in FIGURES | SEPARATION | {"loss", "acc"}}
+    assert set(results) == {f"test/{name}" for name in METRICS | SEPARATION | {"loss", "acc"}}
     images, target = data.test_data
     with torch.inference_mode():
         cosines = torch.cosine_similarity(model.forward_features(data.normalize(images)), model.head.weight[target])

@@ -1,4 +1,4 @@
-"""The classification module: what it logs, what it optimises, what a subclass may change."""
+"""Classification module: logging, optimisation and subclassing."""
 
 import copy
 import pickle
@@ -36,7 +36,7 @@ class Flat(nn.Module):
 
 
 class LazyModule(ClassificationModule):
-    """A network whose layers find out their input shapes."""
+    """Module whose layers infer their input shapes."""
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         layers = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(16))
@@ -98,7 +98,7 @@ def test_margin_increases_the_training_loss(margin: int) -> None:
 
 
 class Losses(Callback):
-    """Records the loss of each step, and what is logged of it; may stop the run or monitor the loss."""
+    """Record the computed and the logged loss of each step; can stop the run or monitor the loss."""
 
     def __init__(self, stop_at: int = -1, monitor: str | None = None) -> None:
         self.stop_at, self.monitor = stop_at, monitor
@@ -307,11 +307,11 @@ def test_predict_gives_classes_and_probabilities_in_order() -> None:
     batches = make_trainer().predict(model, data)
     assert batches is not None
     predicted = torch.cat([batch["prediction"] for batch in batches])
-    shares = torch.cat([batch["probability"] for batch in batches])
+    probabilities = torch.cat([batch["probability"] for batch in batches])
     with torch.inference_mode():
         expected = model(data.normalize(data.test_data.images)).softmax(1).max(1)
     assert torch.equal(predicted, expected.indices)
-    torch.testing.assert_close(shares, expected.values)
+    torch.testing.assert_close(probabilities, expected.values)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
@@ -357,7 +357,7 @@ def test_lazy_layers_are_initialised_before_training() -> None:
     model, data = LazyModule(4, image_shape=(1, 8, 8)), BlobsDataModule()
     assert all(part.training for part in model.modules())
     shapes = {tuple(weight.shape) for weight in model.configure_optimizers().param_groups[0]["params"]}  # type: ignore[union-attr]
-    assert shapes == {(4, 1, 3, 3), (16, 144), (4, 16)}  # those with weight decay
+    assert shapes == {(4, 1, 3, 3), (16, 144), (4, 16)}  # the parameters with weight decay
     trainer = make_trainer()
     trainer.fit(model, data)
     (results,) = trainer.test(model, data, verbose=False)
@@ -420,7 +420,7 @@ def test_backbone_is_compiled_once_without_changing_the_state_dict(monkeypatch: 
     compile = torch.compile
     monkeypatch.setattr("torch.compile", lambda call, mode: modes.append(mode) or compile(call, backend=backend))
     model = make_model(compile="reduce-overhead")
-    data = BlobsDataModule(batch_size=20, val_size=30)  # the last batch of the validation is smaller
+    data = BlobsDataModule(batch_size=20, val_size=30)  # the last validation batch is smaller
     trainer = make_trainer(max_epochs=2)
     trainer.fit(model, data)
     trainer.test(model, data)

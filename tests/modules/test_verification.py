@@ -1,4 +1,4 @@
-"""The verification module: each image embedded once, metrics of pairs of people never seen."""
+"""Verification module: each image is embedded once, and metrics are those of pairs of unseen people."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from lsoftmax_lightning.metrics import PairVerification
 from ..helpers.formats import write_lfw
 from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
-FIGURES = {"acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3"}
+METRICS = {"acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3"}
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def test_training_logs_metrics_of_pairs(data: LFWFoldDataModule) -> None:
     trainer, model = make_trainer(max_epochs=2), make(data)
     trainer.fit(model, data)
     logged = set(trainer.callback_metrics)
-    assert {"train/loss", "train/acc", "lambda"} | {f"val/{name}" for name in FIGURES} <= logged
+    assert {"train/loss", "train/acc", "lambda"} | {f"val/{name}" for name in METRICS} <= logged
     (results,) = trainer.test(model, data, verbose=False)
-    assert set(results) == {f"test/{name}" for name in FIGURES}
-    assert results["test/acc"] > 0.7  # two images of a person are the same, but for JPEG
+    assert set(results) == {f"test/{name}" for name in METRICS}
+    assert results["test/acc"] > 0.7  # both images of a person are equal except for JPEG
     (validated,) = trainer.validate(model, data, verbose=False)
-    assert set(validated) == {f"val/{name}" for name in FIGURES}
+    assert set(validated) == {f"val/{name}" for name in METRICS}
 
 
 @pytest.mark.parametrize("settings", [{}, {"pca_components": 5, "mirror": True}])
