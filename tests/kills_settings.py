@@ -288,7 +288,7 @@ SCENARIOS = {
             judge.different_fit,
         ),
         Scenario(
-            "validation amid accumulation",
+            "validation during accumulation",
             ((*_FIT, "--trainer.val_check_interval=0.5", "--trainer.accumulate_grad_batches=3"),),
             _validations(8),
             judge.different_fit,
@@ -448,7 +448,7 @@ SCENARIOS = {
 SETTINGS = (
     Setting(1, "`fit`, during its start", 50, ("start", "start of resumed")),
     Setting(2, "`fit` with processes that read images", 30, ("workers",)),
-    Setting(3, "`fit`, in a validation", 40, ("validation", "validation amid accumulation")),
+    Setting(3, "`fit`, in a validation", 40, ("validation", "validation during accumulation")),
     Setting(
         4,
         "`fit`, in the final test or while plots are drawn",

@@ -81,12 +81,12 @@ def test_first_and_second_derivatives_pass_gradcheck(m: int) -> None:
     assert gradgradcheck(lambda x, w: logits_of(x, w, target, m, 0.5), inputs)
 
 
-@pytest.mark.parametrize("beside", [0.0, 1e-9, -1e-9, 1e-3, -1e-3])
+@pytest.mark.parametrize("offset", [0.0, 1e-9, -1e-9, 1e-3, -1e-3])
 @pytest.mark.parametrize("m", MARGINS)
-def test_gradients_at_and_around_every_knot(m: int, beside: float) -> None:
+def test_gradients_at_and_around_every_knot(m: int, offset: float) -> None:
     """At j = 0 the feature is parallel to the weight, at j = m opposite."""
     weight = torch.tensor([[1.0, 0.0], [0.3, -0.8]], dtype=torch.float64, requires_grad=True)
-    for theta in (j * math.pi / m + beside for j in range(m + 1)):
+    for theta in (j * math.pi / m + offset for j in range(m + 1)):
         x = torch.tensor([[2 * math.cos(theta), 2 * math.sin(theta)]], dtype=torch.float64, requires_grad=True)
         assert gradcheck(lambda x, w: logits_of(x, w, torch.tensor([0]), m), (x, weight), eps=1e-7, atol=1e-4)
 

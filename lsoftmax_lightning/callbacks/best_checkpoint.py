@@ -20,7 +20,7 @@ from ..errors import InputError
 
 
 class BestCheckpoint(CheckpointHooks):
-    """Keep the best checkpoints by a metric, and an index of the best one beside them.
+    """Keep the best checkpoints by a metric, and an index of the best one next to them.
 
     The arguments are those of :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. A file that a killed run wrote
     after its last checkpoint is overwritten, whereas Lightning writes ``best-v1.ckpt`` next to it. A ``/`` in a file

@@ -168,9 +168,9 @@ def test_unreadable_images_are_reported_or_skipped(skip_unreadable: bool) -> Non
             trainer.predict(model, data, return_predictions=False)
 
 
-@pytest.mark.parametrize(("settings", "said"), [({"top_k": 0}, "top_k"), ({"max_angle": 200}, "max_angle")])
-def test_settings_of_predictions_are_checked(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=f"predictions.{said}: must be"):
+@pytest.mark.parametrize(("settings", "error_text"), [({"top_k": 0}, "top_k"), ({"max_angle": 200}, "max_angle")])
+def test_settings_of_predictions_are_checked(settings: dict[str, Any], error_text: str) -> None:
+    with pytest.raises(InputError, match=f"predictions.{error_text}: must be"):
         Predictions("out.csv", **settings)
     with pytest.raises(InputError, match="need a ClassificationModule, got BoringModel"):
         make_trainer(callbacks=[Predictions("out.csv", top_k=2)]).predict(BoringModel(), return_predictions=False)

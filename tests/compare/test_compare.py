@@ -207,7 +207,7 @@ def test_failed_run_is_reported_and_the_others_finish(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "error_text"),
     [
         ([], "compare needs a config"),
         (["--config=nope.yaml"], "no config 'nope.yaml'"),
@@ -247,8 +247,10 @@ def test_failed_run_is_reported_and_the_others_finish(capsys: pytest.CaptureFixt
         (["--report=gone", "--margins", "2"], "no other argument"),
     ],
 )
-def test_wrong_arguments_fail_before_training(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in fails(capsys, "compare", *args)
+def test_wrong_arguments_fail_before_training(
+    args: list[str], error_text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert error_text in fails(capsys, "compare", *args)
     assert not Path("runs").exists()
 
 

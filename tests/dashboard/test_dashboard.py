@@ -697,7 +697,7 @@ def test_pairs_have_their_own_plots(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "error_text"),
     [
         ({"every_n_epochs": -1}, "every_n_epochs must be 0 .* or more, got -1"),
         ({"max_samples": 0}, "max_samples must be at least 1, got 0"),
@@ -706,8 +706,8 @@ def test_pairs_have_their_own_plots(tmp_path: Path) -> None:
         ({"save": "gif"}, "save must be true, false, png, svg or pdf, got gif"),
     ],
 )
-def test_invalid_settings_are_rejected(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, Any], error_text: str) -> None:
+    with pytest.raises(InputError, match=error_text):
         Dashboard(**settings)
 
 
