@@ -1,33 +1,33 @@
-# What a maintainer does; in an environment of `make install`.
+# Tasks of maintainers, in an environment from `make install`.
 .PHONY: install check test test-slow test-oldest test-3.12 test-3.13 docs package
 
-install: ## the package, editable, with all that the rest takes
+install: ## the package, editable, with the dependencies of all other targets
 	pip install -e '.[dev]'
 
 check: ## style, types, scripts, schemas
 	pre-commit run --all-files
 
-test: ## as README has it
+test: ## the default tests
 	pytest
 
-test-slow: ## the long ones, which `pytest` leaves out
+test-slow: ## the slow tests, which `pytest` skips
 	pytest -m slow
 
-test-oldest: ## on Python 3.10, with the oldest releases that pyproject.toml allows
+test-oldest: ## tests on Python 3.10 with the oldest releases that pyproject.toml allows
 	python3.10 -m venv .venvs/oldest
 	.venvs/oldest/bin/pip install -q -c tests/oldest.txt -e '.[dev]'
 	.venvs/oldest/bin/pytest
 
-test-3.12 test-3.13: test-%: ## on this Python, with the newest releases
+test-3.12 test-3.13: test-%: ## tests on this Python with the newest releases
 	python$* -m venv .venvs/$*
 	.venvs/$*/bin/pip install -q -e '.[dev]'
 	.venvs/$*/bin/pytest
 
-docs: ## into docs/_build; a warning is an error, and the examples in docstrings are run
+docs: ## pages in docs/_build; warnings are errors, and docstring examples are run
 	sphinx-build -qW --keep-going docs docs/_build/html
 	sphinx-build -qW -b doctest docs docs/_build/doctest
 
-package: ## wheel and sdist into dist
+package: ## wheel and sdist in dist
 	rm -rf dist
 	python -m build -q
 	twine check --strict dist/*

@@ -1,9 +1,9 @@
-"""Compare the default schedule of lambda with hand-set ones, over margins, seeds and data sets.
+"""Compare the default schedule of lambda with hand-set ones, over margins, seeds and datasets.
 
 Each run trains a small network with the modules, datamodules and Trainer of this package, and tests the weights of the
 last step. Every schedule and margin uses the same settings; the learning rate and the weight decay are those that
-``--tune`` found best for m = 1 on validation images. Finished runs are kept in the file ``--results`` and not repeated,
-so an interrupted command can be run again, and several processes can share the work by data set.
+``--tune`` found best for m = 1 on validation images. Finished runs are stored in the file ``--results`` and not
+repeated, so an interrupted command can be run again, and several processes can train different datasets.
 
 Usage: python benchmarks/annealing.py --data ROOT [--tune] digits mnist noisy fashion
        python benchmarks/annealing.py [--tune] --table
@@ -46,7 +46,7 @@ SCHEDULES: dict[str, LambdaSchedule] = {
 }
 LEARNING_RATES = (0.02, 0.05, 0.1, 0.2)
 WEIGHT_DECAYS = (5e-4, 5e-3, 1e-2)
-BEYOND = {  # points beyond the edge of that grid, next to the best
+BEYOND = {  # further (lr, weight decay) next to the best one at the edge of that grid
     "digits": [(0.05, 0.02)],
     "mnist": [(0.2, 0.02), (0.4, 0.01)],
     "noisy": [(0.02, 0.02), (0.01, 0.01), (0.01, 0.02)],
@@ -57,7 +57,7 @@ FIELDS = ("data", "margin", "schedule", "seed", "lr", "weight_decay", "val_acc",
 
 
 class DataSet(NamedTuple):
-    """A data set and its training settings."""
+    """A dataset and its training settings."""
 
     title: str
     datamodule: type[Any]
@@ -118,7 +118,7 @@ def train(
 
 
 def jobs(names: list[str], seeds: Sequence[int], tune: bool) -> Iterator[tuple[str, int, str, int, float, float]]:
-    """Data set, margin, schedule, seed, learning rate and weight decay of each run, the default schedule first."""
+    """Yield dataset, margin, schedule, seed, learning rate and weight decay of each run, the default schedule first."""
     if tune:
         for seed, name in itertools.product(TUNING_SEEDS, names):
             for lr, weight_decay in [*itertools.product(LEARNING_RATES, WEIGHT_DECAYS), *BEYOND[name]]:
@@ -132,7 +132,7 @@ def jobs(names: list[str], seeds: Sequence[int], tune: bool) -> Iterator[tuple[s
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Finished runs."""
+    """Return the finished runs."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -140,7 +140,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a run."""
+    """Append a run to the results."""
     with FileLock(f"{path}.lock"):
         new = not path.exists()
         with path.open("a", newline="") as file:
@@ -151,12 +151,12 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def mean_and_deviation(values: list[float]) -> str:
-    """Mean and standard deviation."""
+    """Format mean and standard deviation."""
     return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def tables(rows: list[dict[str, str]]) -> Iterator[str]:
-    """Results as Markdown; a hand-set schedule is compared over the seeds with which all of them have been run."""
+    """Yield the results as Markdown; hand-set schedules are compared on the seeds that all of them have."""
     for name, data in DATA.items():
         runs = {
             (int(row["margin"]), row["schedule"], int(row["seed"])): 100 * float(row["test_acc"])
@@ -173,7 +173,7 @@ def tables(rows: list[dict[str, str]]) -> Iterator[str]:
         lines = [["1", mean_and_deviation(base), "-", "-", *["-"] * (len(HAND_SET) + 2)]]
         for margin in MARGINS:
             default = [runs[margin, "feedback", seed] for seed in seeds]
-            differences = [own - plain for own, plain in zip(default, base, strict=True)]
+            differences = [accuracy - softmax for accuracy, softmax in zip(default, base, strict=True)]
             gain_50 = statistics.fmean(runs[margin, "gain 50", seed] for seed in seeds)
             means, gap, best = {}, "-", ""
             if len(compared) > 1:
@@ -210,7 +210,7 @@ def tables(rows: list[dict[str, str]]) -> Iterator[str]:
 
 
 def overall(rows: list[dict[str, str]]) -> str:
-    """Each schedule over all data sets, margins and seeds as Markdown; the error is that of the mean over seeds."""
+    """Format each schedule over all datasets, margins and seeds as Markdown, with the standard error over seeds."""
     runs = {
         (row["data"], int(row["margin"]), row["schedule"], int(row["seed"])): 100 * float(row["test_acc"])
         for row in rows
@@ -237,7 +237,7 @@ def overall(rows: list[dict[str, str]]) -> str:
 
 
 def tuning(rows: list[dict[str, str]]) -> str:
-    """Mean validation accuracy of m = 1 by learning rate and weight decay as Markdown, the best in bold."""
+    """Format the validation accuracy at m = 1 by learning rate and weight decay as Markdown, the best in bold."""
     lines = []
     weight_decays = sorted({float(row["weight_decay"]) for row in rows})
     for name, data in DATA.items():
@@ -245,7 +245,7 @@ def tuning(rows: list[dict[str, str]]) -> str:
         for row in rows:
             if row["data"] == name:
                 accuracies[float(row["lr"]), float(row["weight_decay"])].append(100 * float(row["val_acc"]))
-        means = {point: statistics.fmean(values) for point, values in accuracies.items()}
+        means = {params: statistics.fmean(values) for params, values in accuracies.items()}
         best = max(means.values())
         for lr in sorted({lr for lr, _ in means}):
             cells = []
@@ -258,7 +258,7 @@ def tuning(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    """Run what is not finished, and print the tables."""
+    """Train the unfinished runs, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="DATA", help=", ".join(DATA))
     parser.add_argument("--data", default="data", help="folder of MNIST and FashionMNIST")
@@ -273,11 +273,11 @@ def main() -> None:
     for job in jobs(args.names, args.seeds, args.tune):
         name, margin, schedule, seed, lr, weight_decay = job
         row = dict(zip(FIELDS, map(str, job), strict=False))
-        if any(row.items() <= done.items() for done in read(args.results)):
+        if any(row.items() <= finished.items() for finished in read(args.results)):
             continue
-        found = train(name, args.data, margin, SCHEDULES.get(schedule, SCHEDULES["feedback"]), seed, lr, weight_decay)
-        append(args.results, row | {key: round(value, 5) for key, value in found.items()} | {"machine": machine()})
-        print(*job, *(f"{value:.4f}" for value in found.values()), flush=True)
+        metrics = train(name, args.data, margin, SCHEDULES.get(schedule, SCHEDULES["feedback"]), seed, lr, weight_decay)
+        append(args.results, row | {key: round(value, 5) for key, value in metrics.items()} | {"machine": machine()})
+        print(*job, *(f"{value:.4f}" for value in metrics.values()), flush=True)
     if args.table:
         rows = read(args.results)
         print(tuning(rows) if args.tune else "\n".join([*tables(rows), overall(rows)]))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: description of the machine, alternating timing of steps, and tables."""
+"""Shared by the benchmarks: description of the machine, interleaved timing of steps, and tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 
 
 def machine(*packages: str) -> str:
-    """Describe processor, GPU, threads and versions, also those of further packages."""
+    """Describe processor, GPU, threads, and versions of the main and further packages."""
     processor = processor_name()
     if torch.cuda.is_available():
         processor += f" and {torch.cuda.get_device_name()}"
@@ -26,24 +26,24 @@ def machine(*packages: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Format a table in Markdown that an empty line follows when it is printed."""
+    """Format a table in Markdown, with an empty line after it."""
     return markdown_table(header, rows) + "\n"
 
 
-def in_turn(
-    steps: dict[str, Callable[[], object]], lasting: float, warm_up: int = 2, least: int = 9
+def time_interleaved(
+    steps: dict[str, Callable[[], object]], duration: float, warm_up: int = 2, min_rounds: int = 9
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each round, in which all are run one after the other.
+    """Return the seconds of each step in each round; a round runs all steps one after the other.
 
     Args:
-        steps: By name.
-        lasting: Seconds that all rounds are to take.
-        warm_up: Rounds that are not counted.
-        least: Rounds that are, however long they take.
+        steps: Steps by name.
+        duration: Seconds for all rounds.
+        warm_up: Number of rounds that are not counted.
+        min_rounds: Minimum number of counted rounds, however long they take.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    began, round_ = time.perf_counter(), -warm_up
-    while round_ < least or time.perf_counter() - began < lasting:
+    start_of_rounds, round_ = time.perf_counter(), -warm_up
+    while round_ < min_rounds or time.perf_counter() - start_of_rounds < duration:
         for name, step in steps.items():
             start = time.perf_counter()
             step()
@@ -51,10 +51,10 @@ def in_turn(
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
         round_ += 1
-    return {name: own[warm_up:] for name, own in times.items()}
+    return {name: seconds[warm_up:] for name, seconds in times.items()}
 
 
 def ratio(times: Sequence[float], floor: Sequence[float]) -> str:
-    """Median and quartiles of the ratios within rounds."""
+    """Format median and quartiles of the ratios within rounds."""
     lower, median, upper = statistics.quantiles([a / b for a, b in zip(times, floor, strict=True)], n=4)
     return f"{median:.2f} ({lower:.2f} .. {upper:.2f})"

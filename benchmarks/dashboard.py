@@ -1,7 +1,7 @@
-"""What share of the time of training MarginMonitor and Dashboard take, at their defaults.
+"""Fraction of the training time that MarginMonitor and Dashboard take with default settings.
 
-Every hook of theirs is timed in the run itself. Training is the time from the first step to the last, with all
-validations; drawing that was put off comes after that, and is given in seconds.
+All their hooks are timed in the run itself. Training is the time from the first step to the last, with all
+validations. Drawing that is deferred until after training is given in seconds.
 
 Usage: python benchmarks/dashboard.py [ROUNDS]
 """
@@ -35,21 +35,21 @@ is_timing = False
 
 
 class Photographs(CIFAR10DataModule):
-    """Generated images in the place of CIFAR-10's: 50 steps of 128 an epoch, and 712 to validate on."""
+    """Generated images instead of CIFAR-10: 50 steps of 128 per epoch, and 712 validation images."""
 
     def load(self, train: bool) -> Images:
-        """Noise around a brightness for each class."""
+        """Draw noise around a brightness for each class."""
         generator = torch.Generator().manual_seed(0)
         targets = torch.arange(7120) % 10
         noise = torch.randint(200, (7120, 3, 32, 32), generator=generator)
         return Images((noise + 5 * targets[:, None, None, None]).to(torch.uint8), targets)
 
     def prepare_data(self) -> None:
-        """Nothing to download."""
+        """Skip the download."""
 
 
 def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, whose calls add their time to ``spent``, but for those within another timed one."""
+    """Wrap a function to add its time to ``spent``, except for calls within another timed function."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         global spent, is_timing
@@ -67,7 +67,7 @@ def timed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run(data: ImageDataModule, backbone: str, args: dict[str, Any], epochs: int) -> tuple[float, float, float]:
-    """Seconds of training, of the hooks in training, and of fit after training."""
+    """Return the seconds of training, of the hooks in training, and of fit after training."""
     global spent
     seed_everything(0, verbose=False)
     model = ClassificationModule(10, backbone, margin=4, image_shape=data.image_shape, backbone_args=args)
@@ -89,7 +89,7 @@ def run(data: ImageDataModule, backbone: str, args: dict[str, Any], epochs: int)
 
 
 def main(rounds: int = 3) -> None:
-    """Prints the table."""
+    """Print the table."""
     warnings.simplefilter("ignore")
     for owner in (HeadObserver, SnapshotObserver, MarginMonitor, Dashboard):
         for name, function in list(vars(owner).items()):
@@ -102,10 +102,10 @@ def main(rounds: int = 3) -> None:
         ("4 convolutions on 32x32, 5 epochs", Photographs(128), "cifar10", SMALL, 5),
     ):
         times = [run(*case) for _ in range(rounds)]
-        shares = [hooks / training for training, hooks, _ in times]
+        fractions = [hooks / training for training, hooks, _ in times]
         training, _, after = map(statistics.median, zip(*times, strict=True))
-        spread = f"{min(shares):.1%} .. {max(shares):.1%}"
-        rows.append([name, f"{training:.1f}", f"{statistics.median(shares):.1%}", spread, f"{after:.1f}"])
+        spread = f"{min(fractions):.1%} .. {max(fractions):.1%}"
+        rows.append([name, f"{training:.1f}", f"{statistics.median(fractions):.1%}", spread, f"{after:.1f}"])
     header = ["network", "training, s", f"share, median of {rounds}", "least .. most", "drawing after training, s"]
     print(table(header, rows))
 

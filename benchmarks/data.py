@@ -1,8 +1,8 @@
-"""Samples a second of our data path against torchvision's usual one, on the same images in one run.
+"""Samples per second of our data path and of torchvision's usual one, on the same images in one run.
 
-Both pad 4, crop to 32x32, mirror and normalise CIFAR-10-sized images in memory, in shuffled batches of 256. The usual
-path is a Dataset of PIL images under RandomCrop, RandomHorizontalFlip, ToTensor and Normalize, in a DataLoader. Also
-prints what share of a training step our path is, for the paper's CIFAR10 network and for the small one.
+Both pad by 4, crop to 32x32, flip and normalise CIFAR-10-sized images in memory, in shuffled batches of 256. The usual
+path is a DataLoader of a Dataset of PIL images with RandomCrop, RandomHorizontalFlip, ToTensor and Normalize. A second
+table shows the fraction of a training step that our path takes, for the paper's CIFAR10 network and a small one.
 
 Usage: python benchmarks/data.py [ROUNDS]
 """
@@ -29,22 +29,22 @@ BATCH = 256
 
 
 class Ours(CIFAR10DataModule):
-    """Generated images in the place of CIFAR-10's."""
+    """Generated images instead of CIFAR-10."""
 
     def load(self, train: bool) -> Images:
-        """50 batches, and a tenth more for validation."""
+        """Draw images for 50 batches, and a tenth more for validation."""
         generator = torch.Generator().manual_seed(0)
         count = 50 * BATCH * 10 // 9 + 1
         images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
         return Images(images, torch.arange(count) % 10)
 
     def batches(self) -> Iterable[list[Tensor]]:
-        """An epoch, ready for the network."""
+        """Yield the batches of an epoch, normalised."""
         return (self.on_after_batch_transfer(batch, 0) for batch in self.train_dataloader())
 
 
 class Usual(Dataset[tuple[Tensor, int]]):
-    """What torchvision's CIFAR10 does with an image, and the transforms of its examples."""
+    """Dataset like torchvision's CIFAR10, with the transforms of its examples."""
 
     def __init__(self, data: Ours) -> None:
         images, self.targets = data.train_data
@@ -66,14 +66,14 @@ class Usual(Dataset[tuple[Tensor, int]]):
 
 
 def rate(batches: Callable[[], Iterable[list[Tensor]]]) -> float:
-    """Samples a second over an epoch, start of the workers included."""
+    """Return the samples per second of an epoch, including the start of the workers."""
     start = time.perf_counter()
     count = sum(len(images) for images, _ in batches())
     return count / (time.perf_counter() - start)
 
 
 def step_seconds(backbone: str, images: Tensor, targets: Tensor) -> float:
-    """A training step without its data: forward, margin loss, backward, SGD."""
+    """Return the seconds of a training step without its data: forward, margin loss, backward, SGD."""
     model = ClassificationModule(10, backbone, margin=4, image_shape=(3, 32, 32))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
@@ -93,7 +93,7 @@ def step_seconds(backbone: str, images: Tensor, targets: Tensor) -> float:
 
 
 def main(rounds: int = 5) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     ours = Ours(batch_size=BATCH, crop_padding=4, flip=True)
     ours.setup("fit")
     usual = Usual(ours)

@@ -1,12 +1,12 @@
-"""Measure on one GPU what only a GPU can tell, in at most eight minutes.
+"""Measurements that require a GPU, on one GPU and in at most eight minutes.
 
-Each part that fails is reported and does not end the others. The tables are printed, and written to gpu.json after each
+A part that fails is reported and does not stop the others. The tables are printed, and written to gpu.json after each
 part. The images of the timed runs are noise; the real training needs CIFAR-10 as folders, FOLDER/{train,test}/CLASS/*.
 
 Usage: python benchmarks/gpu.py [PART ...] [--dry] [--out FOLDER] [--minutes 8] [--cifar10 FOLDER]
 
-  PART     ceilings, waits, exactness, determinism, steps, fit, head, chunks, commands or training; by default all
-  --dry    toy sizes on the CPU, to see that all of it runs
+  PART     ceilings, waits, exactness, determinism, steps, fit, head, chunks, commands or training; default: all
+  --dry    tiny sizes on the CPU, to check that the code runs
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def synchronize() -> None:
 
 
 def milliseconds(step: Callable[[], object], times: int = 20, warm_up: int = 3) -> tuple[float, float]:
-    """Return the median time of a step on the device and that of giving it out, in ms."""
+    """Return the median milliseconds of a step on the device, and of launching it on the host."""
     for _ in range(1 if DRY else warm_up):
         step()
     device, host = [], []
@@ -89,7 +89,7 @@ def milliseconds(step: Callable[[], object], times: int = 20, warm_up: int = 3) 
 
 
 def peak_gib(step: Callable[[], object]) -> float:
-    """Return the GiB that a step takes beyond what was held before it."""
+    """Return the peak memory of a step in GiB, excluding memory in use before it."""
     if DRY:
         return 0.0
     torch.cuda.empty_cache()
@@ -105,7 +105,7 @@ def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
 
 
 def ceilings() -> Table:
-    """Measure what the device can do at most, and how a batch of images gets there."""
+    """Measure the limits of the device, and the transfer of a batch of images."""
     size = 2**12 if DRY else 2**30
     source = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -171,7 +171,7 @@ def waits() -> Table:
 
 
 def exactness() -> Table:
-    """Compare loss, gradients and target logit with float64 on the CPU."""
+    """Compare loss and gradients with float64 on the CPU."""
     paths: dict[str, Callable[[LSoftmaxLinear, Tensor, Tensor], Tensor]] = {
         "dense": lambda head, x, y: F.cross_entropy(head(x, y), y),
         "chunked": lambda head, x, y: head.cross_entropy(x, y).loss,
@@ -186,11 +186,12 @@ def exactness() -> Table:
                 features = head.weight.detach()[target] * 3 + torch.randn(96, 64, device=DEVICE)
                 for dtype in DTYPES:
                     x = features.to(dtype).requires_grad_()
-                    wide, weight = (of.detach().cpu().double().requires_grad_() for of in (x, head.weight))
-                    own = target.cpu()
-                    logits = functional.margin_logits(F.linear(wide, weight), wide, weight, own, margin, lambda_)
-                    expected = F.cross_entropy(logits, own)
-                    gradients = torch.autograd.grad(expected, (wide, weight))
+                    exact_x, exact_weight = (t.detach().cpu().double().requires_grad_() for t in (x, head.weight))
+                    plain = F.linear(exact_x, exact_weight)
+                    exact_target = target.cpu()
+                    logits = functional.margin_logits(plain, exact_x, exact_weight, exact_target, margin, lambda_)
+                    expected = F.cross_entropy(logits, exact_target)
+                    gradients = torch.autograd.grad(expected, (exact_x, exact_weight))
                     for name, path in paths.items():
                         with autocast(dtype):
                             loss = path(head, x, target)
@@ -294,11 +295,11 @@ class Noise(CIFAR10DataModule):
         return Images(images, torch.arange(count) % 10)
 
     def prepare_data(self) -> None:
-        """Nothing to download."""
+        """Skip the download."""
 
 
 class Clock(Callback):
-    """Time steps, list lines that wait for the device in ten of them, and measure how busy it is in twenty."""
+    """Time steps, record lines that wait for the device in ten steps, and measure its utilisation in twenty."""
 
     def __init__(self) -> None:
         self.times: list[tuple[int, float]] = []
@@ -307,7 +308,7 @@ class Clock(Callback):
         self.kernels = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin and end what is measured."""
+        """Start and stop the measurements."""
         step = trainer.global_step
         if DRY:
             self.times.append((step, time.perf_counter()))
@@ -352,7 +353,7 @@ class Clock(Callback):
 
 
 class Bare(LightningModule):
-    """The least that a Trainer can do with the CIFAR10 network."""
+    """A minimal module with the CIFAR10 network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -360,16 +361,16 @@ class Bare(LightningModule):
         self.head = LSoftmaxLinear(256, 10, 4, 5.0)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Forward and loss."""
+        """Return the loss."""
         return F.cross_entropy(self.head(self.backbone(batch[0]), batch[1]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD."""
+        """Return SGD with momentum."""
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
 def fit() -> Table:
-    """Time `fit` with the CIFAR10 network, as shipped and with switches, beside a Trainer that does the least."""
+    """Time `fit` with the CIFAR10 network, as shipped and with switches, and a minimal module in a Trainer."""
     size, count = (8, 4) if DRY else (256, 345)
     clock = Clock()
     names = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
@@ -400,25 +401,25 @@ def fit() -> Table:
 
 
 def head() -> Table:
-    """Time the head with a margin against a linear layer and another implementation."""
+    """Time the head with a margin, a linear layer and another implementation."""
     sizes = [(256, 256, 10), (256, 512, 1000), (512, 512, 10_572), (256, 512, 85_742), (2048, 512, 85_742)]
     sizes = [(16, 8, 10), (16, 8, 5000)] if DRY else [*sizes, (256, 512, 1_000_000)]
     rows = []
     for samples, width, classes in sizes:
         for dtype in DTYPES[:2]:
-            own = LSoftmaxLinear(width, classes, 4, 5.0, device=DEVICE)
-            weight, target = own.weight, torch.randint(classes, (samples,), device=DEVICE)
+            layer = LSoftmaxLinear(width, classes, 4, 5.0, device=DEVICE)
+            weight, target = layer.weight, torch.randint(classes, (samples,), device=DEVICE)
             x = torch.randn(samples, width, device=DEVICE, dtype=dtype, requires_grad=True)
             jobs: dict[str, Callable[[], Tensor]] = {}
             if classes <= 100_000:
                 jobs["linear"] = lambda x=x, weight=weight, y=target: F.cross_entropy(F.linear(x, weight), y)
-                jobs["dense"] = lambda own=own, x=x, y=target: F.cross_entropy(own(x, y), y)
+                jobs["dense"] = lambda layer=layer, x=x, y=target: F.cross_entropy(layer(x, y), y)
                 with contextlib.suppress(ImportError):
                     from pytorch_metric_learning.losses import LargeMarginSoftmaxLoss
 
                     peer = LargeMarginSoftmaxLoss(classes, width, margin=4, scale=1).to(DEVICE)
                     jobs["peer"] = lambda peer=peer, x=x, y=target: peer(x.float(), y)
-            jobs["chunked"] = lambda own=own, x=x, y=target: own.cross_entropy(x, y).loss
+            jobs["chunked"] = lambda layer=layer, x=x, y=target: layer.cross_entropy(x, y).loss
             row = [f"({samples:,}, {width}, {classes:,})", str(dtype).removeprefix("torch.")]
             for name in ("linear", "dense", "chunked", "peer"):
                 if name not in jobs:
@@ -433,7 +434,7 @@ def head() -> Table:
 
                 row.append(f"{milliseconds(step, 10)[0]:.2f} ms, {peak_gib(step):.2f} GiB")
             rows.append(row)
-            del own, weight, x, jobs
+            del layer, weight, x, jobs
             if not DRY:
                 torch.cuda.empty_cache()
     header = ["(N, D, C)", "autocast to", "linear, cross-entropy", "dense", "chunked", "pytorch-metric-learning"]
@@ -447,23 +448,23 @@ def chunks() -> Table:
     default, rows = getattr(chunked_loss, name), []
     try:
         for samples, width, classes in sizes:
-            own = LSoftmaxLinear(width, classes, 4, 5.0, device=DEVICE)
+            layer = LSoftmaxLinear(width, classes, 4, 5.0, device=DEVICE)
             x = torch.randn(samples, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
             target = torch.randint(classes, (samples,), device=DEVICE)
 
-            def step(own: LSoftmaxLinear = own, x: Tensor = x, target: Tensor = target) -> None:
-                x.grad = own.weight.grad = None
+            def step(layer: LSoftmaxLinear = layer, x: Tensor = x, target: Tensor = target) -> None:
+                x.grad = layer.weight.grad = None
                 with autocast(torch.bfloat16):
-                    loss = own.cross_entropy(x, target).loss
+                    loss = layer.cross_entropy(x, target).loss
                 loss.backward()
 
             for power in (23, 25, 26, 27, 28, 29):
                 setattr(chunked_loss, name, 2**power)
                 device, host = milliseconds(step, 7)
-                length = min(samples, chunked_loss.chunk_length(x, own.weight))
+                length = min(samples, chunked_loss.chunk_length(x, layer.weight))
                 size = f"({samples:,}, {width}, {classes:,})"
                 rows.append([size, f"2^{power}", str(length), f"{device:.2f}", f"{host:.2f}", f"{peak_gib(step):.2f}"])
-            del own, x
+            del layer, x
             if not DRY:
                 torch.cuda.empty_cache()
     finally:
@@ -472,7 +473,7 @@ def chunks() -> Table:
 
 
 def start_fit(folder: Path, name: str, *arguments: str, config: str = "digits.yaml") -> subprocess.Popen[str]:
-    """Start a command in the background."""
+    """Start `fit` in the background."""
     command = [sys.executable, "-m", "lsoftmax_lightning", "fit", f"--config={config}", "--trainer.devices=1"]
     command += [f"--trainer.logger.save_dir={folder}", f"--trainer.logger.name={name}", *arguments]
     command += [f"--trainer.accelerator={'cpu' if DRY else 'gpu'}", "--trainer.enable_progress_bar=false"]
@@ -481,7 +482,7 @@ def start_fit(folder: Path, name: str, *arguments: str, config: str = "digits.ya
 
 
 def result(folder: Path, name: str, process: subprocess.Popen[str], until: float) -> dict[str, Any]:
-    """Wait for a command; return its results, or the last line that it printed as the ``error``."""
+    """Wait for a command, and return its results, or the last line of its output as ``error``."""
     try:
         code = process.wait(max(1, until - time.perf_counter()))
     except subprocess.TimeoutExpired:
@@ -495,7 +496,7 @@ def result(folder: Path, name: str, process: subprocess.Popen[str], until: float
 
 
 def commands() -> Table:
-    """Run whole commands side by side: precisions, strategies over NCCL with one process, a stop and a resume."""
+    """Run commands in parallel: precisions, strategies over NCCL on one process, a stop and a resume."""
     exact = ("--trainer.deterministic=true", "--dashboard.every_n_epochs=0")
     jobs = {
         "whole": exact,
@@ -540,7 +541,7 @@ class Stored(CIFAR10DataModule):
         return Images(*torch.load(Path(self.root, f"{'train' if train else 'test'}.pt"), weights_only=True))
 
     def prepare_data(self) -> None:
-        """Nothing to download."""
+        """Skip the download."""
 
 
 def store(source: Path, target: Path) -> None:
@@ -556,7 +557,7 @@ def store(source: Path, target: Path) -> None:
 
 
 def training(cifar10: Path, until: float) -> Table:
-    """Train the paper's CIFAR10 network by its whole schedule, all margins side by side."""
+    """Train the paper's CIFAR10 network for its whole schedule, all margins in parallel."""
     steps = 4 if DRY else 18_000
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -585,7 +586,7 @@ def training(cifar10: Path, until: float) -> Table:
 
 @contextlib.contextmanager
 def reported(name: str) -> Iterator[None]:
-    """Report an error and go on."""
+    """Print an error instead of raising it."""
     print(f"[{time.perf_counter() - START:4.0f} s] {name}", flush=True)
     try:
         yield
@@ -629,5 +630,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["gpu"] = sys.modules["__main__"]  # whose classes the command line imports
+    sys.modules["gpu"] = sys.modules["__main__"]  # the command line imports its classes
     main()

@@ -1,11 +1,11 @@
-"""Forward and backward of the head with a margin, against a head without one and against other implementations.
+"""Forward and backward of the head with a margin, compared with a head without one and with other implementations.
 
-All are given the same features and classes, and each is run in turn with the floor: ``nn.Linear(bias=False)`` under
-``F.cross_entropy``. "Autograd" is the formula of the paper in the plainest form that is
-right: gather, Chebyshev, scatter. pytorch-metric-learning is to be installed for it. Then a whole training step of the
-paper's CIFAR10 network at m = 4 against one at m = 1.
+All get the same features and classes, and each alternates with the floor: ``nn.Linear(bias=False)`` and
+``F.cross_entropy``. "Autograd" is the plainest correct form of the paper's formula: gather, Chebyshev, scatter. Then a
+whole training step of the paper's CIFAR10 network at m = 4 is compared with one at m = 1. Requires
+pytorch-metric-learning.
 
-Usage: python benchmarks/head.py [SECONDS OF A COMPARISON]
+Usage: python benchmarks/head.py [SECONDS_PER_COMPARISON]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import in_turn, machine, ratio, table
+from common import machine, ratio, table, time_interleaved
 from pytorch_metric_learning.losses import LargeMarginSoftmaxLoss
 from torch import Tensor, nn
 
@@ -30,20 +30,20 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def autograd(x: Tensor, weight: Tensor, target: Tensor, m: int) -> Tensor:
-    """The loss, each operation left to autograd."""
+    """Return the loss, differentiated by autograd."""
     logits = F.linear(x, weight)
-    at = target.unsqueeze(1)
-    own = logits.gather(1, at).squeeze(1)
+    column = target.unsqueeze(1)
+    target_logit = logits.gather(1, column).squeeze(1)
     norm = x.norm(dim=1) * weight[target].norm(dim=1)
-    cosine = own / norm
+    cosine = target_logit / norm
     multiple = 2 * cosine**2 - 1 if m == 2 else 8 * cosine**4 - 8 * cosine**2 + 1
     k = sum((cosine < math.cos(j * math.pi / m)).to(x.dtype) for j in range(1, m))
-    own = (LAMBDA * own + norm * ((1 - 2 * (k % 2)) * multiple - 2 * k)) / (1 + LAMBDA)
-    return F.cross_entropy(logits.scatter(1, at, own.unsqueeze(1)), target)
+    target_logit = (LAMBDA * target_logit + norm * ((1 - 2 * (k % 2)) * multiple - 2 * k)) / (1 + LAMBDA)
+    return F.cross_entropy(logits.scatter(1, column, target_logit.unsqueeze(1)), target)
 
 
 def losses(width: int, classes: int, m: int) -> dict[str, tuple[Loss, nn.Module]]:
-    """From features [N, D] and classes [N] to the loss, by name; and what has the weight."""
+    """Return losses of features (N, D) and classes (N,) by name, each with the module of its weight."""
     head = LSoftmaxLinear(width, classes, m, LAMBDA)
     peer = LargeMarginSoftmaxLoss(classes, width, margin=m, scale=1)
 
@@ -71,7 +71,7 @@ def losses(width: int, classes: int, m: int) -> dict[str, tuple[Loss, nn.Module]
 
 
 def step(loss: Loss, owner: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
-    """Forward and backward."""
+    """Return a step: forward and backward."""
 
     def run() -> None:
         x.grad = None
@@ -81,8 +81,8 @@ def step(loss: Loss, owner: nn.Module, x: Tensor, target: Tensor) -> Callable[[]
     return run
 
 
-def heads(lasting: float) -> list[list[str]]:
-    """The rows of the first table."""
+def heads(duration: float) -> list[list[str]]:
+    """Return the rows of the first table."""
     rows = []
     for size, width, classes in SIZES:
         for m in (2, 4):
@@ -92,16 +92,18 @@ def heads(lasting: float) -> list[list[str]]:
             steps = {name: step(*loss, x, target) for name, loss in losses(width, classes, m).items()}
             floor = steps.pop("floor")
             found, milliseconds = [], []
-            for own in steps.values():
-                times = in_turn({"floor": floor, "own": own}, lasting, least=9 if classes > 50_000 else 25)
-                found.append(ratio(times["own"], times["floor"]))
+            for name, timed in steps.items():
+                times = time_interleaved(
+                    {"floor": floor, name: timed}, duration, min_rounds=9 if classes > 50_000 else 25
+                )
+                found.append(ratio(times[name], times["floor"]))
                 milliseconds.append(statistics.median(times["floor"]) * 1e3)
             rows.append([f"({size}, {width}, {classes:,})", str(m), f"{statistics.median(milliseconds):.2f}", *found])
     return rows
 
 
 def training_step(m: int, images: Tensor, target: Tensor) -> Callable[[], None]:
-    """Of the paper's CIFAR10 network: forward, loss, backward, SGD."""
+    """Return a training step of the paper's CIFAR10 network: forward, loss, backward, SGD."""
     torch.manual_seed(0)
     model = ClassificationModule(10, "cifar10", margin=m, image_shape=(3, 32, 32))
     model.head.lambda_ = LAMBDA
@@ -117,13 +119,13 @@ def training_step(m: int, images: Tensor, target: Tensor) -> Callable[[], None]:
     return run
 
 
-def main(lasting: float = 6) -> None:
-    """Prints the tables."""
+def main(duration: float = 6) -> None:
+    """Print the tables."""
     names = list(losses(2, 2, 2))[1:]
     print(f"{machine('pytorch-metric-learning')}.\n")
-    print(table(["(N, D, C)", "m", "floor, ms", *names], heads(lasting)))
+    print(table(["(N, D, C)", "m", "floor, ms", *names], heads(duration)))
     images, target = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
-    times = in_turn({str(m): training_step(m, images, target) for m in (1, 4)}, 20 * lasting)
+    times = time_interleaved({str(m): training_step(m, images, target) for m in (1, 4)}, 20 * duration)
     print(
         f"A training step of the CIFAR10 network, 16 images, at m = 4 to one at m = 1: {ratio(times['4'], times['1'])}."
     )

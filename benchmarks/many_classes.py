@@ -1,7 +1,7 @@
 """Train with the default schedule of lambda on 1,000 and 10,000 classes of synthetic images.
 
-Each class is a random 8x8 image; its samples are that image under noise, four to train on, one to validate on and one
-to test on.
+Each class is a random 8x8 image; its samples are noisy copies: four for training, one for validation and one for the
+test.
 
 Usage: python benchmarks/many_classes.py [--classes 1000 10000] [--margins 1 2 4] [--seeds 0] [--steps 3000]
 """
@@ -58,7 +58,7 @@ class Net(nn.Sequential):
 
 
 def train(num_classes: int, margin: int, seed: int, steps: int) -> list[str]:
-    """Train and test one network; a row of the table."""
+    """Train and test one network, and return a row of the table."""
     seed_everything(seed, verbose=False)
     data = RandomClasses(num_classes)
     model = ClassificationModule(

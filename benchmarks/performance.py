@@ -1,8 +1,8 @@
-"""Writes the tables of docs/performance.md anew: each stands between a command that makes it and an end.
+"""Update the tables of docs/performance.md: each is between the command that prints it and an end marker.
 
-A table is on the page as soon as it is made: all of them take an hour.
+Each table is written as soon as it is measured; all of them take an hour.
 
-Usage: python benchmarks/performance.py [PART OF A COMMAND]
+Usage: python benchmarks/performance.py [PART_OF_A_COMMAND ...]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 
 def main(*parts: str) -> None:
-    """Runs the commands that have these parts."""
+    """Run the commands that contain all these parts."""
     for command in re.findall(r"```sh\n(python benchmarks/[^\n]*)\n```", PAGE.read_text()):
         if not all(part in command for part in parts):
             continue

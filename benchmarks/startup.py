@@ -1,6 +1,6 @@
-"""Seconds from the start of Python to its end, of imports and of commands that only print something.
+"""Seconds from the start of Python to its end for imports and for commands that only print.
 
-Each round runs every one of them once, in its own process. The first round fills the file cache and is not counted.
+Each round runs each of them once in a new process. The first round fills the file cache and is not counted.
 
 Usage: python benchmarks/startup.py [ROUNDS]
 """
@@ -27,7 +27,7 @@ COMMANDS = (
 
 
 def seconds(arguments: list[str]) -> float:
-    """Run Python with arguments and return the time that it takes."""
+    """Run Python with arguments and return its seconds."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if "Traceback" in done.stderr:
@@ -36,7 +36,7 @@ def seconds(arguments: list[str]) -> float:
 
 
 def main(rounds: int = 5) -> None:
-    """Prints the table."""
+    """Print the table."""
     jobs = {f"`import {name}`": ["-c", f"import {name}"] for name in IMPORTS}
     jobs |= {f"`lsoftmax_lightning {line}`": ["-m", "lsoftmax_lightning", *line.split()] for line in COMMANDS}
     times: dict[str, list[float]] = {name: [] for name in jobs}

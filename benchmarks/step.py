@@ -1,11 +1,11 @@
-"""Images a second of `fit` against a bare loop, and what the switches gain.
+"""Images per second of `fit` and of a bare loop, and the gain of the switches.
 
-Both train the same network on the same images by the same steps. `fit` is the command line with a shipped config:
-logging, metrics, annealing, monitor, dashboard and progress bar as they are. The bare loop takes its batches from the
-same datamodule, and runs forward, loss, backward and SGD; it has an epoch of its own after each epoch of `fit`, in the
-same process. Validation is left out of both. So is a bare Trainer run, of a module that does no more than that loop,
-with no callback and no logger: what Lightning itself takes. Then channels_last, bf16 and torch.compile, each in `fit`.
-Last, the time that the main thread takes for a step of a linear network, which is all but Python.
+Both train the same network on the same images with the same steps. `fit` is the command line with a shipped config,
+including logging, metrics, annealing, monitor, dashboard and progress bar. The bare loop takes batches from the same
+datamodule, and runs forward, loss, backward and SGD, for one epoch after each epoch of `fit` in the same process.
+Validation is excluded. A bare Trainer, with a module that does the same as the loop, without callbacks and logger,
+shows the overhead of Lightning. Then channels_last, bf16 and torch.compile are timed in `fit`, and the main thread in a
+step of a linear network, which is nearly all Python.
 
 Usage: python benchmarks/step.py [EPOCHS]
 """
@@ -47,20 +47,20 @@ SWITCHES = {
 
 
 class Generated(CIFAR10DataModule):
-    """Images in the place of CIFAR-10's: 10 steps of 64 an epoch."""
+    """Generated images instead of CIFAR-10: 10 steps of 64 per epoch."""
 
     def load(self, train: bool) -> Images:
-        """Noise."""
+        """Draw noise."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (712, 3, 32, 32), generator=generator, dtype=torch.uint8)
         return Images(images, torch.arange(712) % 10)
 
     def prepare_data(self) -> None:
-        """Nothing to download."""
+        """Skip the download."""
 
 
 class Clock(Callback):
-    """Seconds of each epoch of training, and of an epoch of a bare loop after it."""
+    """Measure the seconds of each training epoch, and of an epoch of a bare loop after it."""
 
     def __init__(self, bare: bool) -> None:
         self.bare = bare
@@ -68,21 +68,21 @@ class Clock(Callback):
         self.loop: list[float] = []
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts."""
+        """Start the clock."""
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        """Stops, with the last batch."""
+        """Stop the clock after the last batch."""
         if trainer.is_last_batch:
             self.fit.append(time.perf_counter() - self.start)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Runs the bare loop."""
+        """Run the bare loop."""
         if self.bare:
             self.loop.append(self.epoch(trainer, pl_module))
 
     def epoch(self, trainer: Any, pl_module: Any) -> float:
-        """Seconds of an epoch of a bare loop."""
+        """Return the seconds of an epoch of a bare loop."""
         backbone, head = copy.deepcopy(pl_module.backbone), pl_module.head
         head = LSoftmaxLinear(head.in_features, head.num_classes, head.margin, head.lambda_)
         parameters = [*backbone.parameters(), *head.parameters()]
@@ -97,8 +97,8 @@ class Clock(Callback):
         return time.perf_counter() - start
 
 
-class Least(LightningModule):
-    """What a bare loop does."""
+class BareModule(LightningModule):
+    """A module that does the same as the bare loop."""
 
     def __init__(self, backbone: torch.nn.Module) -> None:
         super().__init__()
@@ -106,17 +106,17 @@ class Least(LightningModule):
         self.head = LSoftmaxLinear(backbone.num_features, 10, margin=4, lambda_=5.0)
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Forward and loss."""
+        """Return the loss."""
         images, target = batch
         return F.cross_entropy(self.head(self.backbone(images), target), target)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD."""
+        """Return SGD with momentum."""
         return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
 
 class Linear(torch.nn.Sequential):
-    """A network that takes no time."""
+    """A network that takes almost no time."""
 
     num_features = 16
 
@@ -125,14 +125,14 @@ class Linear(torch.nn.Sequential):
 
 
 class Tiny(ClassificationModule):
-    """The module of the configs with that network."""
+    """The module of the configs with this network."""
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(num_classes, backbone=Linear(), **kwargs)
 
 
 class ThreadClock(Callback):
-    """Time of the main thread, in milliseconds, from the end of a step to that of the next one."""
+    """Measure the milliseconds of the main thread from the end of a step to the end of the next one."""
 
     def __init__(self) -> None:
         self.plain: list[float] = []
@@ -140,7 +140,7 @@ class ThreadClock(Callback):
         self.last = 0.0
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        """Takes the time since the last step; the first of an epoch is not counted, nor is the first epoch."""
+        """Take the time since the last step, except in the first step of an epoch and in the first epoch."""
         now = time.thread_time()
         if trainer.current_epoch and not trainer.is_last_batch and args[2]:
             # loggers write after this hook
@@ -149,31 +149,31 @@ class ThreadClock(Callback):
         self.last = now
 
 
-def run_least(backbone: torch.nn.Module, data: LightningDataModule, epochs: int, clock: Any) -> None:
-    """As :func:`run`, of the least that a Trainer can do."""
+def run_bare(backbone: torch.nn.Module, data: LightningDataModule, epochs: int, clock: Any) -> None:
+    """Train like :func:`run`, with a bare Trainer."""
     names = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
     settings = {"accelerator": "cpu", "limit_val_batches": 0, **dict.fromkeys(names, False)}
-    Trainer(max_epochs=epochs + 1, callbacks=[clock], **settings).fit(Least(backbone), data)
+    Trainer(max_epochs=epochs + 1, callbacks=[clock], **settings).fit(BareModule(backbone), data)
 
 
 def run(config: str, data: str, batch_size: int, epochs: int, bare: bool, *switches: str) -> Clock:
-    """Trains for that many epochs, the first of which is not counted."""
+    """Train for a number of epochs, after one that is not counted."""
     clock = Clock(bare)
     arguments = [f"--data={data}", f"--data.batch_size={batch_size}", f"--trainer.max_epochs={epochs + 1}"]
-    lasting = ["--trainer.max_steps=-1", "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0"]
+    length = ["--trainer.max_steps=-1", "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        LSoftmaxCLI(["fit", f"--config={config}", *arguments, *lasting, *switches], callbacks=[clock])
+        LSoftmaxCLI(["fit", f"--config={config}", *arguments, *length, *switches], callbacks=[clock])
     del clock.fit[0], clock.loop[:1]
     return clock
 
 
 def thread_times(rounds: int) -> list[list[str]]:
-    """The rows of the table of thread time."""
+    """Return the rows of the table of thread time."""
     clocks: dict[str, list[ThreadClock]] = {"bare Trainer": [], "`fit`": []}
     for _ in range(rounds):
         for clock in clocks.values():
             clock.append(ThreadClock())
-        run_least(Linear(), DigitsDataModule(64), 10, clocks["bare Trainer"][-1])
+        run_bare(Linear(), DigitsDataModule(64), 10, clocks["bare Trainer"][-1])
         arguments = ["--model=step.Tiny", "--trainer.max_epochs=11", "--trainer.limit_val_batches=0"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             LSoftmaxCLI(["fit", "--config=digits.yaml", *arguments], callbacks=[clocks["`fit`"][-1]])
@@ -188,7 +188,7 @@ def thread_times(rounds: int) -> list[list[str]]:
 
 
 def main(rounds: int = 10) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     print(f"{machine()}.\n")
@@ -197,12 +197,12 @@ def main(rounds: int = 10) -> None:
         rows = []
         for name, case in CASES.items():
             data = DigitsDataModule(64) if name == "digits" else Generated(64)
-            least = Clock(True)
-            run_least(create_backbone(name, data.image_shape), data, rounds, least)
-            del least.fit[0], least.loop[0]
+            bare = Clock(True)
+            run_bare(create_backbone(name, data.image_shape), data, rounds, bare)
+            del bare.fit[0], bare.loop[0]
             clock = run(*case, rounds, bare=True)
             rates = [f"{IMAGES[name] / statistics.median(times):,.0f}" for times in (clock.fit, clock.loop)]
-            rows.append([name, *rates, ratio(clock.loop, clock.fit), ratio(least.loop, least.fit)])
+            rows.append([name, *rates, ratio(clock.loop, clock.fit), ratio(bare.loop, bare.fit)])
         header = ["network", "fit, images/s", "bare loop, images/s", "fit to bare loop", "bare Trainer to bare loop"]
         print(table(header, rows), flush=True)
 
@@ -213,7 +213,7 @@ def main(rounds: int = 10) -> None:
             for _ in range(2):
                 for switch, settings in SWITCHES.items():
                     times[switch] += run(*case, 2, False, *short, *settings).fit
-            rows = [[switch, ratio(times["as shipped"], own)] for switch, own in times.items()]
+            rows = [[switch, ratio(times["as shipped"], seconds)] for switch, seconds in times.items()]
             print(table([f"{name}, with", "images/s, to as shipped"], rows), flush=True)
         print(table(["milliseconds of a step", "of one that is not logged", "of one that is"], thread_times(rounds)))
 

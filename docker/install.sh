@@ -1,7 +1,7 @@
 #!/bin/sh
-# What the image installs, and docker/without.sh too, into the Python that is first on the path.
+# Installs the dependencies and the package for Dockerfile and without.sh, with the first pip on the path.
 #
-#   install.sh torch [DEVICE]     torch and torchvision: cpu, cu126, ...; without it, what pip finds
+#   install.sh torch [DEVICE]     torch and torchvision for cpu, cu126, ...; by default those of PyPI
 #   install.sh package SOURCE     this package, from a checkout or a wheel
 set -eu
 

@@ -1,8 +1,8 @@
 #!/bin/bash
-# What Dockerfile and compose.yaml do, step by step and without docker: install, train, look at it in TensorBoard, train on
-# two nodes. In an empty folder.
+# The steps of Dockerfile and compose.yaml without Docker: install, train, serve TensorBoard, train on two nodes. Run it in
+# an empty folder.
 #
-#   docker/without.sh [VENV]      a virtual environment that has the package; without it a new one is made
+#   docker/without.sh [VENV]      virtual environment with the package; by default a new one is created
 set -euo pipefail
 
 source=$(cd "$(dirname "$0")/.." && pwd)
@@ -44,4 +44,4 @@ other=$!
 node
 wait $other
 test -f runs/nodes/*/results.json
-echo "== all of it works"
+echo "== all steps succeeded"

@@ -1,4 +1,4 @@
-"""Sphinx: `make docs`."""
+"""Configuration of Sphinx; ``make docs`` builds the pages."""
 
 from importlib.metadata import version as installed
 

@@ -1,7 +1,7 @@
-"""Compare the confusion matrices of two margins: which pairs of classes are confused less often.
+"""Compare the confusion matrices of two margins: the pairs of classes whose confusions change most.
 
 Usage: python docs/confused_pairs.py COUNTS_CSV               print the table
-       python docs/confused_pairs.py COUNTS_CSV FOLDER 1 4    write the counts of a comparison first
+       python docs/confused_pairs.py COUNTS_CSV FOLDER 1 4    first write the counts of a comparison
 """
 
 import csv
@@ -15,7 +15,7 @@ from lsoftmax_lightning.compare.intervals import mean_and_interval
 from lsoftmax_lightning.compare.results import read
 from lsoftmax_lightning.compare.text import markdown_table
 
-SHOWN = 8  # pairs in the table, those with the largest change
+NUM_PAIRS = 8  # pairs in the table
 
 
 def write_counts(path: Path, folder: Path, margins: set[int]) -> None:
@@ -33,7 +33,7 @@ def write_counts(path: Path, folder: Path, margins: set[int]) -> None:
 
 
 def table(path: Path) -> str:
-    """Format the pairs of classes whose confusions change most, both directions together."""
+    """Format the pairs of classes whose confusions change most; both directions are added."""
     confused: dict[tuple[str, str], dict[tuple[int, int], int]] = defaultdict(lambda: defaultdict(int))
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -46,7 +46,7 @@ def table(path: Path) -> str:
     seeds = sorted({seed for margin, seed in runs if margin == low} & {seed for margin, seed in runs if margin == high})
     counts = {pair: {m: [images[m, seed] for seed in seeds] for m in (low, high)} for pair, images in confused.items()}
     change = {pair: [b - a for a, b in zip(both[low], both[high], strict=True)] for pair, both in counts.items()}
-    pairs = sorted(change, key=lambda pair: -abs(sum(change[pair])))[: SHOWN + 1]
+    pairs = sorted(change, key=lambda pair: -abs(sum(change[pair])))[: NUM_PAIRS + 1]
     header = ["pair of classes", f"confused images, m = {low}", f"m = {high}", "change (95 % interval)"]
     lines = []
     for pair in sorted(pairs, key=lambda pair: sum(change[pair])):

@@ -1,4 +1,4 @@
-"""Tests models on fold 10 of LFW with the threshold of a fold held out, and with that of the folds trained on.
+"""Test models on fold 10 of LFW with the threshold of a held-out fold, and with that of the training folds.
 
 Usage: python docs/lfw_threshold.py ROOT CHECKPOINT [CHECKPOINT ...]
 """
@@ -15,7 +15,7 @@ from lsoftmax_lightning.metrics import PairVerification
 
 
 def main(root: str, *checkpoints: str) -> None:
-    """Prints a line for each checkpoint and choice of folds to fit the threshold on."""
+    """Print a line for each checkpoint and each choice of folds to fit the threshold on."""
     data = LFWFoldDataModule(root, image_size=(56, 48))
     for folds in (range(9, 10), range(1, 9)):
         fitted = [pair._replace(fold=0) for pair in data.pairs if pair.fold in folds]

@@ -1,4 +1,4 @@
-"""Draw the test accuracy by margin, a line for each seed: the README's figure.
+"""Plot the test accuracy by margin, with a line for each seed: the plot of the README.
 
 Usage: python docs/mnist_1000.py OUTPUT TITLE=RESULTS_CSV ...
 """
@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 
 def draw(axes: Axes, path: Path) -> None:
-    """Draw the runs of a comparison.
+    """Plot the runs of a comparison.
 
     Args:
-        axes: Where to draw.
+        axes: Axes to draw on.
         path: ``results.csv`` of the comparison.
     """
     seeds: dict[str, dict[int, float]] = defaultdict(dict)
@@ -35,7 +35,7 @@ def draw(axes: Axes, path: Path) -> None:
 
 
 def main(output: str, *parts: str) -> None:
-    """Draw a panel for each comparison."""
+    """Save a plot with a panel for each comparison."""
     figure = Figure(figsize=(4.5 * len(parts), 3.6), layout="constrained")
     for part, axes in zip(parts, figure.subplots(1, len(parts), squeeze=False).flat, strict=True):
         title, path = part.rsplit("=", 1)

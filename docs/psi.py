@@ -1,4 +1,4 @@
-"""Draws psi, which takes the place of the cosine, for the margins of the paper: its Figure 2, from our code.
+"""Plot psi, which replaces the cosine, for the margins of the paper, as in its Figure 2.
 
 Usage: python docs/psi.py OUTPUT.png
 """
@@ -14,7 +14,7 @@ from lsoftmax_lightning.functional import psi
 
 
 def main(output: str) -> None:
-    """Draws a line for each margin, with its knots."""
+    """Save a plot with a line and the knots for each margin."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     theta = torch.linspace(0, torch.pi, 721, dtype=torch.float64)

@@ -9,17 +9,17 @@ from matplotlib.figure import Figure
 
 from lsoftmax_lightning.signals import SignalHandler
 
-# tests run side by side, a core each, and so do the programs that they start
+# tests run in parallel, one core each, like the programs that they start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-# After torch.export, the first backward of a process starts threads that a fork cannot use. One before it does not.
+# After torch.export, the first backward of a process starts threads that a fork cannot use; an earlier one does not.
 torch.ones((), requires_grad=True).backward()
-# Lightning calls parts of jsonargparse that its version 5 will not have; the dependency is held below that
+# Lightning calls functions that jsonargparse 5 removes; the dependency excludes that version
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip GPU tests on machines without one."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are left in a temporary folder, and one test's seed or signal is not the next one's."""
+    """Run each test in a temporary folder, and restore seeds and signals."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(SignalHandler, "latest", -1.0)
     monkeypatch.setattr(os, "environ", os.environ.copy())
@@ -36,12 +36,12 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture(autouse=True)
 def _blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are built and saved, but blank, where no test looks at them: drawing takes most of the time."""
+    """Leave figures blank in tests without the marker `draws`, because drawing takes most of the time."""
     if not request.node.get_closest_marker("draws"):
         monkeypatch.setattr(Figure, "draw", lambda figure, renderer: None)
 
 
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a loss take the logits by chunks however few they are."""
+    """Compute the loss in chunks, however few logits there are."""
     monkeypatch.setattr("lsoftmax_lightning.chunked_loss.CHUNK_LOGITS", 0)

@@ -2,8 +2,8 @@
 
     python tests/kills.py [--kills N] [--seed S] [--only SETTING ...] [--jobs N]
 
-It prints the table of docs/reliability.md and the failures; the exit code is 1 if there are any. Python and torch are
-imported once: each command is a fork. Linux only.
+It prints the table of docs/reliability.md and the failures; the exit code is 1 if there are failures. Each command runs
+in a fork, so that torch is imported only once. Linux only.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ import kills_judge as judge  # noqa: E402
 from kills_process import PATIENCE, Kill, Outcome, adopt_orphans, ending, in_fork, run, still_alive  # noqa: E402
 from kills_settings import IMAGES, SCENARIOS, SETTINGS, Scenario, Setting  # noqa: E402
 
-_SLACK = 0.03  # seconds between a file's time, or the start of a command, and the signal that are not told apart
-_CLOCK = 0.005  # seconds that a file's time may be behind
+_SLACK = 0.03  # seconds within which the order of a signal and a file's time, or a start, is unknown
+_CLOCK = 0.005  # seconds by which a file's time may lag
 _CATEGORIES = ("wrong exit", "traceback", "incomplete file", "second run fails", "differs", "files left")
 
 
 @dataclass
 class Failure:
-    """Something that a user relies on and that did not hold."""
+    """A violated guarantee."""
 
     category: str
     detail: str
@@ -48,7 +48,7 @@ class Failure:
 
 @dataclass
 class Trial:
-    """A kill and what was found after it."""
+    """A kill and its outcome."""
 
     scenario: str
     kill: Kill
@@ -57,7 +57,7 @@ class Trial:
     failures: list[Failure] = field(default_factory=list)
 
     def fail(self, category: str, *details: str) -> None:
-        """Note a failure, if there is a detail."""
+        """Record a failure if there are details."""
         if details:
             more = f" (and {len(details) - 5} more)" if len(details) > 5 else ""
             self.failures.append(Failure(category, "; ".join(details[:5]) + more))
@@ -87,7 +87,7 @@ class Row:
 
 
 class References:
-    """Uninterrupted runs of scenarios, each made when it is first needed."""
+    """Uninterrupted runs of scenarios, created on demand."""
 
     def __init__(self, folder: Path, notes: list[str]) -> None:
         self.folder, self.notes = folder, notes
@@ -140,7 +140,7 @@ def allowed_codes(kill: Kill, rank: int, started: bool) -> tuple[int, ...]:
         return (code,) if hit else (1,)  # another process was killed: an error
     if hit:
         return (code, 0) if rank else (code,)  # in training the first process reports for all
-    # the others stop too: in training together, elsewhere with the error that a process is gone
+    # the other ranks stop, too: together in training, otherwise with an error about a lost process
     together = (128 + SIGINT, 128 + SIGTERM) if rank == 0 else (code, 0)
     return together if kill.moment.stage in ("train", "validate") else (*together, 1)
 
@@ -152,9 +152,9 @@ def judge_end(trial: Trial, outcome: Outcome) -> None:
     for rank, code in enumerate(outcome.codes):
         allowed = allowed_codes(trial.kill, rank, started)
         if code not in allowed:
-            said = f"still runs after {PATIENCE:.0f} s" if code is None else f"exit code {code}"
+            found = f"still runs after {PATIENCE:.0f} s" if code is None else f"exit code {code}"
             after = f", {outcome.ended - struck:.2f} s after the signal"
-            trial.fail("wrong exit", f"rank {rank}: {said}, expected {allowed}{after}")
+            trial.fail("wrong exit", f"rank {rank}: {found}, expected {allowed}{after}")
     if trial.kill.number != SIGKILL and started:
         trial.fail("traceback", *judge.tracebacks(trial.folder / "work", "killed"))
 
@@ -187,7 +187,7 @@ def run_again(trial: Trial, scenario: Scenario, expected: Path) -> None:
         outcome = run(args, work, f"again{index}", scenario.ranks)
         if any(outcome.codes):
             last = [line for path in trial.folder.glob(f"again{index}.*.err") for line in path.read_text().splitlines()]
-            reason = next((line for line in reversed(last) if line.strip()), "it printed nothing")
+            reason = next((line for line in reversed(last) if line.strip()), "no output")
             trial.fail("second run fails", f"exit code {outcome.codes}: {reason[:300]}")
             return
     trial.fail("differs", *differences(scenario, expected, work))
@@ -208,7 +208,7 @@ def try_kill(trial: Trial, scenario: Scenario, references: References) -> None:
         if outcome.struck is None:
             trial.verdict = "not reached"
             return
-        # of several commands, the results of the killed one
+        # results of the killed command, not of later ones
         if is_too_late(trial, scenario, outcome, references.state(scenario, scenario.killed + 1)):
             trial.verdict = "too late"
             return
@@ -220,7 +220,7 @@ def try_kill(trial: Trial, scenario: Scenario, references: References) -> None:
         trial.fail("wrong exit", *(f"process {pid} still runs after {PATIENCE:.0f} s" for pid in alive))
 
 
-def attack(setting: Setting, kills: int, seed: int, folder: Path) -> Row:
+def run_setting(setting: Setting, kills: int, seed: int, folder: Path) -> Row:
     """Kill a number of commands of a setting."""
     adopt_orphans()
     row = Row(setting)
@@ -263,7 +263,7 @@ def table(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """Return what the table leaves out."""
+    """Return durations, ineffective kills, notes and failures."""
     lines = []
     for row in rows:
         verdicts = Counter(trial.verdict for trial in row.trials)
@@ -280,24 +280,24 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def shares(kills: int, settings: list[Setting]) -> list[int]:
+def kills_by_setting(kills: int, settings: list[Setting]) -> list[int]:
     """Return the number of kills of each setting, at least one."""
-    whole = sum(setting.share for setting in settings)
-    return [max(1, -(-kills * setting.share // whole)) for setting in settings]
+    total = sum(setting.weight for setting in settings)
+    return [max(1, -(-kills * setting.weight // total)) for setting in settings]
 
 
 def main() -> int:
     """Run the program; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=320, help="number of kills in total (default: 320)")
-    parser.add_argument("--seed", type=int, default=0, help="of moments and signals (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and signals (default: 0)")
     parser.add_argument("--only", type=int, nargs="+", metavar="SETTING", help="numbers of settings, 1 to 10")
-    parser.add_argument("--jobs", type=int, default=1, help="settings at the same time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of settings in parallel (default: 1)")
     given = parser.parse_args()
     warm_up()
     settings = [setting for setting in SETTINGS if not given.only or setting.number in given.only]
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    rows = run_all(settings, shares(given.kills, settings), given.seed, folder, given.jobs)
+    rows = run_all(settings, kills_by_setting(given.kills, settings), given.seed, folder, given.jobs)
     failed = any(trial.failures for row in rows for trial in row.trials) or any(row.notes for row in rows)
     print(f"\n{summary(rows)}\n\n{table(rows)}")
     if failed:
@@ -308,7 +308,7 @@ def main() -> int:
 
 
 def run_all(settings: list[Setting], kills: list[int], seed: int, folder: Path, jobs: int) -> list[Row]:
-    """Attack the settings, each in a fork."""
+    """Kill commands of all settings, each setting in a fork."""
     waiting, running = deque(zip(settings, kills, strict=True)), set()
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -316,19 +316,19 @@ def run_all(settings: list[Setting], kills: list[int], seed: int, folder: Path, 
             sys.stdout.flush()
             pid = os.fork()
             if pid == 0:
-                row = attack(setting, count, seed, folder / str(setting.number))
+                row = run_setting(setting, count, seed, folder / str(setting.number))
                 (folder / f"{setting.number}.pickle").write_bytes(pickle.dumps(row))
                 os._exit(0)
             running.add(pid)
         pid, status = os.wait()
         running.discard(pid)
         if status:
-            raise SystemExit("a setting could not be attacked")
+            raise SystemExit("a setting failed with an error")
     return [pickle.loads((folder / f"{setting.number}.pickle").read_bytes()) for setting in settings]
 
 
 def warm_up() -> None:
-    """Import what commands import when they need it."""
+    """Import modules that commands import on demand."""
     names = ("attrs", "matplotlib.pyplot", "networkx", "PIL.PngImagePlugin", "pyarrow.parquet", "torch.export")
     for name in (*names, "lsoftmax_lightning.commands", "sklearn.datasets", "sklearn.model_selection"):
         importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""What a user relies on after a kill: complete files, and the results of a run that nobody killed."""
+"""Checks after a kill: files are complete, and results equal those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _VARYING = ("seconds", "threads", "command")  # columns of a comparison
 
 
 def temporary_files(folder: Path) -> list[str]:
-    """Return the files and folders with names of temporary ones."""
+    """Return the files and folders that have names of temporary ones."""
     names = [path.relative_to(folder) for path in folder.rglob("*")]
     return sorted(str(name) for name in names if _TEMPORARY.match(name.name))
 
 
 def incomplete_files(folder: Path, rows: int) -> list[str]:
-    """Return the files under final names that cannot be read, with the reason.
+    """Return the unreadable files with final names, with the reason.
 
     Args:
         folder: Working directory of a command.
@@ -126,7 +126,7 @@ def _values(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _different_values(one: Any, other: Any) -> list[str]:
-    """Return the names of values that differ in a bit."""
+    """Return the names of values that are not identical to the bit."""
     first, second = dict(_values(one)), dict(_values(other))
     return [name for name in {**first, **second} if not _same(first.get(name), second.get(name))]
 
@@ -145,13 +145,13 @@ def last_run(folder: Path) -> Path:
 
 
 def _files(run: Path) -> set[str]:
-    """Return the files of a run, without logs and plots, of which a resumed run has others."""
+    """Return the files of a run without logs and plots, which differ in a resumed run."""
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     return {name for name in names if not _LOGS.match(name)}
 
 
 def different_runs(expected: Path, run: Path) -> list[str]:
-    """Return the differences between two runs of fit: checkpoints, figures and names of files."""
+    """Return the differences between two runs of fit: checkpoints, results and names of files."""
     names, found_names = _files(expected), _files(run)
     found = [f"missing {name}" for name in sorted(names - found_names)]
     found += [f"extra {name}" for name in sorted(found_names - names)]
@@ -176,26 +176,26 @@ def different_fit(expected: Path, folder: Path) -> list[str]:
 
 def different_test(expected: Path, folder: Path) -> list[str]:
     """Compare the latest ``results.json`` of tests."""
-    figures = []
+    results = []
     for place in (expected, folder):
         paths = list(place.glob("runs/*/*/test/results.json"))
         if not paths:
             return [f"no results.json in {place}"]
-        figures.append(json.loads(max(paths, key=lambda path: path.stat().st_mtime).read_text()))
-    return [f"results.json{name}" for name in _different_values(*figures)]
+        results.append(json.loads(max(paths, key=lambda path: path.stat().st_mtime).read_text()))
+    return [f"results.json{name}" for name in _different_values(*results)]
 
 
 def different_table(expected: Path, folder: Path) -> list[str]:
-    """Compare what the last command printed of a validation."""
+    """Compare the printed tables of the last validation."""
     tables = []
     for place in (expected, folder):
         text = max(place.parent.glob("*.0.out"), key=lambda path: path.stat().st_mtime).read_text()
         tables.append(re.findall(r"^ {2,}(\S.*?) {2,}(\S.*?) *$", text, re.MULTILINE))
-    return [] if tables[0] == tables[1] and tables[0] else [f"figures {tables[1]}, expected {tables[0]}"]
+    return [] if tables[0] == tables[1] and tables[0] else [f"metrics {tables[1]}, expected {tables[0]}"]
 
 
 def different_outputs(expected: Path, folder: Path) -> list[str]:
-    """Compare the files in two working directories themselves, byte by byte or tensor by tensor."""
+    """Compare the files in two working directories by bytes or tensors."""
     one, other = ({path.name: path for path in place.iterdir() if path.is_file()} for place in (expected, folder))
     found = [f"missing or extra {name}" for name in sorted(one.keys() ^ other.keys())]
     for name in sorted(one.keys() & other.keys()):

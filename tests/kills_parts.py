@@ -1,4 +1,4 @@
-"""Small network and images of the commands that `kills.py` kills."""
+"""Small network and images for the commands of `kills.py`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Tiny(nn.Sequential):
-    """A backbone with dropout and batch statistics, so that a resumed run must restore both."""
+    """Backbone with dropout and batch statistics, which a resumed run must restore."""
 
     num_features = 8
 

@@ -1,4 +1,4 @@
-"""Commands of the package as forks of a process that has imported torch, and the signals that end them."""
+"""Commands of the package in forks of a process that has imported torch, and signals that stop them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from lsoftmax_lightning.__main__ import run as run_command_line
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 
 PATIENCE = 20.0
-"""Seconds that a command and its processes may go on after a signal."""
+"""Maximum seconds of a command and its processes after a signal."""
 
-_LIMIT = 120.0  # seconds of a command that gets no signal
+_LIMIT = 120.0  # maximum seconds of a command without a signal
 _WORKER = "lsoftmax_lightning.compare.worker"
 
 
@@ -79,7 +79,7 @@ class Kill:
         number: The signal.
         target: ``process``, ``group`` (the process group), ``all`` (every process that the command started), ``rank 1``
             or ``worker``.
-        moment: When it is sent.
+        moment: Moment at which it is sent.
     """
 
     number: Signals
@@ -92,10 +92,10 @@ class Kill:
 
 @dataclass
 class Outcome:
-    """What became of a command.
+    """Outcome of a command.
 
     Args:
-        codes: Exit code of each rank, None where it had to be ended.
+        codes: Exit code of each rank; None if it was killed at the end.
         started: Time of the start.
         began: Time at which the command line was called.
         struck: Time of the signal, None if it was not sent.
@@ -160,7 +160,7 @@ def descendants() -> list[int]:
 
 
 def still_alive(pids: Sequence[int]) -> list[int]:
-    """Return those of the processes that are alive; reap orphans that have ended."""
+    """Return the processes that are alive; reap orphans that have ended."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -220,7 +220,7 @@ def _watch(pids: list[int], read: int, kill: Kill | None, outcome: Outcome) -> N
                 outcome.struck = time.time()
                 deadline = outcome.struck + PATIENCE
         if now >= deadline:
-            for rank in alive.values():  # the first time for their stack traces
+            for rank in alive.values():  # SIGABRT first, for stack traces
                 os.kill(pids[rank], signal.SIGKILL if aborted else signal.SIGABRT)
             aborted, deadline = True, now + 2
         until = deadline if send_at is None else min(deadline, send_at)
@@ -249,7 +249,7 @@ def _watch(pids: list[int], read: int, kill: Kill | None, outcome: Outcome) -> N
 
 
 def _send(kill: Kill, pid: int, group: int, alive: dict[int, int]) -> bool:
-    """Send the signal; return whether there was a process to get it."""
+    """Send the signal; return whether a process received it."""
     if all(select.select([descriptor], [], [], 0)[0] for descriptor in alive):
         return False
     pids = {"group": [-group], "all": descendants()}.get(kill.target, [pid])
@@ -269,7 +269,7 @@ def _free_port() -> int:
 
 
 def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Return the environment that torchrun makes."""
+    """Return the environment that torchrun sets."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "kills"}
     return {name: str(value) for name, value in values.items()}
@@ -306,7 +306,7 @@ def _child(
 
 
 def _forget_parent() -> None:
-    """Reset what a fork inherits and a new process does not."""
+    """Reset state that a fork inherits and a new process does not have."""
     multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
     warnings.resetwarnings()
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
@@ -325,7 +325,7 @@ def _redirect(stdout: Path | str, stderr: Path | str) -> None:
 
 
 def _exit_code(task: Callable[[], object]) -> int:
-    """Return what Python's exit code would be; the negative number of a signal where Python dies of it."""
+    """Return the exit code of Python; the negative number of the signal if a signal kills it."""
     try:
         task()
     except SystemExit as error:
@@ -364,7 +364,7 @@ def _end(code: int) -> None:
 
 
 class _Trigger:
-    """Sends the signal, or has it sent, when the event occurs in this process."""
+    """Send the signal, or let the parent send it, when the event occurs in this process."""
 
     def __init__(self, kill: Kill | None, control: int) -> None:
         self.kill, self.control, self.pid = kill, control, os.getpid()
@@ -467,7 +467,7 @@ def _wrap(name: str, reach: Callable[[], None], after: bool) -> None:
 
 
 class _Worker:
-    """A worker of a comparison, in the place of its ``Popen``: a process that was forked before the command began."""
+    """Worker of a comparison, which replaces its ``Popen``: a process that was forked before the command."""
 
     def __init__(self, index: int, others: list[int], kill: Kill | None, control: int) -> None:
         self.returncode: int | None = None
@@ -480,7 +480,7 @@ class _Worker:
             os.close(descriptor)
         try:
             os.setsid()
-            for number in (signal.SIGINT, signal.SIGTERM):  # it is as if it were not there
+            for number in (signal.SIGINT, signal.SIGTERM):  # until the start it must not react
                 signal.signal(number, signal.SIG_IGN)
             with os.fdopen(read) as file:
                 order = json.loads(file.read() or "null")
@@ -501,7 +501,7 @@ class _Worker:
         _end(_exit_code(lambda: runpy.run_module(_WORKER, run_name="__main__", alter_sys=True)))
 
     def start(self, args: list[str], environment: dict[str, str], log: str) -> None:
-        """Let the process do what a new one would."""
+        """Let the process run as a new one."""
         with os.fdopen(self.write, "w") as file:
             json.dump({"args": args, "environment": environment, "log": log}, file)
 
@@ -536,7 +536,7 @@ class _Worker:
 
 
 def _substitute_workers(count: int, kill: Kill | None, control: int) -> None:
-    """Have the runs of a comparison done by forks; what else is started, or comes later, is started as usual."""
+    """Replace the first runs of a comparison by forks; start other processes as usual."""
     workers: list[_Worker] = []
     for index in range(count):
         workers.append(_Worker(index, [worker.write for worker in workers], kill, control))
@@ -555,7 +555,7 @@ def _substitute_workers(count: int, kill: Kill | None, control: int) -> None:
 
 @contextmanager
 def ending(pids: Sequence[int]) -> Iterator[None]:
-    """End the processes in the end."""
+    """Kill the processes that are still alive at the end."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The settings in which `kills.py` kills: commands, moments and signals."""
+"""Settings of `kills.py`: commands, moments and signals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _FIT_RESULT = ("work/runs/*/*/results.json",)
 
 @dataclass(frozen=True)
 class Scenario:
-    """Commands of which one is killed and run again, and what must come out.
+    """Commands of which one is killed and run again, and the expected results.
 
     Args:
         name: Unique name.
@@ -98,13 +98,13 @@ class Setting:
     Args:
         number: 1 to 10.
         title: First cell of the row.
-        share: Share of the kills.
-        scenarios: Names, each as often as it is to be drawn.
+        weight: Relative number of kills.
+        scenarios: Names of scenarios, repeated by their weight.
     """
 
     number: int
     title: str
-    share: int
+    weight: int
     scenarios: tuple[str, ...]
 
 
@@ -114,7 +114,7 @@ def _at_time(first: str = "", last: str = "end") -> Draw:
 
 
 def _delay(draw: random.Random, most: float) -> float:
-    """Return no delay in half of all cases where the most is above 0."""
+    """Return a random delay of up to ``most`` seconds in half of the cases, otherwise 0."""
     return draw.uniform(0, most) if draw.random() < 0.5 else 0.0
 
 
@@ -288,7 +288,7 @@ SCENARIOS = {
             judge.different_fit,
         ),
         Scenario(
-            "validation amid accumulation",
+            "validation during accumulation",
             ((*_FIT, "--trainer.val_check_interval=0.5", "--trainer.accumulate_grad_batches=3"),),
             _validations(8),
             judge.different_fit,
@@ -448,7 +448,7 @@ SCENARIOS = {
 SETTINGS = (
     Setting(1, "`fit`, during its start", 50, ("start", "start of resumed")),
     Setting(2, "`fit` with processes that read images", 30, ("workers",)),
-    Setting(3, "`fit`, in a validation", 40, ("validation", "validation amid accumulation")),
+    Setting(3, "`fit`, in a validation", 40, ("validation", "validation during accumulation")),
     Setting(
         4,
         "`fit`, in the final test or while plots are drawn",

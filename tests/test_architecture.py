@@ -1,4 +1,4 @@
-"""Who may import whom."""
+"""Import order of the modules, and private names."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import pytest
 import lsoftmax_lightning
 
 PACKAGE = Path(lsoftmax_lightning.__file__).parent
-# each room and the rooms below it
+# each module or subpackage and those it may import
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
@@ -165,8 +165,8 @@ BELOW: dict[str, set[str]] = {
 }
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """First components, inside the package, of what a file imports."""
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules and subpackages of this package that a file imports."""
     package = path.relative_to(PACKAGE).parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -185,17 +185,17 @@ def imported_rooms(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert room in BELOW, f"{room} is a new room: say which rooms are below it"
-    assert imported_rooms(path) - {room} <= BELOW[room]
+def test_modules_import_only_modules_below(path: Path) -> None:
+    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert module in BELOW, f"{module} is new: add the modules that it may import"
+    assert imported_modules(path) - {module} <= BELOW[module]
 
 
-def test_there_is_no_cycle() -> None:
-    def height(room: str) -> int:
-        return 1 + max((height(below) for below in BELOW[room] - {room}), default=0)
+def test_import_order_has_no_cycle() -> None:
+    def height(module: str) -> int:
+        return 1 + max((height(below) for below in BELOW[module] - {module}), default=0)
 
-    assert all(height(room) for room in BELOW)
+    assert all(height(module) for module in BELOW)
 
 
 def test_compare_has_no_function_with_the_name_of_a_module() -> None:
@@ -217,13 +217,13 @@ def test_no_test_module_imports_another() -> None:
 
 
 def private_names(path: Path) -> set[str]:
-    """Return the private names of others that a file reads, sets or imports."""
+    """Return the private names of other objects and modules that a file reads, sets or imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
             owner = node.value.func if isinstance(node.value, ast.Call) else node.value
-            own = isinstance(owner, ast.Name) and owner.id in ("self", "cls", "super")
-            names |= {node.attr} if not own else set()
+            is_self = isinstance(owner, ast.Name) and owner.id in ("self", "cls", "super")
+            names |= {node.attr} if not is_self else set()
         elif isinstance(node, ast.ImportFrom):
             names |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
@@ -236,7 +236,7 @@ def is_text(node: ast.expr) -> TypeGuard[ast.Constant]:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-PRIVATE_NAMES_IN_TESTS: dict[str, set[str]] = {  # that no public name replaces
+PRIVATE_NAMES_IN_TESTS: dict[str, set[str]] = {  # without a public equivalent
     "datamodules/test_security.py": {"_get_redirect_url", "_urlretrieve"},
     "helpers/forked.py": {"_run_after_forkers"},
     "helpers/simulated_fit.py": {"_C", "_set_only_lift_cpu_tensors"},

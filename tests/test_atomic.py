@@ -1,4 +1,4 @@
-"""Files that are complete or absent, on a full disk and after a kill."""
+"""Files are complete or absent, on a full disk and after a kill."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Networks by name."""
+"""Backbones by name."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ PAPER = {
 
 
 def layers(name: str) -> list[tuple[str, int]]:
-    """Kind and width of what Table 1 lists."""
+    """Return kind and width of the layers that Table 1 lists."""
     return [
         ("conv", m.out_channels) if isinstance(m, nn.Conv2d) else ("fc", m.out_features)
         for m in create_backbone(name, PAPER[name]).modules()
@@ -71,13 +71,31 @@ def test_pooling_rounds_up_for_any_image_size() -> None:
 
 # the smallest network of each family
 FAMILIES = {
-    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
-    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "resnet18", "resnext50_32x4d"),
-    *("shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn", "vit_b_32", "wide_resnet50_2"),
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "resnet18",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_0",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11",
+    "vgg11_bn",
+    "vit_b_32",
+    "wide_resnet50_2",
 }
 
 
-# RegNet computes its widths from tensors, which the meta device has not
+# RegNet computes its widths from tensors, which have no values on the meta device
 @pytest.mark.parametrize(
     "name",
     [
@@ -109,7 +127,7 @@ def test_torchvision_backbones_train(name: str, channels: int) -> None:
 @pytest.mark.parametrize(
     ("name", "shape"), [("vit_b_32", (3, 64, 64)), ("vit_b_16", (1, 32, 32)), ("maxvit_t", (3, 448, 448))]
 )
-def test_models_of_one_image_size_are_made_for_that_of_the_images(name: str, shape: tuple[int, int, int]) -> None:
+def test_fixed_size_models_are_built_for_the_image_size(name: str, shape: tuple[int, int, int]) -> None:
     with torch.device("meta"):
         backbone = create_backbone(name, shape).train()
         assert backbone(torch.empty(2, *shape)).shape == (2, backbone.num_features)
@@ -117,7 +135,7 @@ def test_models_of_one_image_size_are_made_for_that_of_the_images(name: str, sha
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "settings", "said"),
+    ("name", "shape", "settings", "message"),
     [
         ("vit_b_16", (3, 64, 48), {}, r"'vit_b_16' does not take images of \(3, 64, 48\): Wrong image width!"),
         ("vit_b_16", (3, 30, 30), {}, r"with no arguments for images of \(3, 30, 30\): .* indivisible by patch size"),
@@ -134,20 +152,20 @@ def test_models_of_one_image_size_are_made_for_that_of_the_images(name: str, sha
         ),
     ],
 )
-def test_images_that_a_model_does_not_take_are_one_line_before_training(
-    name: str, shape: tuple[int, int, int], settings: dict[str, Any], said: str
+def test_unsupported_image_sizes_are_rejected_in_one_line(
+    name: str, shape: tuple[int, int, int], settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InputError, match=said) as caught, torch.device("meta"):
+    with pytest.raises(InputError, match=message) as caught, torch.device("meta"):
         create_backbone(name, shape, **settings)
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_line_names_the_backbone_and_the_images(capsys: pytest.CaptureFixture[str]) -> None:
-    said = fails(capsys, "fit", "--config=digits.yaml", "--model.backbone=alexnet")
-    assert "error: backbone 'alexnet' does not take images of (1, 8, 8): " in said
+def test_command_line_reports_backbone_and_image_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "fit", "--config=digits.yaml", "--model.backbone=alexnet")
+    assert "error: backbone 'alexnet' does not take images of (1, 8, 8): " in message
 
 
-def test_invalid_backbones_are_refused() -> None:
+def test_invalid_backbones_are_rejected() -> None:
     with pytest.raises(InputError, match="no backbone is named 'resnet19'"):
         create_backbone("resnet19", (3, 32, 32))
     with pytest.raises(InputError, match="wdith"):

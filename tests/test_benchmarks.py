@@ -1,4 +1,4 @@
-"""Benchmarks run; their measurements are not judged here."""
+"""Benchmarks run; their measurements are not checked."""
 
 import json
 import runpy

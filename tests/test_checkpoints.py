@@ -1,4 +1,4 @@
-"""Files of weights: what is refused and why, and what a network takes from another."""
+"""Checkpoints and files of weights: damage, code, warm start and earlier releases."""
 
 import importlib
 import io
@@ -41,7 +41,7 @@ def flipped(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (lambda whole: b"", "not a complete checkpoint"),
         (lambda whole: b"text", "not a complete checkpoint"),
@@ -50,18 +50,18 @@ def flipped(content: bytes) -> bytes:
         (lambda whole: pickle.dumps(Call()), "not a complete checkpoint"),
     ],
 )
-def test_incomplete_or_damaged_files_are_refused(content: Callable[[bytes], bytes], said: str) -> None:
+def test_incomplete_or_damaged_files_are_rejected(content: Callable[[bytes], bytes], message: str) -> None:
     path = Path("some.ckpt")
     torch.save({"state_dict": {"weight": torch.full((3,), 7.0)}}, path)
     assert read(path)["state_dict"]["weight"].tolist() == [7, 7, 7]
     path.write_bytes(content(path.read_bytes()))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read(path)
     assert not Path("called").exists()
 
 
 @pytest.mark.parametrize(
-    ("saved", "said"),
+    ("saved", "message"),
     [
         (Call(), "loading it would run code"),
         ({"state_dict": Call()}, "loading it would run code"),
@@ -76,9 +76,9 @@ def test_incomplete_or_damaged_files_are_refused(content: Callable[[bytes], byte
         ),
     ],
 )
-def test_what_is_not_weights_is_refused(saved: Any, said: str) -> None:
+def test_files_without_weights_are_rejected(saved: Any, message: str) -> None:
     torch.save(saved, "some.ckpt")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read("some.ckpt")
     assert not Path("called").exists()
 
@@ -98,11 +98,11 @@ def test_damage_at_any_byte_is_detected() -> None:
             after = read(path)["state_dict"]
         except InputError:
             continue
-        assert torch.equal(after["weight"], before)  # the damage is where nothing is kept
+        assert torch.equal(after["weight"], before)  # the damaged bytes hold no data
 
 
 def repacked(content: bytes, compression: int = zipfile.ZIP_DEFLATED, copies: int = 1) -> bytes:
-    """A checkpoint whose files are compressed or stored again, some of them twice."""
+    """Return a checkpoint whose members are compressed or stored again, possibly several times."""
     packed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(packed, "w", compression) as target:
         for entry in source.infolist():
@@ -113,7 +113,7 @@ def repacked(content: bytes, compression: int = zipfile.ZIP_DEFLATED, copies: in
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("how", [{}, {"compression": zipfile.ZIP_LZMA}, {"compression": 0, "copies": 2}], ids=str)
-def test_repacked_checkpoint_is_refused(how: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_repacked_checkpoint_is_rejected(how: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config=digits.yaml", *SHORT])
     path = Path("runs/digits/m2-s0/checkpoints/best.ckpt")
     path.write_bytes(repacked(path.read_bytes(), **how))
@@ -126,7 +126,7 @@ def test_repacked_checkpoint_is_refused(how: dict[str, int], capsys: pytest.Capt
     assert not Path("backbone.pt").exists()
 
 
-def test_a_stored_copy_is_read() -> None:
+def test_uncompressed_copy_is_read() -> None:
     torch.save({"state_dict": {"weight": torch.arange(50.0)}}, "some.ckpt")
     Path("copy.ckpt").write_bytes(repacked(Path("some.ckpt").read_bytes(), compression=zipfile.ZIP_STORED))
     assert torch.equal(read("copy.ckpt")["state_dict"]["weight"], torch.arange(50.0))
@@ -134,7 +134,7 @@ def test_a_stored_copy_is_read() -> None:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """The address of a server of the working directory."""
+    """Serve the working directory, and return the address."""
     handler = partial(SimpleHTTPRequestHandler, directory=str(Path.cwd()))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
@@ -183,7 +183,7 @@ def test_no_reader_runs_code_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) 
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
-def test_a_checkpoint_says_by_whom_and_in_which_format_it_was_written() -> None:
+def test_checkpoint_stores_version_and_format() -> None:
     trainer = make_trainer(max_steps=1)
     trainer.fit(make_model(), BlobsDataModule())
     trainer.save_checkpoint("some.ckpt", weights_only=False)
@@ -211,7 +211,7 @@ def test_failed_write_is_an_error_and_keeps_the_old_file(tmp_path: Path) -> None
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "some.ckpt"]
 
 
-def test_the_config_of_an_earlier_run_with_the_former_name_of_the_plugin_is_read() -> None:
+def test_config_with_the_former_name_of_the_plugin_is_read() -> None:
     main(["fit", "--config=digits.yaml", *SHORT])
     config = Path("runs/digits/m2-s0/config.yaml")
     name = "lsoftmax_lightning.checkpoints.AtomicCheckpointIO"
@@ -224,7 +224,7 @@ def test_the_config_of_an_earlier_run_with_the_former_name_of_the_plugin_is_read
 
 
 class Plain(nn.Module):
-    """A softmax network as anybody may write it."""
+    """Softmax network of a user."""
 
     def __init__(self, backbone: nn.Module, bias: bool = True, num_classes: int = 4) -> None:
         super().__init__()
@@ -236,18 +236,18 @@ def bare(plain: Plain) -> dict[str, Tensor]:
     return plain.state_dict()
 
 
-def of_lightning(plain: Plain) -> dict[str, Any]:
+def lightning_checkpoint(plain: Plain) -> dict[str, Any]:
     state = {f"model.{name}": weight for name, weight in plain.state_dict().items()}
     return {"state_dict": state | {"metric.total": torch.zeros(())}, "pytorch-lightning_version": "2.0.0"}
 
 
-def of_ddp_and_compile(plain: Plain) -> dict[str, Tensor]:
+def ddp_and_compile(plain: Plain) -> dict[str, Tensor]:
     return {f"module._orig_mod.{name}": weight for name, weight in plain.state_dict().items()}
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("saved", [bare, of_lightning, of_ddp_and_compile])
-def test_margin_training_starts_from_a_softmax_network(
+@pytest.mark.parametrize("saved", [bare, lightning_checkpoint, ddp_and_compile])
+def test_warm_start_loads_a_softmax_network(
     saved: Callable[[Plain], dict[str, Any]], bias: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = make_model(margin=1)
@@ -259,14 +259,14 @@ def test_margin_training_starts_from_a_softmax_network(
     for name, weight in model.backbone.state_dict().items():
         assert torch.equal(weight, plain.features.state_dict()[name])
     assert torch.equal(model.head.weight, plain.fc.weight)
-    said = caplog.messages[-1]
-    assert "Warm start from softmax.pt: loaded the backbone" in said
-    assert "and the classifier (" in said
-    assert ("fc.bias" in said) == bias
-    assert ("metric.total" in said) == (saved is of_lightning)
+    message = caplog.messages[-1]
+    assert "Warm start from softmax.pt: loaded the backbone" in message
+    assert "and the classifier (" in message
+    assert ("fc.bias" in message) == bias
+    assert ("metric.total" in message) == (saved is lightning_checkpoint)
 
 
-def test_a_backbone_alone_is_taken_and_a_head_begins_at_random(caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_start_with_other_classes_initialises_the_head(caplog: pytest.LogCaptureFixture) -> None:
     torch.save(make_model(num_classes=7).state_dict(), "seven.pt")
     with caplog.at_level("INFO"):
         make_model(warm_start="seven.pt")
@@ -274,7 +274,7 @@ def test_a_backbone_alone_is_taken_and_a_head_begins_at_random(caplog: pytest.Lo
 
 
 class Stateful(nn.Sequential):
-    """A backbone with a state that is no tensor."""
+    """Backbone with an extra state that is not a tensor."""
 
     num_features = 4
 
@@ -312,7 +312,7 @@ def test_warm_start_reads_weights_of_torchvision() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda state: {}, "no state_dict"),
         (lambda state: {"other.weight": torch.zeros(2)}, "got no weight for .* of shape .*a mismatch for"),
@@ -324,13 +324,13 @@ def test_warm_start_reads_weights_of_torchvision() -> None:
         ),
     ],
 )
-def test_warm_start_from_another_network_is_refused(change: Callable[[Any], Any], said: str) -> None:
+def test_warm_start_from_another_network_is_rejected(change: Callable[[Any], Any], message: str) -> None:
     torch.save(change(make_model().state_dict()), "other.pt")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         make_model(warm_start="other.pt")
 
 
-def test_a_run_that_began_warm_is_resumed_without_the_file() -> None:
+def test_warm_started_module_loads_without_the_file() -> None:
     torch.save(make_model(margin=1).state_dict(), "softmax.pt")
     model = make_model(warm_start="softmax.pt")
     trainer = make_trainer(max_steps=1)
@@ -341,7 +341,7 @@ def test_a_run_that_began_warm_is_resumed_without_the_file() -> None:
     assert torch.equal(loaded.head.weight, model.head.weight)
 
 
-def test_command_line_takes_warm_start() -> None:
+def test_command_line_accepts_warm_start() -> None:
     main(["fit", "--config=digits.yaml", *SHORT, "--model.margin=1"])
     best = "runs/digits/m1-s0/checkpoints/best.ckpt"
     begin = [*SHORT, "--model.optimizer.lr=0", f"--model.warm_start={best}"]
@@ -353,7 +353,9 @@ def test_command_line_takes_warm_start() -> None:
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("releases/*.ckpt")), ids=lambda path: path.name)
 @pytest.mark.filterwarnings("ignore:The best checkpoint in", "ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning")  # newer than the oldest
+@pytest.mark.filterwarnings(
+    "ignore:The loaded checkpoint was produced with Lightning"
+)  # newer than the oldest supported one
 def test_checkpoint_of_an_earlier_release_resumes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE / "releases"))
     module: Any = importlib.import_module("flat").Module

@@ -1,4 +1,4 @@
-"""The loss by chunks against that of the logits."""
+"""Chunked loss compared with the loss of dense logits."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -31,8 +31,8 @@ def batch(size: int, width: int, classes: int, dtype: torch.dtype = torch.float6
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("size", [1, 64, 150])  # a part of a chunk, a whole one, and more
-def test_values_and_gradients_are_those_of_the_logits(m: int, size: int, smoothing: float) -> None:
+@pytest.mark.parametrize("size", [1, 64, 150])  # less than a chunk, one chunk, and more
+def test_loss_and_gradients_equal_those_of_the_dense_logits(m: int, size: int, smoothing: float) -> None:
     x, weight, target = batch(size, 16, 37)
     plain = F.linear(x, weight)
     logits = margin_logits(plain, x, weight, target, m, 0.3)
@@ -49,8 +49,8 @@ def test_values_and_gradients_are_those_of_the_logits(m: int, size: int, smoothi
 def test_gradient_of_only_one_input(asked: int) -> None:
     x, weight, target = batch(70, 16, 5)
     whole = torch.autograd.grad(chunked_cross_entropy(x, weight, target, 3).loss, (x, weight))[asked]
-    parts = [part.detach().requires_grad_(at == asked) for at, part in enumerate((x, weight))]
-    (alone,) = torch.autograd.grad(chunked_cross_entropy(*parts, target, 3).loss, parts[asked])
+    inputs = [tensor.detach().requires_grad_(index == asked) for index, tensor in enumerate((x, weight))]
+    (alone,) = torch.autograd.grad(chunked_cross_entropy(*inputs, target, 3).loss, inputs[asked])
     assert torch.equal(alone, whole)
     assert not chunked_cross_entropy(x.detach(), weight.detach(), target, 3).loss.requires_grad
 
@@ -62,12 +62,12 @@ def test_backward_runs_only_once() -> None:
     with pytest.raises(RuntimeError, match="backward can run only once"):
         loss.backward()
     loss = chunked_cross_entropy(x, weight, target, 3).loss
-    with pytest.raises(RuntimeError, match="no second derivatives"):  # which would be left out in silence
+    with pytest.raises(RuntimeError, match="no second derivatives"):  # would be silently ignored
         torch.autograd.grad(loss, x, create_graph=True)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_it_computes_none(context: Callable[[], AbstractContextManager[None]]) -> None:
+def test_no_gradients_are_computed_without_grad_mode(context: Callable[[], AbstractContextManager[None]]) -> None:
     x, _, target = batch(70, 16, CHUNKED_FROM, torch.float32)
     head = LSoftmaxLinear(16, CHUNKED_FROM, margin=3, lambda_=0.3)
     expected = chunked_cross_entropy(x, head.weight, target, 3, 0.3)
@@ -81,13 +81,13 @@ def test_without_gradients_it_computes_none(context: Callable[[], AbstractContex
     assert not {"aten::addmm_", "aten::index_add_"} & {event.name for event in profile.events()}
 
 
-def test_a_weighted_or_ignoring_criterion_is_not_replaced() -> None:
+def test_criterion_with_weight_or_ignore_index_is_not_replaced() -> None:
     assert is_plain_cross_entropy(nn.CrossEntropyLoss(label_smoothing=0.1))
     for settings in ({"weight": torch.ones(4)}, {"reduction": "sum"}, {"ignore_index": 0}):
         assert not is_plain_cross_entropy(nn.CrossEntropyLoss(**settings))  # type: ignore[arg-type]
 
 
-def test_unsupported_settings_are_refused() -> None:
+def test_unsupported_settings_are_rejected() -> None:
     x, weight, target = batch(4, 16, 5)
     with pytest.raises(InputError, match="lambda_: must not require gradients"):
         chunked_cross_entropy(x, weight, target, 3, torch.tensor(1.0, requires_grad=True))
@@ -98,7 +98,7 @@ def test_unsupported_settings_are_refused() -> None:
 def test_distant_logits_stay_finite() -> None:
     x, weight, target = batch(70, 16, 5, torch.float32)
     with torch.no_grad():
-        x *= 1e3  # exp of a logit is out of any range, and the margin puts the own one far below the others
+        x *= 1e3  # exp of a logit overflows, and the margin moves the target logit far below the others
         target = F.linear(x, weight).argmin(1)
     loss = F.cross_entropy(margin_logits(F.linear(x, weight), x, weight, target, 4), target)
     found = chunked_cross_entropy(x, weight, target, 4).loss
@@ -118,7 +118,7 @@ def test_nan_gives_nan_loss_and_a_valid_prediction() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_equals_single_within_rounding(dtype: torch.dtype, autocast: bool) -> None:
-    """float16 does not hold the gradient of a logit among 2,000, and is computed in float32."""
+    """float16 cannot represent the gradient of a logit among 2,000; it is computed in float32."""
     x, weight, target = batch(70, 32, 2000, torch.float32)
     whole = torch.autograd.grad(chunked_cross_entropy(x, weight, target, 4, 1.0).loss, (x, weight))
     parts = (x, weight) if autocast else [part.detach().to(dtype).requires_grad_() for part in (x, weight)]
@@ -141,7 +141,7 @@ def test_empty_batch_has_loss_zero() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, -100])
-def test_absent_class_is_an_error(wrong: int) -> None:
+def test_class_out_of_range_is_an_error(wrong: int) -> None:
     x, weight, target = batch(4, 16, 5)
     target[2] = wrong
     with pytest.raises(InputError, match="target must hold classes 0 to 4, got"):
@@ -165,12 +165,12 @@ def test_module_with_many_classes_uses_the_chunked_loss() -> None:
     torch.testing.assert_close(loss, model.criterion(model.head.apply_margin(logits, x, target), target))
     assert torch.equal(prediction, logits.argmax(1))
 
-    model.criterion = torch.nn.MultiMarginLoss()  # needs them
+    model.criterion = torch.nn.MultiMarginLoss()  # needs dense logits
     assert torch.equal(model.margin_loss(x, target)[1], logits)
 
 
-def test_chunked_loss_takes_a_fraction_of_the_memory() -> None:
-    """More than a chunk of logits at a time would not fit."""
+def test_chunked_loss_uses_a_fraction_of_the_memory() -> None:
+    """Only one chunk of logits is in memory at a time."""
     x, weight, target = batch(4096, 64, 20_000, torch.float32)
     with torch.profiler.profile(profile_memory=True) as profile:
         chunked_cross_entropy(x, weight, target, 4).loss.backward()

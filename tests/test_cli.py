@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""Command line, from the perspective of a user."""
 
 import gc
 import json
@@ -33,12 +33,12 @@ from .helpers.command_line import FIRST_IS_BEST, QUIET, SHORT, fails, small_data
 from .helpers.forked import run_on
 from .helpers.formats import write_folder, write_lfw
 
-# a head of few classes, augmented images, and pairs of faces
+# few classes, augmented images, and pairs of faces
 ON_TWO_DEVICES = ("digits.yaml", "cifar10plus.yaml", "lfw.yaml")
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-@pytest.mark.filterwarnings("ignore:.*non-finite embeddings")  # in the one batch of a fast_dev_run
+@pytest.mark.filterwarnings("ignore:.*non-finite embeddings")  # a fast_dev_run has one batch
 def test_every_shipped_config_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = small_data(config.name, tmp_path / "small", monkeypatch)
     cli = main(["fit", "--config", config.name, "--trainer.fast_dev_run=true", *QUIET, *data])
@@ -75,7 +75,7 @@ def test_every_shipped_config_is_complete(config: Path) -> None:
     assert not re.search("TODO|EXPECTED", text)
     keys = yaml.safe_load(text)
     assert {"model", "data", "trainer"} <= set(keys)
-    assert "num_classes" not in keys["model"]["init_args"]  # the data says it
+    assert "num_classes" not in keys["model"]["init_args"]  # the data define it
 
 
 def test_test_and_predict_find_the_folder_of_fit() -> None:
@@ -89,9 +89,9 @@ def test_test_and_predict_find_the_folder_of_fit() -> None:
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 9
     results = json.loads((run / "results.json").read_text())
     angles = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what in ("mean", "nearest", "min")}
-    figures = {"acc", "loss", "angle", "feature_norm", "segment_0", "segment_1"} | angles
+    metrics = {"acc", "loss", "angle", "feature_norm", "segment_0", "segment_1"} | angles
     chosen_by = results.pop("val/centre_angle_nearest")
-    assert set(results) == {f"test/{name}" for name in figures}
+    assert set(results) == {f"test/{name}" for name in metrics}
     scores = [
         state["best_model_score"].item()
         for name, state in torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"].items()
@@ -156,13 +156,13 @@ def test_fit_tests_the_weights_of_the_best_checkpoint(callback: list[str], monke
     assert json.loads(Path("runs/digits/m2-s0/test/results.json").read_text()) == pytest.approx(results)
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # said by Lightning, rightly, of a folder named twice
 @pytest.mark.parametrize(("seed", "name"), [("3", "m2-s3"), ("false", "m2")])
 def test_a_run_is_named_after_its_margin_and_seed(seed: str, name: str) -> None:
     main(["fit", "--config", "digits.yaml", *SHORT, f"--seed_everything={seed}", "--trainer.limit_test_batches=1"])
     assert [folder.name for folder in Path("runs/digits").iterdir()] == [name]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # Lightning warns about a folder that is used twice
 def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", "--config", "digits.yaml", *SHORT]
     for _ in range(2):
@@ -219,24 +219,24 @@ def test_the_mode_follows_the_metric_of_the_best_checkpoint(
     (best,) = (c for c in cli.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint))
     assert best.mode == mode
     assert yaml.safe_load(Path("runs/digits/m2-s0/config.yaml").read_text())["checkpoint"]["mode"] == mode
-    said = {"max": "Best checkpoint: highest", "min": "Best checkpoint: lowest"}[mode]
-    assert (f"{said} {best.monitor}" in caplog.messages) == (best.monitor is not None)
+    message = {"max": "Best checkpoint: highest", "min": "Best checkpoint: lowest"}[mode]
+    assert (f"{message} {best.monitor}" in caplog.messages) == (best.monitor is not None)
 
 
 @pytest.mark.parametrize("config", ["digits.yaml", "mnist.yaml"])
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["--checkpoint.monitor=val/acc", "--checkpoint.mode=min"], "the best val/acc is its maximum, got min"),
         (["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"], "the best val/loss is its minimum, got max"),
         (["--checkpoint.monitor=val/feature_norm"], "checkpoint.mode: is not known for val/feature_norm; set min if"),
     ],
 )
-def test_the_worst_checkpoint_is_never_kept(
-    settings: list[str], said: str, config: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_or_missing_checkpoint_mode_is_rejected(
+    settings: list[str], message: str, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in (["fit", "--config", config], ["compare", "--config", config, "--margins", "1"]):
-        assert said in fails(capsys, *command, *settings)
+        assert message in fails(capsys, *command, *settings)
 
 
 def test_only_errors_in_the_users_code_show_a_traceback(
@@ -256,7 +256,7 @@ def test_only_errors_in_the_users_code_show_a_traceback(
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("purge_step=true", "trainer.logger.purge_step must be a step below 2^63, or null, got True."),
         ("purge_step=99999999999999999999", "trainer.logger.purge_step must be"),
@@ -265,8 +265,10 @@ def test_only_errors_in_the_users_code_show_a_traceback(
         ("max_queue=[1]", "trainer.logger.max_queue must be an integer, got [1]."),
     ],
 )
-def test_settings_of_the_event_writer_are_checked(setting: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in fails(capsys, "fit", "--config", "digits.yaml", *SHORT, f"--trainer.logger.{setting}")
+def test_settings_of_the_event_writer_are_checked(
+    setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, "fit", "--config", "digits.yaml", *SHORT, f"--trainer.logger.{setting}")
     assert not Path("runs").exists()
 
 
@@ -293,7 +295,7 @@ def test_tuners_of_lightning_run_before_the_training(finder: list[str], num_imag
     name, *settings = finder
     config = ["--config=digits.yaml", f"--data.train_size={num_images}", *QUIET]
     args = ["fit", *config, "--trainer.max_epochs=3", f"--trainer.callbacks+={name}", *settings]
-    gc.freeze()  # Lightning collects garbage at each trial, and searches whatever is imported
+    gc.freeze()  # Lightning collects garbage at each trial, which is slow with many imports
     cli = LSoftmaxCLI(args, callbacks=[Record()])
     gc.unfreeze()
     steps = 3 * (num_images // batch_size)
@@ -319,19 +321,19 @@ def test_aliases_of_a_config_are_bounded(argument: str, text: str, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("seed_everything: 1\nseed_everything: 2\n", "seed_everything: must be in a mapping once, got lines 1 and 2"),
         ("trainer:\n  logger: {name: a, name: b}\n", "name: must be in a mapping once, got lines 2 and 2"),
         ("trainer:\n  callbacks:\n  - {class_path: a, class_path: b}\n", "class_path: must be in a mapping once"),
     ],
 )
-def test_a_key_is_given_once(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicate_keys_are_rejected(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("twice.yaml").write_text(text)
-    assert said in fails(capsys, "fit", "--config=digits.yaml", "--config=twice.yaml")
+    assert message in fails(capsys, "fit", "--config=digits.yaml", "--config=twice.yaml")
 
 
-def test_merged_keys_may_be_given_again() -> None:
+def test_merged_keys_can_be_overridden() -> None:
     Path("merged.yaml").write_text("trainer:\n  <<: {max_epochs: 1, max_steps: 7}\n  <<: {}\n  max_epochs: 2\n")
     cli = main(["fit", "--config=digits.yaml", "--config=merged.yaml", *QUIET, "--trainer.limit_train_batches=2"])
     assert cli is not None
@@ -375,7 +377,7 @@ class Faces(VerificationModule):
 
 
 @pytest.mark.parametrize("name", ["Narrow", "Fixed", "Faces"])
-def test_a_subclass_may_fix_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subclass_can_fix_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("narrow_module.py").write_text(NARROW)
     monkeypatch.syspath_prepend("")
     config, data = "digits.yaml", []
@@ -420,10 +422,10 @@ def test_a_trained_module_pickles_without_the_parser() -> None:
     assert b"jsonargparse" not in Path("model.pt").read_bytes()
     loaded = torch.load("model.pt", weights_only=False)
     assert loaded.configure_optimizers()["optimizer"].defaults["lr"] == 0.05
-    pickle.dumps(cli.datamodule)  # which holds the Trainer and its callbacks
+    pickle.dumps(cli.datamodule)  # references the Trainer and its callbacks
 
 
-RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a new folder for the rest of the run
+RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the resumed run has a new folder
 
 
 @RESUMED
@@ -433,7 +435,7 @@ def test_resume_continues_the_training() -> None:
     cli = main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.max_epochs=2", last])
     assert cli is not None
     assert cli.trainer.global_step == 6
-    assert cli.model.lambda_schedule == AccuracyFeedback()  # what a checkpoint does not hold, the config says
+    assert cli.model.lambda_schedule == AccuracyFeedback()  # from the config, because checkpoints do not store it
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0005)
 
 
@@ -446,7 +448,7 @@ def test_given_settings_override_those_of_a_checkpoint() -> None:
     assert cli.model.head.margin == 3
 
 
-def test_checkpoint_of_another_network_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_of_another_network_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
     test = ["test", "--config", "digits.yaml", *QUIET, "--ckpt_path"]
     best = "runs/digits/m2-s0/checkpoints/best.ckpt"
@@ -456,8 +458,10 @@ def test_checkpoint_of_another_network_is_refused(capsys: pytest.CaptureFixture[
     torch.save({"weight": torch.zeros(1)}, "bare.ckpt")
     assert "has weights alone: begin with them by --model.warm_start bare.ckpt" in fails(capsys, *test, "bare.ckpt")
     torch.save(Path("unsafe"), "unsafe.ckpt")
-    said = fails(capsys, *test, "unsafe.ckpt")
-    assert re.search(r"loading it would run code \(pathlib(\._local)?\.PosixPath\)", said)  # its name on Python 3.13
+    message = fails(capsys, *test, "unsafe.ckpt")
+    assert re.search(
+        r"loading it would run code \(pathlib(\._local)?\.PosixPath\)", message
+    )  # the second name is that of Python 3.13
     assert "there is no file runs" in fails(capsys, *test, "runs")
 
 
@@ -510,8 +514,17 @@ def test_configs_command_lists_each_config_with_a_description(capsys: pytest.Cap
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("cifar10.yaml", "cifar100.yaml", "cifar10plus.yaml", "digits.yaml", "fashion_mnist.yaml"),
-        *("folder.yaml", "lfw.yaml", "lfw_fold.yaml", "mnist.yaml", "mnist_1000.yaml", "mnist_2d.yaml"),
+        "cifar10.yaml",
+        "cifar100.yaml",
+        "cifar10plus.yaml",
+        "digits.yaml",
+        "fashion_mnist.yaml",
+        "folder.yaml",
+        "lfw.yaml",
+        "lfw_fold.yaml",
+        "mnist.yaml",
+        "mnist_1000.yaml",
+        "mnist_2d.yaml",
     ]
     assert all(len(line.split()) > 4 for line in lines)
 
@@ -533,8 +546,10 @@ def test_version_and_print_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_faces_are_predicted_as_embeddings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_lfw(tmp_path / "lfw", folds=10)
     args = ("--config", "lfw_fold.yaml", f"--data.root={tmp_path / 'lfw'}", "--data.num_workers=0", *QUIET[:3])
-    said = "predictions.embeddings: must be true for VerificationModule, which predicts only embeddings, got false; set"
-    assert said in fails(capsys, "predict", *args)
+    message = (
+        "predictions.embeddings: must be true for VerificationModule, which predicts only embeddings, got false; set"
+    )
+    assert message in fails(capsys, "predict", *args)
     main(["predict", *args, "--predictions.output=faces.csv", "--predictions.embeddings=true"])
     _, *paths = Path("faces.csv").read_text().splitlines()
     assert all(Path(path).is_file() for path in paths)
@@ -545,13 +560,21 @@ def test_data_class_of_a_config_can_be_replaced(tmp_path: Path) -> None:
     write_folder(tmp_path)
     cli = main(
         [
-            *("fit", "--config", "cifar10plus.yaml", "--trainer.fast_dev_run=true", *QUIET),
-            *("--data", "ImageFolderDataModule", f"--data.root={tmp_path}", "--data.image_size=16"),
-            *("--data.batch_size=8", "--data.num_workers=0"),
+            "fit",
+            "--config",
+            "cifar10plus.yaml",
+            "--trainer.fast_dev_run=true",
+            *QUIET,
+            "--data",
+            "ImageFolderDataModule",
+            f"--data.root={tmp_path}",
+            "--data.image_size=16",
+            "--data.batch_size=8",
+            "--data.num_workers=0",
         ]
     )
     assert cli is not None
-    assert cli.datamodule.augment.padding == 4  # what both classes take stays as the config says
+    assert cli.datamodule.augment.padding == 4  # settings of both classes are kept
     assert cli.model.head.num_classes == 2
 
 
@@ -561,7 +584,7 @@ def test_testing_random_weights_warns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["fit", "--config", "nope.yaml"], ["no config 'nope.yaml'", "digits.yaml, fashion_mnist.yaml, folder.yaml"]),
         (["configs", "--copy", "nope"], ["no config 'nope'", "digits.yaml"]),
@@ -595,9 +618,9 @@ def test_testing_random_weights_warns() -> None:
         ([], ["fit"]),
     ],
 )
-def test_mistakes_get_one_clear_error(args: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_get_one_clear_error(args: list[str], message: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     printed = fails(capsys, *args, *(QUIET[:-1] if args[:1] == ["fit"] else []))
-    for part in said:
+    for part in message:
         assert part in printed
 
 
@@ -629,4 +652,4 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_ends_with_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = entry_points(group="console_scripts", name="lsoftmax_lightning")
     monkeypatch.setattr("lsoftmax_lightning.__main__.main", lambda: "anything")
-    assert command.load()() is None  # else it is printed, and the code is 1
+    assert command.load()() is None  # any other result would be printed, with exit code 1

@@ -1,4 +1,4 @@
-"""What the package relies on in private parts of libraries, and in the texts of their errors and warnings."""
+"""Private parts of libraries, and texts of their errors and warnings, on which the package relies."""
 
 import inspect
 import multiprocessing
@@ -55,7 +55,7 @@ class Model(BoringModel):
         self.width, self.optimizer = width, optimizer
 
 
-def test_the_datamodule_of_the_current_run_is_not_that_of_an_earlier_one() -> None:
+def test_current_datamodule_ignores_earlier_runs() -> None:
     trainer, data = make_trainer(fast_dev_run=True), BoringDataModule()
     assert compat.current_datamodule(trainer) is None
     for run in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
@@ -63,11 +63,11 @@ def test_the_datamodule_of_the_current_run_is_not_that_of_an_earlier_one() -> No
         assert compat.current_datamodule(trainer) is data
         run(BoringModel(), DataLoader(data.random_full))
         assert compat.current_datamodule(trainer) is None
-        assert trainer.datamodule is data  # otherwise this function is not needed
+        assert trainer.datamodule is data  # the reason for this function
 
 
 class Recorder(compat.CommandLine):
-    """Records the hooks instead of running the command."""
+    """Record the hooks instead of running the command."""
 
     def __init__(self, args: list[str]) -> None:
         self.hooks: list[str] = []
@@ -102,7 +102,7 @@ COMMAND = [
 
 @pytest.fixture(autouse=True)
 def _no_arguments_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LightningCLI warns of arguments that are given twice."""
+    """Clear the arguments of the process, because LightningCLI warns if they are given, too."""
     monkeypatch.setattr(sys, "argv", ["pytest"])
 
 
@@ -113,7 +113,7 @@ def test_a_command_runs_by_its_public_hook(runs: bool) -> None:
     assert isinstance(cli.trainer, Trainer)
 
 
-def test_the_parser_of_a_command_has_its_arguments_only() -> None:
+def test_parser_of_a_command_has_only_its_arguments() -> None:
     cli = Recorder(COMMAND)
     settings = yaml.safe_load(cli.command_parser.dump(cli.config.fit, skip_none=False))
     assert settings["of_fit"] is None
@@ -128,7 +128,7 @@ def test_settings_of_a_checkpoint_do_not_replace_those_of_the_user() -> None:
         assert Recorder([*COMMAND, "--ckpt_path=two.ckpt"]).model.width == 2
 
 
-def test_a_parser_has_its_settings_with_their_types() -> None:
+def test_settings_of_a_parser_have_types() -> None:
     parser = ArgumentParser()
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_argument("--group.part", type=Part)
@@ -141,7 +141,7 @@ def test_a_parser_has_its_settings_with_their_types() -> None:
     assert settings.keys() == options | {"group.part", "model.width", "model.optimizer"}
 
 
-def test_known_subclasses_are_those_that_can_be_created() -> None:
+def test_known_subclasses_exclude_abstract_and_local_ones() -> None:
     class Local(ModelCheckpoint): ...
 
     found = compat.known_subclasses(ModelCheckpoint)
@@ -193,14 +193,14 @@ def test_an_optimizer_of_the_command_line_copies_and_pickles() -> None:
         ("_add_instantiators", ["self"]),
     ],
 )
-def test_private_methods_of_the_command_line_are_as_overridden(name: str, parameters: list[str]) -> None:
+def test_overridden_private_methods_have_the_expected_parameters(name: str, parameters: list[str]) -> None:
     assert list(inspect.signature(getattr(LightningCLI, name)).parameters) == parameters
 
 
 @pytest.mark.parametrize(
     ("strategy", "other_processes"), [("auto", False), ("ddp", False), ("ddp_spawn", True), ("ddp_notebook", True)]
 )
-def test_forked_and_spawned_ranks_are_told_from_launched_ones(strategy: str, other_processes: bool) -> None:
+def test_forked_and_spawned_ranks_are_distinguished_from_launched_ones(strategy: str, other_processes: bool) -> None:
     trainer = make_trainer(strategy=strategy, devices=2 if strategy != "auto" else 1)
     trainer.strategy._configure_launcher()
     assert compat.trains_in_other_processes(trainer) == other_processes
@@ -241,7 +241,7 @@ def test_a_strategy_shards_over_all_ranks(sync_batchnorm: bool) -> None:
     assert done.stdout.splitlines() == 2 * [f"2 {'SyncBatchNorm' if sync_batchnorm else 'BatchNorm1d'}"], done.stderr
 
 
-def test_steps_whose_metrics_are_logged_are_known_before() -> None:
+def test_logged_steps_are_known_in_advance() -> None:
     steps = []
 
     class Steps(Callback):
@@ -290,10 +290,10 @@ def test_a_checkpoint_is_written_by_the_public_methods() -> None:
     callback = Written()
     trainer = make_trainer(callbacks=[callback], enable_checkpointing=True, max_steps=3, log_every_n_steps=1)
     trainer.fit(BoringModel(), BoringDataModule())
-    assert callback.states == 3 * [(True, True, True)]  # and not again at the end of the epoch
+    assert callback.states == 3 * [(True, True, True)]  # not again at the end of the epoch
 
 
-def test_lightning_warns_of_a_folder_that_is_used_again() -> None:
+def test_lightning_warns_about_a_used_folder() -> None:
     Path("used").mkdir()
     Path("used", "last.ckpt").write_text("")
     trainer = make_trainer(callbacks=[ModelCheckpoint("used")], enable_checkpointing=True, fast_dev_run=False)
@@ -301,7 +301,7 @@ def test_lightning_warns_of_a_folder_that_is_used_again() -> None:
         trainer.fit(BoringModel(), BoringDataModule())
 
 
-def test_the_warning_of_leaf_specs_is_of_lightning_itself() -> None:
+def test_leaf_spec_warning_is_caused_by_lightning() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _tree_flatten([1, 2])
@@ -340,7 +340,7 @@ def test_the_schedulers_of_a_chain_are_found() -> None:
     assert compat.schedulers_in(schedulers[0]) == [schedulers[0]]
 
 
-def test_a_false_condition_fails() -> None:
+def test_assert_on_device_raises_for_a_false_condition() -> None:
     compat.assert_on_device(torch.tensor(True))
     with pytest.raises(RuntimeError):
         compat.assert_on_device(torch.tensor(False))
@@ -379,7 +379,7 @@ class Whole:
         pass
 
 
-def test_the_error_of_a_constructor_is_found_in_that_of_the_parser() -> None:
+def test_constructor_error_is_extracted_from_the_parser_error() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Whole, "whole")
     config = parser.parse_args([f"--whole={__name__}.Whole", f"--whole.part={__name__}.Refusing"])
@@ -389,7 +389,7 @@ def test_the_error_of_a_constructor_is_found_in_that_of_the_parser() -> None:
     assert str(user_message(caught.value)) == "of the constructor"
 
 
-def test_the_code_that_a_checkpoint_would_run_is_named() -> None:
+def test_code_in_a_checkpoint_is_named() -> None:
     torch.save(Path("unsafe"), "unsafe.ckpt")
     with pytest.raises(UnpicklingError) as caught:
         torch.load("unsafe.ckpt", weights_only=True)
@@ -406,7 +406,7 @@ class Damaged:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_message_of_a_worker_is_found_in_its_traceback(num_workers: int) -> None:
+def test_message_of_a_worker_is_extracted_from_its_traceback(num_workers: int) -> None:
     loader: DataLoader[Any] = DataLoader(Damaged(), num_workers=num_workers)  # type: ignore[arg-type]
     with pytest.raises(DataError) as caught:
         next(iter(loader))
@@ -415,13 +415,13 @@ def test_the_message_of_a_worker_is_found_in_its_traceback(num_workers: int) -> 
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_workers_of_an_iterator_that_is_kept_end(num_workers: int) -> None:
+def test_end_workers_ends_the_workers_of_a_kept_iterator(num_workers: int) -> None:
     before = set(multiprocessing.active_children())
     batches = iter(DataLoader(range(100), num_workers=num_workers, worker_init_fn=ignore_signals))  # type: ignore[arg-type]
     next(batches)
     assert len(set(multiprocessing.active_children()) - before) == num_workers
     compat.end_workers(batches)
-    assert set(multiprocessing.active_children()) <= before  # one of an earlier test may end meanwhile
+    assert set(multiprocessing.active_children()) <= before  # a worker of an earlier test may end in the meantime
 
 
 def fail(rank: int, error: Exception) -> None:
@@ -431,7 +431,7 @@ def fail(rank: int, error: Exception) -> None:
 @pytest.mark.parametrize(
     ("error", "message"), [(InputError("two\nlines"), "two\nlines"), (ValueError("of somebody else"), None)]
 )
-def test_the_message_of_a_spawned_rank_is_found_in_its_traceback(error: Exception, message: str | None) -> None:
+def test_message_of_a_spawned_rank_is_extracted_from_its_traceback(error: Exception, message: str | None) -> None:
     with pytest.raises(ProcessRaisedException) as caught:
         torch.multiprocessing.start_processes(fail, (error,), nprocs=1, start_method="fork")
     assert library_messages.spawned_rank_message(caught.value, USER_ERRORS) == message
@@ -479,7 +479,7 @@ PEER_DIED = "gloo/transport/tcp/pair.cc"
 
 
 @pytest.mark.parametrize("text", FAILURES)
-def test_errors_of_torch_have_the_texts_that_advice_is_for(text: str) -> None:
+def test_errors_of_torch_match_the_advice(text: str) -> None:
     with pytest.raises((RuntimeError, ValueError)) as caught:
         FAILURES[text]()
     assert user_message(caught.value) == ADVICE[text]
@@ -507,7 +507,7 @@ def test_every_advice_is_tested() -> None:
     assert {*FAILURES, PEER_DIED} == ADVICE.keys()
 
 
-def test_the_dump_of_the_settings_is_that_of_lightning() -> None:
+def test_config_dump_equals_that_of_lightning() -> None:
     cli = InstantiatedCLI(["fit", "--config=digits.yaml"])
     checked = cli.parser.dump(cli.config, skip_link_targets=False, skip_none=False, format="yaml")
     assert cli.config_dump == yaml.safe_load(checked)["fit"]

@@ -1,4 +1,4 @@
-"""The shipped configs: short, and with the settings that they leave out."""
+"""Shipped configs: their length, and the defaults that they omit."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.config_files import flat
 
 PATHS = sorted(CONFIGS.glob("*.yaml"))
-LEFT_OUT = {
+OMITTED_DEFAULTS = {
     "seed_everything": 0,
     "model.lambda_schedule.class_path": "lsoftmax_lightning.schedules.AccuracyFeedback",
     "model.lambda_schedule.gain": 1000.0,
@@ -29,18 +29,18 @@ def settings_of(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_a_config_is_short_and_leaves_out_only_defaults(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_is_short_and_omits_only_defaults(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert len(lines) <= 20
     stated, found = flat(yaml.safe_load(path.read_text())), settings_of(capsys, f"--config={path.name}")
-    expected = LEFT_OUT | {"trainer.logger.name": path.stem}
+    expected = OMITTED_DEFAULTS | {"trainer.logger.name": path.stem}
     for name in expected.keys() - stated.keys():
         if name in found:  # another schedule has no gain, the digits have no folder
             assert found[name] == expected[name], name
     assert stated.keys() <= found.keys()
 
 
-def test_the_name_of_a_run_is_that_of_its_first_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_is_named_after_its_first_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine, logger = tmp_path / "mine.yaml", tmp_path / "logger.yaml"
     mine.write_text("trainer: {max_epochs: 3}\n")
     logger.write_text("trainer: {logger: {init_args: {name: chosen}}}\n")

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its data: other data are refused, and a prediction or export needs none."""
+"""Data specification of a checkpoint: other data are rejected, and prediction and export need no dataset."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ class Brighter(BlobsDataModule):
 
 
 class Foreign(LightningDataModule):
-    """A datamodule that has no attributes, and serves images that are ready for the network."""
+    """Datamodule without attributes, whose images are normalised."""
 
     def train_dataloader(self) -> Any:
         samples = [(torch.rand(1, 8, 8), number % 4) for number in range(8)]
@@ -62,8 +62,8 @@ def fit_blobs(name: str, data: LightningDataModule | None = None) -> Classificat
 
 
 @pytest.mark.parametrize("is_full", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_command_line_refuses_other_data(is_full: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command with one change and every change with one command, or all of all."""
+def test_command_line_rejects_other_data(is_full: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Try every command with one change and every change with one command, or all combinations."""
     fit_folder()
     renamed = Path("renamed")
     write_folder(renamed)
@@ -80,17 +80,17 @@ def test_the_command_line_refuses_other_data(is_full: bool, capsys: pytest.Captu
         "--data.std=[0.5,0.5,0.5]": "std (0.5, 0.5, 0.5) instead of",
     }
     commands = ["test", "validate", "predict", "fit"]
-    for index, (change, said) in enumerate(changes.items()):
+    for index, (change, message) in enumerate(changes.items()):
         for command in commands if is_full or index == 0 else [commands[index % len(commands)]]:
             more = QUIET if command != "fit" else [*SHORT, "--trainer.max_epochs=2"]
             printed = fails(capsys, command, *FOLDER, "--data.image_size=8", change, *more, f"--ckpt_path={BEST}")
-            assert f"error: data: differ from those that the network was trained on, got {said}" in printed
+            assert f"error: data: differ from those that the network was trained on, got {message}" in printed
     # the class names of an export are those of the checkpoint
     assert "got mean" in fails(capsys, "export", f"--ckpt_path={BEST}", "--data.mean=[0.5,0.5,0.5]")
 
 
 @pytest.mark.parametrize("checkpoint", [BEST, "best"])
-def test_a_prediction_of_a_folder_needs_no_data_set(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prediction_of_a_folder_needs_no_dataset(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     fit_folder()
     args = [*FOLDER, "--data.image_size=8", *QUIET, f"--ckpt_path={checkpoint}", "--predictions.output=out.csv"]
     main(["predict", *args])
@@ -99,8 +99,8 @@ def test_a_prediction_of_a_folder_needs_no_data_set(checkpoint: str, capsys: pyt
     shutil.rmtree("images")
     main(["predict", *args, "--data.predict_folder=photos"])
     assert [row.partition(",")[2] for row in Path("out.csv").read_text().splitlines()] == expected
-    said = fails(capsys, "predict", *args, "--data.predict_folder=photos", "--data.image_size=9")
-    assert "image_shape (3, 9, 9) instead of (3, 8, 8)" in said
+    message = fails(capsys, "predict", *args, "--data.predict_folder=photos", "--data.image_size=9")
+    assert "image_shape (3, 9, 9) instead of (3, 8, 8)" in message
     assert "images/train: the folder does not exist" in fails(capsys, "predict", *args)
 
 
@@ -117,7 +117,7 @@ def test_a_prediction_of_a_folder_downloads_nothing() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_an_export_needs_no_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_needs_no_dataset(capsys: pytest.CaptureFixture[str]) -> None:
     fit_folder()
     shutil.rmtree("images")
     main(["export", f"--ckpt_path={BEST}", "--format=torch_export"])
@@ -129,7 +129,7 @@ def test_an_export_needs_no_data_set(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("data", [Renamed(), Brighter()], ids=lambda data: type(data).__name__)
-def test_a_trainer_refuses_other_data(data: BlobsDataModule) -> None:
+def test_trainer_rejects_other_data(data: BlobsDataModule) -> None:
     model = fit_blobs("some.ckpt")
     loaded = ClassificationModule.load_from_checkpoint("some.ckpt", weights_only=True)
     for evaluated, path in ((model, None), (loaded, None), (make_model(), "some.ckpt")):
@@ -141,7 +141,7 @@ def test_a_trainer_refuses_other_data(data: BlobsDataModule) -> None:
         make_trainer(max_epochs=2).fit(make_model(), data, ckpt_path="some.ckpt")
     make_trainer(max_epochs=2).fit(make_model(), BlobsDataModule(), ckpt_path="some.ckpt")
     loaded = ClassificationModule.load_from_checkpoint("some.ckpt", weights_only=True)
-    make_trainer().fit(loaded, data)  # its weights are where a new training begins
+    make_trainer().fit(loaded, data)  # a new training may start from any weights
     make_trainer().test(loaded, data)
 
 
@@ -162,7 +162,7 @@ def test_unspecified_data_is_not_compared() -> None:
     assert saved_data_spec(read("new.ckpt")) == DataSpec.from_datamodule(Renamed())
 
 
-def test_verification_may_use_other_classes_and_resumed_training_may_not(tmp_path: Path) -> None:
+def test_other_classes_are_accepted_in_verification_but_not_in_training(tmp_path: Path) -> None:
     def fold(test: int, val: int) -> LFWFoldDataModule:
         return LFWFoldDataModule(str(tmp_path), test, val, image_size=8, batch_size=8, num_workers=0)
 
@@ -189,7 +189,7 @@ def test_class_names_are_stored_as_one_string() -> None:
 
 
 @pytest.mark.parametrize("text", [3, "", "[1]", "{", "[" * 10_000])
-def test_damaged_specification_is_refused(text: Any) -> None:
+def test_damaged_specification_is_rejected(text: Any) -> None:
     with pytest.raises(InputError, match="the checkpoint is damaged: its description of the data is not valid"):
         saved_data_spec({"lsoftmax_lightning": {"data": text}})
 
@@ -214,7 +214,7 @@ def test_attributes_of_any_datamodule_are_read_as_plain_values(name: str, value:
     assert getattr(DataSpec.from_datamodule(datamodule), name) == expected
 
 
-def test_a_mean_computed_again_is_the_same() -> None:
+def test_means_that_differ_by_rounding_are_equal() -> None:
     DataSpec(mean=(0.1 + 0.2,)).check(DataSpec(mean=(torch.tensor(0.3).item(),)))
 
 
@@ -227,7 +227,7 @@ def test_a_mean_computed_again_is_the_same() -> None:
         (torch.tensor([3, 7]), ("3", "7")),
         (["cat", None], ("cat",)),
         ({1: "dog"}, ()),
-        ({"cat", "dog"}, ()),  # without an order
+        ({"cat", "dog"}, ()),  # unordered
     ],
 )
 def test_class_names_are_in_the_order_of_the_classes(names: Any, expected: tuple[str, ...]) -> None:
@@ -236,7 +236,7 @@ def test_class_names_are_in_the_order_of_the_classes(names: Any, expected: tuple
     assert DataSpec.from_datamodule(data).class_names == expected
 
 
-def test_attributes_that_are_known_after_setup_are_unknown_before() -> None:
+def test_attributes_that_require_setup_are_skipped_before_it() -> None:
     class Late(Foreign):
         @property
         def class_names(self) -> Any:

@@ -1,4 +1,4 @@
-"""What may be installed beside us."""
+"""Version bounds of the dependencies."""
 
 from importlib.metadata import requires
 from pathlib import Path
@@ -12,12 +12,12 @@ EXTRAS = [
 ]
 
 
-def test_no_release_of_lightning_that_stole_secrets_is_allowed() -> None:
+def test_compromised_releases_of_lightning_are_excluded() -> None:
     (lightning,) = (need.specifier for need in NEEDED if need.name == "lightning")
     assert list(lightning.filter(["2.6.1", "2.6.2", "2.6.3", "2.6.4"])) == ["2.6.4"]
 
 
-def test_the_oldest_set_is_that_of_the_bounds() -> None:
+def test_oldest_txt_pins_the_lower_bounds() -> None:
     lines = [line.partition("#")[0] for line in Path(__file__).with_name("oldest.txt").read_text().splitlines()]
     pinned = {(pin.name, bound.version) for pin in map(Requirement, filter(None, lines)) for bound in pin.specifier}
     bounds = {

@@ -1,4 +1,4 @@
-"""The same settings give the same weights."""
+"""Equal settings give equal weights."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from .helpers.formats import write_image
 
 
 def weights(*args: str) -> dict[str, Tensor]:
-    """Those that a run of `fit` ends with."""
+    """Return the weights after a run of `fit`."""
     cli = main(["fit", *args, *QUIET, "--model.margin=2", "--trainer.max_epochs=2"])
     assert cli is not None
     return dict(cli.model.state_dict())
@@ -33,15 +33,21 @@ def test_equal_seeds_give_equal_runs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
-    for number in range(48):  # no two alike
+def test_number_of_workers_does_not_change_the_weights(tmp_path: Path) -> None:
+    for number in range(48):  # all different
         part = "train" if number < 36 else "test"
         write_image(tmp_path / "images" / part / str(number % 2) / f"{number}.png", (5 * number, 250 * (number % 2), 9))
     runs = [
         weights(
-            *("--config=folder.yaml", f"--data.root={tmp_path / 'images'}", "--data.image_size=16"),
-            *("--data.memory_gib=0", f"--data.num_workers={workers}", "--data.crop_padding=2", "--data.flip=true"),
-            *("--data.batch_size=8", "--model.backbone=digits"),
+            "--config=folder.yaml",
+            f"--data.root={tmp_path / 'images'}",
+            "--data.image_size=16",
+            "--data.memory_gib=0",
+            f"--data.num_workers={workers}",
+            "--data.crop_padding=2",
+            "--data.flip=true",
+            "--data.batch_size=8",
+            "--model.backbone=digits",
         )
         for workers in (0, 1, 3)
     ]

@@ -1,4 +1,4 @@
-"""README, docs and examples: what they say is run, as printed but smaller."""
+"""Commands and programs of README, docs and examples run as printed, with small data."""
 
 import csv
 import glob
@@ -36,18 +36,25 @@ FILES = dict(
 )
 PROGRAMS = ("docker", "make", "pip", "pre-commit", "pytest", "python", "source", "srun", "tensorboard", "torchrun")
 SMALL = [
-    *("--data.batch_size=8", "--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.max_epochs=1"),
-    *("--trainer.val_check_interval=1", "--trainer.limit_train_batches=1", "--trainer.num_sanity_val_steps=0"),
+    "--data.batch_size=8",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=1",
+    "--trainer.max_epochs=1",
+    "--trainer.val_check_interval=1",
+    "--trainer.limit_train_batches=1",
+    "--trainer.num_sanity_val_steps=0",
     "--data.train_size=null",  # the generated data are smaller than what a page asks for
     "--trainer.precision=32-true",  # elsewhere than on the newest processors bf16 takes minutes
-    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--dashboard.every_n_epochs=0"),
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--dashboard.every_n_epochs=0",
 ]
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command on a page; its loops and variables are left to the shell."""
+    """Yield the words of each command on a page, after loops and variables are expanded by bash."""
     script = "".join(
-        f"{name}() {{ printf '%s\\0' {name} \"$@\"; printf '\\n\\0'; }}\n"  # which says what it was called with
+        f"{name}() {{ printf '%s\\0' {name} \"$@\"; printf '\\n\\0'; }}\n"  # prints its arguments
         for name in PROGRAMS
     )
     script += "".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE))
@@ -63,7 +70,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data that the pages speak of, and a run."""
+    """Create the data that the pages use, and a finished run."""
     write_mnist(Path("data"))
     write_mnist(Path("data"), folder="FashionMNIST")
     write_cifar(Path("data"), monkeypatch, CIFAR10)
@@ -83,7 +90,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(words: list[str], planned: list[int]) -> None:
-    """Runs a command of ours; of another program, what can be said of it in a moment."""
+    """Run a command of this package; check commands of other programs without running them."""
     name, *args = words
     if name == "make":
         subprocess.run(["make", "-n", "-C", str(ROOT), *args], check=True, stdout=subprocess.DEVNULL)
@@ -102,7 +109,7 @@ def run(words: list[str], planned: list[int]) -> None:
 
 
 def run_ours(args: list[str], starter: str, planned: list[int]) -> None:
-    """In this process, or in forks of it where there are to be several."""
+    """Run a command of this package in this process, or on several ranks in forks."""
     if args[0] in ("fit", "validate", "test", "predict"):
         args = [*args, *SMALL, *(["--data.image_size=32"] if "lfw.yaml" in args else [])]
     if "--trainer.devices" in args:
@@ -123,7 +130,7 @@ def run_ours(args: list[str], starter: str, planned: list[int]) -> None:
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Plan comparisons without training, which tests/compare does; the number of runs of each."""
+    """Plan comparisons without training; return the list of their numbers of runs."""
     planned: list[int] = []
     monkeypatch.setattr("lsoftmax_lightning.compare.train", lambda runs, *rest: planned.append(len(runs)) or {})
     monkeypatch.setattr("lsoftmax_lightning.commands.report", lambda paths, folder, **options: None)
@@ -131,7 +138,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def at_least(page: Path) -> int:
-    """The number of runs of each comparison on a page."""
+    """Return the minimum number of runs of the comparisons on a page."""
     return 4 if page.name == "results.md" else 5
 
 
@@ -158,7 +165,7 @@ def plan_fewer(
         for page in PAGES
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # so small a training is not what anybody would want
+@pytest.mark.filterwarnings("ignore")  # warnings about tiny trainings
 def test_every_command_runs(page: Path, planned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(commands(page))
     if found:
@@ -185,7 +192,7 @@ def test_every_setting_of_every_comparison_is_planned(
     assert planned
 
 
-def test_the_tables_on_the_page_of_results_are_those_of_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_the_results_page_equal_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / "docs" / "results.md"
     text = page.read_text()
     shown = set()
@@ -238,7 +245,7 @@ def test_configs_quote_the_accuracies_of_the_paper_from_the_data_file(config: st
         assert f"{accuracy:.2f}" == paper_accuracy(experiment_of(config), margin).removesuffix("*")
 
 
-def test_the_configs_and_files_named_are_there() -> None:
+def test_configs_and_files_named_in_the_readme_exist() -> None:
     readme = PAGES[0].read_text()
     for name in re.findall(r"--config (\w+\.yaml)", readme):
         assert (ROOT / "configs" / name).is_file() or name == "my.yaml"
@@ -247,7 +254,7 @@ def test_the_configs_and_files_named_are_there() -> None:
 
 
 def program(path: Path | str, *args: str) -> str:
-    """What it prints."""
+    """Run a program and return its output."""
 
     def work() -> None:
         sys.argv = [str(path), *args]
@@ -318,7 +325,7 @@ def test_another_project_is_found_by_its_class_path() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("builder", ["html", "doctest"])
-def test_the_pages_are_built_without_a_warning(builder: str) -> None:
+def test_pages_are_built_without_warnings(builder: str) -> None:
     done = run_on(1, partial(sphinx, ["-W", "--keep-going", "-b", builder, str(ROOT / "docs"), "built"]))
     assert done.returncode == 0, done.stderr
 

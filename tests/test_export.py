@@ -1,4 +1,4 @@
-"""Export: the outputs of the exported network are those of the module."""
+"""Export: outputs of the exported network equal those of the module."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from .helpers.training import WRITES_ONNX, BlobsDataModule, file_size_limit, mak
 
 
 def run(path: str, images: Tensor) -> tuple[dict[str, str], list[Tensor]]:
-    """Metadata and outputs of a file, read without this package."""
+    """Return metadata and outputs of an exported file, read without this package."""
     if path.endswith("onnx"):
         session = onnxruntime.InferenceSession(path)
         assert [(x.name, x.shape[1:]) for x in session.get_inputs()] == [("images", [1, 8, 8])]
@@ -44,7 +44,7 @@ def run(path: str, images: Tensor) -> tuple[dict[str, str], list[Tensor]]:
 @pytest.mark.parametrize("pixels", ["uint8", "float"])
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_export_takes_batches_of_any_size(format: Format, pixels: Pixels) -> None:
+def test_exported_network_accepts_batches_of_any_size(format: Format, pixels: Pixels) -> None:
     data, model = BlobsDataModule(), make_model().eval()
     path = f"out/model.{'onnx' if format == 'onnx' else 'pt2'}"
     if format == "onnx" and not WRITES_ONNX:
@@ -72,7 +72,7 @@ def test_export_takes_batches_of_any_size(format: Format, pixels: Pixels) -> Non
     assert (json.loads(metadata["pixels"]), json.loads(metadata["margin"])) == (pixels, 2)
 
 
-def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command_exports_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
     checkpoint = "runs/digits/m2-s0/checkpoints/best.ckpt"
     capsys.readouterr()
@@ -93,23 +93,23 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
     rows = Path("runs/digits/m2-s0/predict/predictions.csv").read_text().splitlines()[1:]
     assert [row.split(",")[2] for row in rows] == [data.class_names[number] for number in logits.argmax(1)]
 
-    earlier = torch.load(checkpoint, weights_only=True)  # of a release that did not describe the data
+    earlier = torch.load(checkpoint, weights_only=True)  # as from a release without data specification
     del earlier["lsoftmax_lightning"]["data"]
     torch.save(earlier, checkpoint)
     main(["export", "--ckpt_path", checkpoint, "--format", "torch_export", "--output", "model.pt2"])
     printed = capsys.readouterr().out
     assert "Wrote model.pt2. For test images it differs from the module by at most" in printed
 
-    for args, said in (
+    for args, message in (
         (["--ckpt_path", "nope.ckpt"], "there is no config.yaml, the config of the run that nope.ckpt is of"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),
         (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is of another network than the config"),
         (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "there is no file nope.ckpt"),
     ):
-        assert said in fails(capsys, "export", *args)
+        assert message in fails(capsys, "export", *args)
 
 
-def test_without_data_the_specification_of_the_checkpoint_is_exported() -> None:
+def test_export_without_data_uses_the_data_spec_of_the_module() -> None:
     model = make_model().eval()
     with pytest.raises(InputError, match="data_spec: must have class_names, image_shape of the training data"):
         export(model, None, "model.pt2", "torch_export")
@@ -163,7 +163,7 @@ FORMATS = [
 @pytest.mark.parametrize("size", [1_000, 50_000])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_a_full_disk_is_one_error_and_leaves_the_previous_file(format: Format, size: int) -> None:
+def test_full_disk_is_an_error_and_keeps_the_previous_file(format: Format, size: int) -> None:
     Path("out").mkdir()
     Path("out/model").write_text("old")
     with (
@@ -180,7 +180,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_previous_file(format: Format, s
 
 @pytest.mark.parametrize("path", ["/proc/out/model", "file/model", "/dev/null"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_output_that_cannot_be_written_is_one_error_before_any_work(format: Format, path: str) -> None:
+def test_unwritable_output_is_an_error_before_any_work(format: Format, path: str) -> None:
     Path("file").touch()
     with pytest.raises(RunError, match=f"^output: {path} cannot be written"):
         export(None, None, path, format)
@@ -196,8 +196,8 @@ export(make_model(), BlobsDataModule(), "out/model", "torch_export")
 """
 
 
-def test_a_killed_export_leaves_no_output_and_the_next_one_removes_its_temporary_files() -> None:
-    # a forked process would wait for threads of torch.export that it does not have
+def test_killed_export_leaves_no_output_and_the_next_one_cleans_up() -> None:
+    # a fork would wait for threads of torch.export that it does not have
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, timeout=120, check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -221,7 +221,7 @@ def test_weights_of_a_killed_export_are_removed_by_the_next_one() -> None:
     assert os.listdir("out") == ["model"]
 
 
-def test_a_model_never_reads_missing_or_other_external_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_external_data_of_an_onnx_model_are_replaced_before_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[tuple[str, set[str]]] = []
 
     def write(program: Any, path: Path, metadata: Any) -> Any:

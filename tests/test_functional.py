@@ -1,4 +1,4 @@
-"""The loss against the trigonometric definition, and every way in which other implementations fail."""
+"""Loss compared with the trigonometric definition, and known failures of other implementations."""
 
 import math
 
@@ -23,7 +23,7 @@ def reference_psi(theta: Tensor, m: int) -> Tensor:
 
 
 def reference_logits(x: Tensor, weight: Tensor, target: Tensor, m: int, lambda_: float) -> Tensor:
-    """Row by row, in float64, by the definition of the paper's section 3.2 and the annealing of section 4."""
+    """Compute logits row by row in float64, by the definition in section 3.2 and the annealing of the paper."""
     x, weight = x.double(), weight.double()
     logits = x @ weight.T
     for row, label in enumerate(target.tolist()):
@@ -46,8 +46,8 @@ def logits_of(x: Tensor, weight: Tensor, target: Tensor, m: int, lambda_: float 
 
 @pytest.mark.parametrize("lambda_", [0.0, 3.0])
 @pytest.mark.parametrize("m", MARGINS)
-def test_agrees_with_the_definition(m: int, lambda_: float) -> None:
-    x, weight, target = batch(n=10_000, d=3, c=20)  # narrow features, so that every segment is met
+def test_logits_equal_the_definition(m: int, lambda_: float) -> None:
+    x, weight, target = batch(n=10_000, d=3, c=20)  # narrow features, so that every segment has samples
     expected = reference_logits(x, weight, target, m, lambda_)
     scale = x.norm(dim=1, keepdim=True) * weight.norm(dim=1).max()
     assert ((logits_of(x, weight, target, m, lambda_) - expected).abs() / scale).max() < 1e-10
@@ -57,16 +57,16 @@ def test_agrees_with_the_definition(m: int, lambda_: float) -> None:
 
 
 @pytest.mark.parametrize("m", MARGINS)
-def test_cos_multiple(m: int) -> None:
+def test_cos_multiple_equals_the_cosine_of_the_multiple_angle(m: int) -> None:
     theta = torch.linspace(0, math.pi, 1001, dtype=torch.float64)
     torch.testing.assert_close(cos_multiple(theta.cos(), m), (m * theta).cos(), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("m", MARGINS)
-def test_psi_derivative_is_right_at_the_knots_and_the_ends(m: int) -> None:
+def test_psi_derivative_is_exact_at_knots_and_ends(m: int) -> None:
     knots = torch.tensor([math.cos(j * math.pi / m) for j in range(m + 1)], dtype=torch.float64)
     cosine = torch.cat([knots, knots + 1e-4, knots - 1e-4]).requires_grad_()
-    # the one-sided second derivatives differ at a knot, by at most m^4: that times eps is the error allowed
+    # one-sided second derivatives differ at a knot by at most m^4, which times eps bounds the error
     assert gradcheck(lambda c: psi(c, m), cosine, eps=1e-7, atol=1e-3)
     ends = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(psi(ends, m).sum(), ends)
@@ -74,19 +74,19 @@ def test_psi_derivative_is_right_at_the_knots_and_the_ends(m: int) -> None:
 
 
 @pytest.mark.parametrize("m", MARGINS)
-def test_gradients(m: int) -> None:
+def test_first_and_second_derivatives_pass_gradcheck(m: int) -> None:
     x, weight, target = batch()
     inputs = (x.requires_grad_(), weight.requires_grad_())
     assert gradcheck(lambda x, w: logits_of(x, w, target, m, 0.5), inputs)
     assert gradgradcheck(lambda x, w: logits_of(x, w, target, m, 0.5), inputs)
 
 
-@pytest.mark.parametrize("beside", [0.0, 1e-9, -1e-9, 1e-3, -1e-3])
+@pytest.mark.parametrize("offset", [0.0, 1e-9, -1e-9, 1e-3, -1e-3])
 @pytest.mark.parametrize("m", MARGINS)
-def test_gradients_at_and_around_every_knot(m: int, beside: float) -> None:
-    """j = 0 and j = m are the collinear and the opposite feature."""
+def test_gradients_at_and_around_every_knot(m: int, offset: float) -> None:
+    """At j = 0 the feature is parallel to the weight, at j = m opposite."""
     weight = torch.tensor([[1.0, 0.0], [0.3, -0.8]], dtype=torch.float64, requires_grad=True)
-    for theta in (j * math.pi / m + beside for j in range(m + 1)):
+    for theta in (j * math.pi / m + offset for j in range(m + 1)):
         x = torch.tensor([[2 * math.cos(theta), 2 * math.sin(theta)]], dtype=torch.float64, requires_grad=True)
         assert gradcheck(lambda x, w: logits_of(x, w, torch.tensor([0]), m), (x, weight), eps=1e-7, atol=1e-4)
 
@@ -122,8 +122,8 @@ def test_the_loss_grows_with_the_margin(seed: int, m: int, lambda_: float) -> No
     weight = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     target = torch.randint(3, (6,), generator=generator)
     smaller, larger = (logits_of(x, weight, target, margin, lambda_) for margin in (m, m + 1))
-    own = target.unsqueeze(1)
-    assert (larger.gather(1, own) <= smaller.gather(1, own) + 1e-9).all()
+    column = target.unsqueeze(1)
+    assert (larger.gather(1, column) <= smaller.gather(1, column) + 1e-9).all()
     losses = [lsoftmax_cross_entropy(x, weight, target, margin, lambda_) for margin in (m, m + 1)]
     assert losses[0] <= losses[1] + 1e-9
 
@@ -178,7 +178,7 @@ def test_an_empty_batch_has_loss_zero_and_a_gradient(m: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+def test_labels_of_any_integer_type_are_accepted(dtype: torch.dtype) -> None:
     x, weight, target = batch()
     assert torch.equal(
         lsoftmax_cross_entropy(x, weight, target.to(dtype), 3), lsoftmax_cross_entropy(x, weight, target, 3)
@@ -187,7 +187,7 @@ def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "message"),
     [
         (torch.zeros(8), "float32"),
         (torch.zeros(8, dtype=torch.bool), "bool"),
@@ -197,14 +197,14 @@ def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
         (torch.tensor([0, 1, 2, 4, 0, 1, 2, 3]), "0 to 3, got 0 to 4"),
     ],
 )
-def test_bad_labels_are_refused(m: int, target: Tensor, said: str) -> None:
+def test_invalid_labels_are_rejected(m: int, target: Tensor, message: str) -> None:
     x, weight, _ = batch()
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         logits_of(x, weight, target, m)
 
 
 @pytest.mark.parametrize("margin", [0, -1, 2.5, 2.0, True, "2", None, 101, 10**9])
-def test_bad_margins_are_refused(margin: object) -> None:
+def test_invalid_margins_are_rejected(margin: object) -> None:
     x, weight, target = batch()
     with pytest.raises(InputError, match="integer >= 1"):
         logits_of(x, weight, target, margin)  # type: ignore[arg-type]
@@ -221,7 +221,7 @@ def test_float32_is_accurate_up_to_the_largest_margin() -> None:
         assert (logits[:, 0] - expected).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("n", [2, 8])  # fewer and more rows than classes: the norms are taken in another order
+@pytest.mark.parametrize("n", [2, 8])  # with fewer and more rows than classes, norms are computed in a different order
 def test_both_orders_of_the_norms_agree(n: int) -> None:
     x, weight, target = batch(n=n)
     torch.testing.assert_close(logits_of(x, weight, target, 4), reference_logits(x, weight, target, 4, 0.0))
@@ -236,9 +236,9 @@ def test_vmap_and_grad_give_per_sample_gradients(m: int) -> None:
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, x, target)
     for row in range(len(x)):
-        own = weight.clone().requires_grad_()
-        loss(own, x[row], target[row]).backward()
-        torch.testing.assert_close(each[row], own.grad)
+        single = weight.clone().requires_grad_()
+        loss(single, x[row], target[row]).backward()
+        torch.testing.assert_close(each[row], single.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -248,18 +248,18 @@ def test_half_precision_input_is_computed_in_single(dtype: torch.dtype) -> None:
     assert logits.dtype == torch.float32
     error = (logits - reference_logits(x, weight, target, 4, 0.0)).abs()
     scale = x.double().norm(dim=1).max() * weight.double().norm(dim=1).max()
-    assert error.max() < torch.finfo(dtype).eps * scale  # the other classes keep the rounding of the product
+    assert error.max() < torch.finfo(dtype).eps * scale  # other logits have the rounding of the product
     assert error.gather(1, target[:, None]).max() < 1e-5 * scale
 
 
-def test_label_smoothing_is_that_of_torch() -> None:
+def test_label_smoothing_equals_torch() -> None:
     x, weight, target = batch()
     expected = F.cross_entropy(logits_of(x, weight, target, 2), target, label_smoothing=0.1)
     assert torch.equal(lsoftmax_cross_entropy(x, weight, target, 2, label_smoothing=0.1), expected)
 
 
 @pytest.mark.parametrize("m", MARGINS)
-def test_gradients_are_finite_where_there_is_no_angle(m: int) -> None:
+def test_gradients_are_finite_for_zero_vectors(m: int) -> None:
     x, weight = (
         torch.eye(4)[:, :3].clone().requires_grad_(),
         torch.eye(3)[[0, 1, 1]].mul(torch.tensor([1, 0, 1])[:, None]),

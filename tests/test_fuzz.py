@@ -1,6 +1,6 @@
-"""Wrong settings of any kind end in a run or in an error that fits a screen, without a traceback.
+"""Arbitrary settings either run or give a short error without a traceback.
 
-FUZZ is the number of examples of each kind; by default 20, and 100 in the slow tests, which are always the same.
+FUZZ sets the number of examples of each kind and draws new ones; by default there are 20 fixed ones, 100 in slow tests.
 """
 
 import contextlib
@@ -29,25 +29,34 @@ from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from .helpers.command_line import small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-# what would start other processes, or fetch something
+# so that no other process or download is started
 FIXED = [
-    *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.fast_dev_run=true"),
-    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.fast_dev_run=true",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
 ]
 FEW, MANY = (int(os.environ.get("FUZZ", default)) for default in ("20", "100"))
 BASE: dict[str, Any] = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
 NUMBERS = [
-    *(
-        "model.margin",
-        "model.label_smoothing",
-        "model.optimizer.lr",
-        "model.optimizer.momentum",
-        "model.lr_scheduler.gamma",
-    ),
-    *("model.optimizer.weight_decay", "model.optimizer.dampening", "model.backbone_args.num_features"),
+    "model.margin",
+    "model.label_smoothing",
+    "model.optimizer.lr",
+    "model.optimizer.momentum",
+    "model.lr_scheduler.gamma",
+    "model.optimizer.weight_decay",
+    "model.optimizer.dampening",
+    "model.backbone_args.num_features",
     *(f"model.lambda_schedule.{name}" for name in ("gain", "power", "lambda_min", "base", "accuracy_decay")),
-    *("data.batch_size", "data.val_size", "data.split_seed", "seed_everything"),
-    *("data.train_size", "data.label_noise", "data.train_seed"),
+    "data.batch_size",
+    "data.val_size",
+    "data.split_seed",
+    "seed_everything",
+    "data.train_size",
+    "data.label_noise",
+    "data.train_seed",
     *(f"dashboard.{name}" for name in ("every_n_epochs", "max_samples", "max_share")),
     *(f"checkpoint.{name}" for name in ("save_top_k", "every_n_epochs", "every_n_train_steps")),
     *(f"trainer.{name}" for name in ("max_epochs", "min_epochs", "max_steps", "min_steps", "limit_train_batches")),
@@ -61,13 +70,25 @@ NUMBERS = [
 ]
 OTHERS = [
     *flat(BASE),
-    *("model", "data", "trainer", "checkpoint", "dashboard", "ckpt_path", "weights_only", "nope", "trainer.nope"),
+    "model",
+    "data",
+    "trainer",
+    "checkpoint",
+    "dashboard",
+    "ckpt_path",
+    "weights_only",
+    "nope",
+    "trainer.nope",
     *(
         f"model.{name}"
         for name in ("optimizer", "lr_scheduler", "lambda_schedule", "backbone_args", "warm_start", "nope")
     ),
     *(f"model.{name}" for name in ("num_classes", "image_shape", "lr_scheduler_interval", "optimizer.nesterov")),
-    *("data.class_path", "data.init_args", "data.nope", "data.root", "dashboard.save"),
+    "data.class_path",
+    "data.init_args",
+    "data.nope",
+    "data.root",
+    "dashboard.save",
     *(f"checkpoint.{name}" for name in ("monitor", "mode", "filename", "dirpath", "train_time_interval", "save_last")),
     *(f"trainer.{name}" for name in ("max_time", "profiler", "plugins", "callbacks", "strategy", "default_root_dir")),
     *(f"trainer.{name}" for name in ("deterministic", "benchmark", "barebones", "detect_anomaly", "inference_mode")),
@@ -79,20 +100,27 @@ NUMBER = st.one_of(
     st.sampled_from([float("nan"), float("inf"), -float("inf"), None]),
 )
 TEXTS = [
-    *(
-        "",
-        "abc",
-        "val/acc",
-        "nope.Nope",
-        "torch.nn.Linear",
-        "digits",
-        "torch.optim.Adam",
-        "min",
-        "last",
-        "best",
-        "none",
-    ),
-    *("a: b: c", "[1, 2", "{", "../..", "/proc/nope", "ä" * 300, "1e400", "00:00:00:01", "1.0.0", "epoch"),
+    "",
+    "abc",
+    "val/acc",
+    "nope.Nope",
+    "torch.nn.Linear",
+    "digits",
+    "torch.optim.Adam",
+    "min",
+    "last",
+    "best",
+    "none",
+    "a: b: c",
+    "[1, 2",
+    "{",
+    "../..",
+    "/proc/nope",
+    "ä" * 300,
+    "1e400",
+    "00:00:00:01",
+    "1.0.0",
+    "epoch",
 ]
 PARTS = [
     {},
@@ -105,37 +133,47 @@ PARTS = [
     [1, "a"],
 ]
 WORDS = [
-    *(
-        "--config",
-        "--config=digits.yaml",
-        "digits.yaml",
-        "digits",
-        "mnist.yaml",
-        "--config=mnist_2d",
-        "--help",
-        "-h",
-        "-c",
-    ),
-    *(
-        "--model.margin=3",
-        "--model.margin",
-        "3",
-        "--model",
-        "VerificationModule",
-        "ClassificationModule",
-        "--data",
-        "--",
-    ),
-    *(
-        "DigitsDataModule",
-        "CIFAR10DataModule",
-        "--data.root=nowhere",
-        "--ckpt_path=last",
-        "--ckpt_path=best",
-        "--ckpt_path",
-    ),
-    *("--margins", "1", "x", "--seeds", "--sweep", "data.batch_size=1", "--jobs=0", "--report", "--folder=x", "--copy"),
-    *("--print_config", "--trainer", "--trainer.help", "--model.help=ClassificationModule", "--version", "=", "-1", ""),
+    "--config",
+    "--config=digits.yaml",
+    "digits.yaml",
+    "digits",
+    "mnist.yaml",
+    "--config=mnist_2d",
+    "--help",
+    "-h",
+    "-c",
+    "--model.margin=3",
+    "--model.margin",
+    "3",
+    "--model",
+    "VerificationModule",
+    "ClassificationModule",
+    "--data",
+    "--",
+    "DigitsDataModule",
+    "CIFAR10DataModule",
+    "--data.root=nowhere",
+    "--ckpt_path=last",
+    "--ckpt_path=best",
+    "--ckpt_path",
+    "--margins",
+    "1",
+    "x",
+    "--seeds",
+    "--sweep",
+    "data.batch_size=1",
+    "--jobs=0",
+    "--report",
+    "--folder=x",
+    "--copy",
+    "--print_config",
+    "--trainer",
+    "--trainer.help",
+    "--model.help=ClassificationModule",
+    "--version",
+    "=",
+    "-1",
+    "",
 ]
 ANYTHING = st.one_of(NUMBER, st.booleans(), st.sampled_from(TEXTS), st.sampled_from(PARTS), st.text(max_size=4))
 MUTATION = st.one_of(
@@ -172,7 +210,7 @@ def configs(draw: st.DrawFn) -> list[str]:
 
 @st.composite
 def texts(draw: st.DrawFn) -> list[str]:
-    """A YAML file that somebody has made a mess of."""
+    """Damaged YAML file."""
     lines = TEXT.splitlines()
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(lines) - 1))
@@ -197,7 +235,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 @contextlib.contextmanager
 def within(seconds: int) -> Iterator[None]:
     def expired(*args: Any) -> None:
-        pytest.fail(f"still at it after {seconds} s")  # no Exception, which the command line might print
+        pytest.fail(f"not finished after {seconds} s")  # not an Exception, which the command line might catch
 
     signal.signal(signal.SIGALRM, expired)
     signal.alarm(seconds)
@@ -208,14 +246,14 @@ def within(seconds: int) -> Iterator[None]:
 
 
 def assert_runs_or_reports(args: list[str]) -> None:
-    said = io.StringIO()
+    message = io.StringIO()
     code: Any = 0
     try:
-        with within(60), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        with within(60), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(message):
             main(args)
     except SystemExit as error:
         code = error.code
-    printed = said.getvalue()
+    printed = message.getvalue()
     assert code == 0 or printed.strip()
     assert "Traceback" not in printed
     assert code == 0 or len(printed.splitlines()) <= 40, printed
@@ -223,16 +261,34 @@ def assert_runs_or_reports(args: list[str]) -> None:
 
 WRONG_TYPES = [None, True, 3, -1, 0.5, 10**30, float("nan"), "abc", "", [1], [], {"a": 1}, [{}], {"class_path": "nope"}]
 TINY = [
-    *("--model.backbone=digits", "--model.backbone_args=null", "--dashboard.every_n_epochs=0"),
-    *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
-    *("--trainer.max_epochs=1", "--trainer.max_steps=2", "--trainer.val_check_interval=1.0"),
-    *("--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"),
+    "--model.backbone=digits",
+    "--model.backbone_args=null",
+    "--dashboard.every_n_epochs=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.max_epochs=1",
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=1.0",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.limit_test_batches=1",
 ]
-# what would start other processes, wait, fetch something, or train for long
+# settings that start processes, wait, download or train for long
 UNTRIED = {
-    *("trainer.devices", "trainer.num_nodes", "trainer.max_time", "trainer.max_epochs", "trainer.max_steps"),
-    *("trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.limit_test_batches", "data.num_workers"),
-    *("trainer.min_epochs", "trainer.min_steps", "trainer.accelerator", "config"),
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.max_time",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.limit_train_batches",
+    "trainer.limit_val_batches",
+    "trainer.limit_test_batches",
+    "data.num_workers",
+    "trainer.min_epochs",
+    "trainer.min_steps",
+    "trainer.accelerator",
+    "config",
 }
 
 
@@ -257,7 +313,7 @@ def test_wrong_types_of_every_setting_are_errors_without_traceback(
 
 @pytest.fixture(autouse=True)
 def _cheap(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Reads the digits once, and knows no command but fit where no other is called."""
+    """Load the digits only once, and build only the parser of fit where no other command is called."""
     commands = LSoftmaxCLI.subcommands()
     if request.node.callspec.params.get("kind") is not command_lines:
         commands = {"fit": commands["fit"]}

@@ -1,4 +1,4 @@
-"""Angles, separation and effective margin against their definitions."""
+"""Angles, separation and effective margin compared with their definitions."""
 
 import math
 
@@ -12,7 +12,7 @@ from lsoftmax_lightning.geometry import degrees, effective_margin, evenly_spaced
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.5, 5.0, 1000.0])
 @pytest.mark.parametrize("m", range(1, 7))
-def test_the_effective_margin_is_that_of_the_annealed_loss_near_a_class(m: int, lambda_: float) -> None:
+def test_effective_margin_equals_that_of_the_annealed_loss_at_small_angles(m: int, lambda_: float) -> None:
     theta = torch.tensor(1e-3, dtype=torch.float64)
     annealed = (lambda_ * torch.cos(theta) + psi(torch.cos(theta), m)) / (1 + lambda_)
     assert effective_margin(m, lambda_) == pytest.approx(float(torch.arccos(annealed) / theta), rel=1e-5)
@@ -29,7 +29,7 @@ def test_angles_of_samples_to_their_class() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 7, 1024, 1500])  # within one block of rows, at its edge and beyond
-def test_separation_is_that_of_all_pairs(count: int) -> None:
+def test_separation_equals_that_of_all_pairs(count: int) -> None:
     directions = (
         torch.randn(count, 6, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 9, count)[:, None]
     )

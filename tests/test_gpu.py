@@ -1,4 +1,4 @@
-"""What only a GPU can show: ``pytest -m gpu``."""
+"""Tests that need a GPU: ``pytest -m gpu``."""
 
 import json
 from pathlib import Path
@@ -42,8 +42,8 @@ def batches(accelerator: str, device_memory_gib: float) -> list[list[Tensor]]:
     return batches.kept
 
 
-def test_batches_are_the_same_from_the_device_and_from_the_host() -> None:
-    """Images and classes are the same bits; normalisation on another device may round otherwise."""
+def test_batches_from_device_and_host_memory_are_equal() -> None:
+    """Images and classes are equal to the bit on one device; normalisation may round differently on another."""
     on_device, from_host = batches("gpu", 4.0), batches("gpu", 0.0)
     assert len(on_device) == len(from_host) == 16
     for one, other in zip(on_device, from_host, strict=True):
@@ -85,12 +85,12 @@ def test_the_chunked_loss_is_as_exact_as_on_the_cpu() -> None:
     torch.manual_seed(0)
     x, weight, target = torch.randn(64, 16), torch.randn(3000, 16), torch.randint(3000, (64,))
 
-    def of(device: str) -> list[Tensor]:
-        own = [tensor.detach().to(device).requires_grad_() for tensor in (x, weight)]
-        loss = chunked_cross_entropy(*own, target.to(device), margin=4, lambda_=1.0, label_smoothing=0.1).loss
-        return [loss.detach().cpu(), *(gradient.cpu() for gradient in torch.autograd.grad(loss, own))]
+    def loss_and_gradients(device: str) -> list[Tensor]:
+        inputs = [tensor.detach().to(device).requires_grad_() for tensor in (x, weight)]
+        loss = chunked_cross_entropy(*inputs, target.to(device), margin=4, lambda_=1.0, label_smoothing=0.1).loss
+        return [loss.detach().cpu(), *(gradient.cpu() for gradient in torch.autograd.grad(loss, inputs))]
 
-    for found, expected in zip(of("cuda"), of("cpu"), strict=True):
+    for found, expected in zip(loss_and_gradients("cuda"), loss_and_gradients("cpu"), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The head: a plain linear layer to the outside, a margin in training, whatever wraps it."""
+"""L-Softmax head: a linear layer in inference and a margin in training, under copies, casts, compilation and export."""
 
 import copy
 import io
@@ -38,7 +38,7 @@ def fresh_dynamo() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def test_without_a_target_it_is_a_linear_layer(head: LSoftmaxLinear, x: Tensor) -> None:
+def test_head_without_target_is_a_linear_layer(head: LSoftmaxLinear, x: Tensor) -> None:
     assert torch.equal(head(x), F.linear(x, head.weight))
     assert list(head.state_dict()) == ["weight"]
     linear = nn.Linear(6, 4, bias=False)
@@ -48,16 +48,16 @@ def test_without_a_target_it_is_a_linear_layer(head: LSoftmaxLinear, x: Tensor) 
 
 def test_margin_changes_only_the_target_logit(head: LSoftmaxLinear, x: Tensor, target: Tensor) -> None:
     plain, margin = head(x), head(x, target)
-    own = F.one_hot(target, 4).bool()
-    assert torch.equal(plain[~own], margin[~own])
-    assert (margin[own] < plain[own]).all()
+    is_target = F.one_hot(target, 4).bool()
+    assert torch.equal(plain[~is_target], margin[~is_target])
+    assert (margin[is_target] < plain[is_target]).all()
     torch.testing.assert_close(head.apply_margin(plain, x, target), margin)
     both = head.margin_and_plain_logits(x, target)
     assert torch.equal(both[0], margin)
     assert torch.equal(both[1], plain)
 
 
-def test_the_weight_is_drawn_as_the_authors_do() -> None:
+def test_weight_has_msra_initialisation() -> None:
     torch.manual_seed(0)
     weight = LSoftmaxLinear(512, 1000, margin=4).weight
     assert abs(weight.mean().item()) < 1e-3
@@ -65,7 +65,7 @@ def test_the_weight_is_drawn_as_the_authors_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"in_features": 0}, "in_features"),
         ({"num_classes": 1}, "num_classes"),
@@ -75,8 +75,8 @@ def test_the_weight_is_drawn_as_the_authors_do() -> None:
         ({"lambda_": math.nan}, "lambda"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, float], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         LSoftmaxLinear(**{"in_features": 6, "num_classes": 4, "margin": 3} | settings)  # type: ignore[arg-type]
 
 
@@ -93,7 +93,7 @@ def test_copies_keep_lambda_and_are_independent(head: LSoftmaxLinear, x: Tensor,
     assert torch.equal(head(x, target), before)
 
 
-def test_lambda_outlives_casts_averages_and_meta(head: LSoftmaxLinear) -> None:
+def test_lambda_survives_casts_averaging_and_the_meta_device(head: LSoftmaxLinear) -> None:
     head.lambda_ = 1e5  # beyond float16
     assert head.half().lambda_ == 1e5
     average = torch.optim.swa_utils.AveragedModel(head, use_buffers=True)
@@ -118,7 +118,7 @@ def test_autocast_changes_no_bit(dtype: torch.dtype, head: LSoftmaxLinear, x: Te
     expected = outputs()
     with torch.autocast("cpu", dtype):
         found = outputs()
-    for each in (found, expected):  # backward outside of autocast, as PyTorch asks
+    for each in (found, expected):  # backward outside of autocast, as PyTorch recommends
         each += torch.autograd.grad(each[-1], (x, head.weight))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
@@ -149,7 +149,7 @@ def test_logits_are_single_or_double_precision(
 
 @pytest.mark.parametrize("margin", [1, 2, 4])
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compiles_whole_and_once_while_lambda_moves(margin: int, x: Tensor, target: Tensor) -> None:
+def test_compiles_without_graph_breaks_or_recompilation_for_lambda(margin: int, x: Tensor, target: Tensor) -> None:
     head = LSoftmaxLinear(6, 4, margin)
     compiled = torch.compile(lambda x, t: F.cross_entropy(head(x, t), t), fullgraph=True, backend="aot_eager")
     compiled(x, target)
@@ -161,7 +161,7 @@ def test_compiles_whole_and_once_while_lambda_moves(margin: int, x: Tensor, targ
 
 @pytest.mark.parametrize("margin", [1, 4])
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compiles_whole_under_autocast(margin: int, x: Tensor, target: Tensor) -> None:
+def test_compiles_without_graph_breaks_under_autocast(margin: int, x: Tensor, target: Tensor) -> None:
     head = LSoftmaxLinear(6, 4, margin, lambda_=0.3)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
@@ -209,7 +209,7 @@ def test_exports_without_the_margin(head: LSoftmaxLinear, x: Tensor) -> None:
     torch.testing.assert_close(exported.module()(x[:3]), head(x[:3]))
 
 
-def test_repr_names_the_settings(head: LSoftmaxLinear) -> None:
+def test_repr_shows_the_settings(head: LSoftmaxLinear) -> None:
     assert repr(head) == "LSoftmaxLinear(in_features=6, num_classes=4, margin=3, lambda_=2)"
 
 

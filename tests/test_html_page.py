@@ -1,4 +1,4 @@
-"""Reports in one file of HTML."""
+"""Reports as a single HTML file."""
 
 import base64
 import io
@@ -19,13 +19,13 @@ from .helpers.command_line import SHORT
 
 
 class Page(HTMLParser):
-    """What a browser shows of a page, and that its tags are closed."""
+    """Parsed page: headings, images and texts; fails for unclosed tags."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.open: list[str] = []
         self.headings: list[str] = []
-        self.pictures: dict[str, bytes] = {}
+        self.images: dict[str, bytes] = {}
         self.texts: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
         assert not self.open
@@ -36,7 +36,7 @@ class Page(HTMLParser):
         if tag == "img":
             source = str(values["src"])
             assert source.startswith("data:image/png;base64,")
-            self.pictures[str(values["alt"])] = base64.b64decode(source.partition(",")[2])
+            self.images[str(values["alt"])] = base64.b64decode(source.partition(",")[2])
         elif tag not in ("meta", "!doctype"):
             self.open.append(tag)
 
@@ -49,7 +49,7 @@ class Page(HTMLParser):
             self.headings.append(data)
 
 
-def test_texts_are_shown_as_they_are() -> None:
+def test_texts_are_escaped() -> None:
     sections = [
         Section("<Table>", table_html(["a & b"], [["<1>"]])),
         Section("Text", text_html("x < y\n  z")),
@@ -59,7 +59,7 @@ def test_texts_are_shown_as_they_are() -> None:
     page = Page(Path("page.html"))
     assert page.headings == ["It's", "<Table>", "Text", "Figure"]
     assert {"a & b", "<1>", "x < y\n  z"} <= set(page.texts)
-    assert Image.open(io.BytesIO(page.pictures['"name"'])).size == (120, 120)
+    assert Image.open(io.BytesIO(page.images['"name"'])).size == (120, 120)
 
 
 def test_a_run_and_a_comparison_have_a_page() -> None:
@@ -69,7 +69,7 @@ def test_a_run_and_a_comparison_have_a_page() -> None:
     assert page.headings[0] == "Run runs/digits/m2-s0"
     plots = {"Test: plots", "Validation: plots"}
     assert plots | {"Test: Accuracy and loss", "Settings", "Machine and versions"} <= set(page.headings)
-    assert {"test/confusion", "val/confusion", "val/features"} <= page.pictures.keys()
+    assert {"test/confusion", "val/confusion", "val/features"} <= page.images.keys()
     assert any(re.search(r"margin: 2\n", text) for text in page.texts)
     assert "torch" in page.texts
 
@@ -81,10 +81,10 @@ def test_a_run_and_a_comparison_have_a_page() -> None:
 
 def test_a_page_of_a_comparison_needs_a_folder() -> None:
     rows = Path(__file__).parents[1] / "docs" / "results" / "mnist_1000.csv"
-    with pytest.raises(InputError, match="html: a page needs a folder"):
+    with pytest.raises(InputError, match="html: needs a folder for the page"):
         report(rows, html=True)
     main(["compare", "--report", str(rows), "--folder", "page", "--html"])
     page = Page(Path("page/report.html"))
     assert page.headings == ["Comparison page", "Accuracy", "Figures", "How it was measured"]
-    assert "accuracy" in page.pictures
+    assert "accuracy" in page.images
     assert any("compare --config" in text for text in page.texts)

@@ -1,4 +1,4 @@
-"""Runs that are stopped resume and end with the same weights."""
+"""Stopped runs resume and end with the same weights."""
 
 import json
 import multiprocessing
@@ -31,11 +31,17 @@ from .helpers.training import file_size_limit
 
 ROOT = str(Path(__file__).parents[1])
 LONG = [
-    *("fit", "--config=digits.yaml", *QUIET),
-    # everything that has a state or draws
-    *("--model.backbone={class_path: tests.helpers.interrupted.Random}", "--data=tests.helpers.interrupted.Shifted"),
-    *("--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/loss"),
-    *("--model.lr_scheduler.patience=1", "--model.lr_scheduler.factor=0.7", "--model.lr_scheduler_interval=epoch"),
+    "fit",
+    "--config=digits.yaml",
+    *QUIET,
+    # components that have a state or draw random numbers
+    "--model.backbone={class_path: tests.helpers.interrupted.Random}",
+    "--data=tests.helpers.interrupted.Shifted",
+    "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau",
+    "--model.lr_scheduler.monitor=val/loss",
+    "--model.lr_scheduler.patience=1",
+    "--model.lr_scheduler.factor=0.7",
+    "--model.lr_scheduler_interval=epoch",
 ]
 EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
 KILLS = ["SIGKILL", "batch", "validation", "checkpoint"]
@@ -95,7 +101,7 @@ def test_a_run_stopped_at_random_moments_resumes_exactly(epochs: int, stops: lis
         assert_same(one[part], other[part])
     results = [json.loads((folder / "results.json").read_text()) for folder in folders]
     assert results[0] == results[1]
-    # lines without a step back, and the same
+    # equal curves
     for tag in ("val/loss", "lambda"):
         events = [EventAccumulator(str(folder)).Reload().Scalars(tag) for folder in folders]
         curves = [[(event.step, event.value) for event in curve] for curve in events]
@@ -105,14 +111,14 @@ def test_a_run_stopped_at_random_moments_resumes_exactly(epochs: int, stops: lis
 @pytest.mark.parametrize(
     ("at", "lines", "end"), [(9, {"lambda": [9]}, 10), (19, {"lambda": [9, 19], "train/acc": [19]}, 20)]
 )
-def test_what_was_measured_before_a_stop_is_logged(at: int, lines: dict[str, list[int]], end: int) -> None:
-    class Tells(Callback):
+def test_metrics_before_a_stop_are_logged(at: int, lines: dict[str, list[int]], end: int) -> None:
+    class Signal(Callback):
         def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
             if trainer.global_step == at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(SystemExit) as caught:
-        LSoftmaxCLI(["fit", "--config=digits.yaml", *QUIET], callbacks=[Tells()])
+        LSoftmaxCLI(["fit", "--config=digits.yaml", *QUIET], callbacks=[Signal()])
     assert caught.value.code == 143
     events = EventAccumulator("runs/digits/m2-s0").Reload()
     assert {name: [event.step for event in events.Scalars(name)] for name in lines} == lines
@@ -162,7 +168,7 @@ def test_a_signal_outside_of_training_ends_with_its_code(command: str, hook: str
 
 
 @pytest.mark.parametrize("command", [pytest.param("test", marks=pytest.mark.slow), "predict"])
-def test_a_signal_to_one_rank_ends_all(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_to_one_rank_ends_all_ranks(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = [command, "--config=digits.yaml", *QUIET, "--trainer.devices=2", "--trainer.strategy=ddp"]
     send = Send(signal.SIGTERM, f"on_{command}_batch_end", rank=1)
     Path("program.py").write_text(
@@ -207,7 +213,7 @@ def test_workers_survive_a_signal_to_the_process_group() -> None:
 
 
 @pytest.mark.parametrize("content", ["", "seed_everything: 0\nmodel:\n  class", "model: [", "\udcff"])
-def test_a_run_whose_config_was_half_written_continues(content: str) -> None:
+def test_run_with_a_truncated_config_continues(content: str) -> None:
     with pytest.warns(UserWarning, match="There is no"):
         main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
     config = Path("runs/digits/m2-s0/config.yaml")
@@ -222,7 +228,7 @@ def test_a_run_whose_config_was_half_written_continues(content: str) -> None:
     assert config.with_name("hparams.yaml").read_text() == hparams
 
 
-def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_of_a_run_is_written_atomically(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
 
@@ -237,7 +243,7 @@ def test_the_config_of_a_run_is_never_seen_in_part(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_resume_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_stop_together_and_resume_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", ROOT)
     args = [*LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=true"]
     args += ["--trainer.max_epochs=16"]  # ranks agree to stop once a second, in which a fast machine takes 200 steps
@@ -259,7 +265,7 @@ def test_two_processes_stop_together_and_resume_exactly(monkeypatch: pytest.Monk
 def test_last_is_the_last_run_of_fit_and_continues_in_its_folder(caplog: pytest.LogCaptureFixture) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
     main(fit)
-    Path("runs/digits/m2-s0-2").mkdir()  # of a test
+    Path("runs/digits/m2-s0-2").mkdir()  # the folder of a test
     cli = main([*fit, "--trainer.max_epochs=2"])
     assert cli is not None
     assert cli.trainer.global_step == 6
@@ -290,7 +296,7 @@ NAMED_BY_METRIC = ["--checkpoint.filename={epoch}-{val/acc:.2f}", "--checkpoint.
         (["--checkpoint.dirpath=$SCRATCH/best"], "runs/digits/m2-s0"),
     ],
 )
-def test_last_and_best_are_found_where_the_run_is(
+def test_last_and_best_are_found_in_any_run_folder(
     settings: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -304,11 +310,11 @@ def test_last_and_best_are_found_where_the_run_is(
     (results,) = (json.loads(path.read_text()) for path in Path().rglob("results.json"))
     assert len(list(Path().rglob("last.ckpt"))) == len(list(Path().rglob("config.yaml"))) == 1
     assert not [path for path in Path().rglob("*") if "~" in str(path) or "$" in str(path)]
-    again = [setting for setting in again if "checkpoint" not in setting]  # which the config of the run has
+    again = [setting for setting in again if "checkpoint" not in setting]  # read from the config of the run
     tested = main(["test", "--config=digits.yaml", *QUIET, "--model.margin=2", *again, "--ckpt_path=best"])
     assert tested is not None
-    figures = json.loads(Path(str(tested.trainer.log_dir), "results.json").read_text())
-    assert figures == pytest.approx({name: value for name, value in results.items() if name.startswith("test/")})
+    test_results = json.loads(Path(str(tested.trainer.log_dir), "results.json").read_text())
+    assert test_results == pytest.approx({name: value for name, value in results.items() if name.startswith("test/")})
 
 
 def test_a_run_without_a_checkpoint_is_not_the_last_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,13 +328,13 @@ def test_a_run_without_a_checkpoint_is_not_the_last_one(capsys: pytest.CaptureFi
     cli = main([*fit, "--trainer.max_epochs=2", "--ckpt_path=last"])
     assert cli is not None
     assert cli.trainer.global_step == 6
-    os.utime("runs/digits/m2-s0-2/config.yaml")  # the run that failed is the last one again
+    os.utime("runs/digits/m2-s0-2/config.yaml")  # the failed run is the last one again
     with pytest.warns(UserWarning, match=r"There is no runs/digits/m2-s0-2/checkpoints/last.ckpt to continue from"):
-        fails(capsys, *failing, "--ckpt_path=last")  # not the other run with the settings of this one
+        fails(capsys, *failing, "--ckpt_path=last")  # it does not continue the other run with these settings
 
 
 @pytest.mark.parametrize("how", ["path", "moved", "renamed"])
-def test_the_best_of_all_epochs_is_tested_where_a_run_continues(how: str) -> None:
+def test_resumed_run_tests_the_best_of_all_epochs(how: str) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, *FIRST_IS_BEST]
     main([*fit, "--trainer.max_epochs=4", "--trainer.logger.name=whole"])
     whole = json.loads(Path("runs/whole/m2-s0/results.json").read_text())
@@ -377,7 +383,7 @@ def test_resume_with_another_seed_is_an_error(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.filterwarnings("ignore:There is no")
-def test_other_optimizers_are_refused_and_settings_without_effect_are_reported(
+def test_resume_rejects_other_optimizers_and_reports_settings_without_effect(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fit = ["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"]
@@ -386,7 +392,7 @@ def test_other_optimizers_are_refused_and_settings_without_effect_are_reported(
     for part, kind in (("optimizer", "torch.optim.Adam"), ("lr_scheduler", "null")):
         assert f"for its model.{part} and cannot go on with" in fails(capsys, *fit, f"--model.{part}={kind}")
     assert Path("runs/digits/m2-s0/config.yaml").read_text() == before
-    main([*fit, "--model.lr_scheduler_interval=epoch"])  # which has an effect, and no warning
+    main([*fit, "--model.lr_scheduler_interval=epoch"])  # has an effect, so there is no warning
     with pytest.warns(UserWarning, match="others have no effect"):
         cli = main([*fit, "--trainer.max_epochs=2", "--model.optimizer.lr=0.01"])
     assert cli is not None
@@ -411,7 +417,7 @@ def test_a_signal_in_a_destructor_is_not_lost() -> None:
 
 
 class FailInTeardown(Callback):
-    """Raise an error of its own when the run is interrupted."""
+    """Raise another error when the run is interrupted."""
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         raise OSError("Writer is closed")
@@ -425,7 +431,7 @@ def test_an_error_after_a_signal_does_not_hide_it() -> None:
 
 
 class Block(Callback):
-    """Never return from the end of an interrupted run, as a library does that waits for a lock."""
+    """Block at the end of an interrupted run, like a library that waits for a lock."""
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         threading.Event().wait()
@@ -438,9 +444,9 @@ def test_a_stopped_command_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch)
     assert done.returncode == 143
 
 
-def test_workers_that_still_run_are_killed_when_a_command_is_stopped() -> None:
+def test_running_workers_are_killed_when_a_command_is_stopped() -> None:
     def stopped() -> None:
-        inherited = multiprocessing.active_children()  # of the process that runs the tests
+        inherited = multiprocessing.active_children()  # children of the test process
         context = multiprocessing.get_context("fork")
         others = context.Process(target=lambda: time.sleep(100), daemon=True)
         others.start()

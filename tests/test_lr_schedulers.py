@@ -26,7 +26,7 @@ from .helpers.command_line import QUIET, fails
 from .helpers.training import BlobsDataModule, make_model, make_trainer
 
 RESUMED = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
-# the steps at which each shipped config divides its learning rate, and the length of its run
+# decay steps of each shipped config, and length of its run
 SHIPPED: dict[str, tuple[list[int], int]] = {
     "cifar10": ([12000, 15000], 18000),
     "cifar100": ([12000, 15000], 18000),
@@ -47,7 +47,7 @@ def make_optimizer(lr: Any = 0.1) -> SGD:
 
 
 def rates(scheduler: LRScheduler, steps: int) -> list[float]:
-    """The learning rate of each step."""
+    """Return the learning rate of each step."""
     found = []
     for _ in range(steps):
         found.append(float(scheduler.optimizer.param_groups[0]["lr"]))
@@ -57,12 +57,12 @@ def rates(scheduler: LRScheduler, steps: int) -> list[float]:
 
 
 def decay_steps(found: list[float]) -> list[int]:
-    """The first step of each learning rate but the first."""
+    """Return the steps at which the learning rate changes."""
     return [step for step, (before, after) in enumerate(pairwise(found), start=1) if after != before]
 
 
 class Recorder(Callback):
-    """Records the learning rate of each optimizer step."""
+    """Record the learning rate of each optimiser step."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -76,7 +76,7 @@ def halves(optimizer: Optimizer) -> LRScheduler:
 
 
 def train(resume_from: Path | None = None, save_in: Path | None = None, **settings: Any) -> tuple[Any, list[float]]:
-    """The module after a run of 8 batches an epoch, and the learning rate of each step."""
+    """Train with 8 batches per epoch; return the module and the learning rate of each step."""
     recorder = Recorder()
     callbacks: list[Callback] = [recorder, ExactResume()]
     if save_in:
@@ -88,7 +88,7 @@ def train(resume_from: Path | None = None, save_in: Path | None = None, **settin
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-def test_a_loop_with_total_steps_decays_as_with_multi_step_lr(lr: Any) -> None:
+def test_decays_in_a_plain_loop_equal_multi_step_lr(lr: Any) -> None:
     found, expected = (
         rates(scheduler, 10)
         for scheduler in (
@@ -107,7 +107,7 @@ def test_a_milestone_is_rounded_to_the_nearest_step(total_steps: int, decays: li
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter in")  # from SequentialLR of torch 2.6
-def test_it_combines_with_warmup_as_multi_step_lr_does() -> None:
+def test_combination_with_warmup_equals_multi_step_lr() -> None:
     def warmup_and(second: type[LRScheduler], *args: Any, **kwargs: Any) -> list[list[float]]:
         combined: list[LRScheduler] = []
         optimizer = make_optimizer()
@@ -129,7 +129,7 @@ def test_last_epoch_continues_from_a_step() -> None:
     assert rates(scheduler, 3) == whole[5:]
 
 
-def test_the_state_is_plain_and_continues(tmp_path: Path) -> None:
+def test_state_dict_is_plain_and_resumes(tmp_path: Path) -> None:
     optimizer = make_optimizer()
     scheduler = FractionalMultiStepLR(optimizer, [0.5, 0.75], total_steps=8)
     whole = rates(scheduler, 5)
@@ -194,7 +194,7 @@ def test_a_run_resumed_with_another_length_follows_that_length(tmp_path: Path) -
     assert rest == pytest.approx(shorter[5:])
 
 
-def test_a_second_call_of_fit_follows_the_step_of_the_trainer() -> None:
+def test_second_fit_continues_from_the_step_of_the_trainer() -> None:
     recorder = Recorder()
     model, data = make_model(lr_scheduler=halves), BlobsDataModule()
     trainer = make_trainer(callbacks=[recorder])
@@ -206,7 +206,7 @@ def test_a_second_call_of_fit_follows_the_step_of_the_trainer() -> None:
 
 @RESUMED
 @pytest.mark.parametrize("interval", ["step", "epoch"])
-def test_a_run_that_began_with_multi_step_lr_continues(tmp_path: Path, interval: Any) -> None:
+def test_run_started_with_multi_step_lr_continues(tmp_path: Path, interval: Any) -> None:
     milestones = [16, 24] if interval == "step" else [2, 3]
     saved = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
     model = make_model(lr_scheduler=lambda o: MultiStepLR(o, milestones), lr_scheduler_interval=interval)
@@ -277,7 +277,7 @@ def test_a_run_of_unknown_length_is_rejected_before_it_trains(data: Any, setting
     assert recorder.rates == []
 
 
-def test_data_without_length_need_max_steps() -> None:
+def test_data_without_length_train_with_max_steps() -> None:
     recorder = Recorder()
     trainer = make_trainer(callbacks=[recorder], max_epochs=-1, max_steps=8, val_check_interval=5)
     trainer.fit(make_model(lr_scheduler=halves), EndlessData())
@@ -292,7 +292,7 @@ def test_an_interval_of_epochs_is_rejected_before_the_run_trains() -> None:
     assert recorder.rates == []
 
 
-def test_the_command_line_takes_the_bare_name_and_the_last_run_continues() -> None:
+def test_command_line_accepts_the_bare_name_and_resumes() -> None:
     fit = ["fit", "--config=digits.yaml", *QUIET, "--trainer.limit_train_batches=4", "--ckpt_path=last"]
     with pytest.warns(UserWarning, match=r"There is no"):
         cli = main([*fit, "--trainer.max_epochs=3"])
@@ -314,7 +314,7 @@ def test_the_command_line_takes_the_bare_name_and_the_last_run_continues() -> No
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--model.lr_scheduler.milestones=[400, 500]"], ["milestones: must be", "[400.0, 500.0]", "MultiStepLR"]),
         (["--model.lr_scheduler.gamma=2"], ["gamma: must be", "got 2.0"]),
@@ -322,9 +322,9 @@ def test_the_command_line_takes_the_bare_name_and_the_last_run_continues() -> No
         (["--trainer.max_epochs=-1", "--trainer.max_time=00:01:00:00"], ["total_steps: ", "max_time"]),
     ],
 )
-def test_mistakes_get_one_clear_error(args: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_get_one_clear_error(args: list[str], message: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     printed = fails(capsys, "fit", "--config=digits.yaml", *QUIET, *args)
-    for part in said:
+    for part in message:
         assert part in printed
 
 

@@ -1,4 +1,4 @@
-"""Angles of classes and pair verification, against scikit-learn and naive references."""
+"""Class angles and pair verification compared with scikit-learn and naive references."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from lsoftmax_lightning.pairs import Pairs
 
 
 def make_pairs(folds: int = 5, count: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Pairs in LFW's layout, each fold with people of its own, two images each; and the person of each image."""
+    """Return pairs as in LFW, whose folds have separate people with two images each, and the person of each image."""
     generator = torch.Generator().manual_seed(seed)
     rows, people = [], []
     for fold in range(1, folds + 1):
@@ -33,7 +33,7 @@ def make_pairs(folds: int = 5, count: int = 60, seed: int = 0) -> tuple[Tensor, 
 def noisy(people: Tensor, noise: float, width: int = 12) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     centres = torch.randn(int(people.max()) + 1, width, generator=generator)
-    scale = torch.linspace(2, 0.2, width)  # so that PCA has something to choose
+    scale = torch.linspace(2, 0.2, width)  # different variances for PCA
     return (centres[people] + noise * torch.randn(len(people), width, generator=generator)) * scale + 0.3
 
 
@@ -45,7 +45,7 @@ def metric_values(pairs: Tensor, embeddings: Tensor, **settings: Any) -> dict[st
 
 
 def naive(pairs: Tensor, embeddings: Tensor, pca_components: int | None) -> dict[str, float]:
-    """The protocol in its own words: loops, every threshold tried, scikit-learn for PCA and ROC."""
+    """Compute the protocol with loops over all thresholds, and scikit-learn for PCA and ROC."""
     rows = pairs.tolist()
     accuracies, scores, labels = [], [], []
     for fold in sorted({row[3] for row in rows} - {0}):
@@ -96,7 +96,7 @@ def test_random_embeddings_score_a_half() -> None:
 
 
 @pytest.mark.parametrize("pca_components", [None, 5])
-def test_identical_embeddings_of_a_person_score_all(pca_components: int | None) -> None:
+def test_identical_embeddings_of_a_person_score_perfectly(pca_components: int | None) -> None:
     pairs, people = make_pairs()
     found = metric_values(pairs, noisy(people, noise=0), pca_components=pca_components)
     expected = {"acc": 1, "acc_stderr": 0, "auc": 1, "eer": 0, "tar_at_far_1e-2": 1, "tar_at_far_1e-3": 1}
@@ -113,7 +113,7 @@ def test_no_image_of_the_scored_fold_fits_the_pca() -> None:
     pairs, people = make_pairs(folds=3, count=20)
     pairs[-1, 0] = pairs[0, 0]  # a pair of fold 3 with an image of fold 1
     embeddings = noisy(people, noise=1.5)
-    embeddings[pairs[0, 0]] *= 50  # alone a principal component, where it is fitted on
+    embeddings[pairs[0, 0]] *= 50  # dominates PCA if it is used for fitting
     found = metric_values(pairs, embeddings, pca_components=4)
     assert found == pytest.approx(naive(pairs, embeddings, 4), abs=1e-6)
 
@@ -176,7 +176,7 @@ def test_missing_images_give_nan_and_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "said"),
+    ("pairs", "message"),
     [
         (torch.zeros(4, 3, dtype=torch.int64), r"int64 \(P, 4\)"),
         (torch.zeros(4, 4), "float32"),
@@ -189,12 +189,12 @@ def test_missing_images_give_nan_and_a_warning() -> None:
         (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2], [4, 5, 0, 1]]), "fold 1 needs both same and different pairs"),
     ],
 )
-def test_bad_pairs_are_refused(pairs: Tensor, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_pairs_are_rejected(pairs: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         PairVerification(Pairs.from_table(pairs))
 
 
-def test_bad_components_are_refused() -> None:
+def test_invalid_pca_components_are_rejected() -> None:
     pairs, people = make_pairs(folds=2, count=10)
     for components in (0, 20, 21):
         with pytest.raises(InputError, match=f"at least 1 and below 20, the number of .*, got {components}"):
@@ -204,7 +204,7 @@ def test_bad_components_are_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric PairVerification was called before")
-def test_without_images_all_is_nan() -> None:
+def test_metrics_without_images_are_nan() -> None:
     metric = PairVerification(Pairs.from_table(make_pairs()[0]), pca_components=3)
     with pytest.warns(UserWarning, match="600 of 600 images have missing or non-finite embeddings"):
         assert all(math.isnan(value) for value in metric.compute().values())
@@ -220,7 +220,7 @@ def test_reset_removes_the_cosines() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_angles_are_exact_in_a_module_of_any_precision_and_in_and_after_inference_mode(dtype: torch.dtype) -> None:
+def test_angles_are_exact_in_any_precision_and_inference_mode(dtype: torch.dtype) -> None:
     features, target = torch.randn(300, 8), torch.arange(300) % 3
     expected = ClassAngles(3, 8, 2)
     expected.update(features, torch.eye(3, 8), target)
@@ -267,7 +267,7 @@ def test_angles_of_classes_do_not_depend_on_the_batches(margin: int) -> None:
         for i, j in itertools.permutations(range(4), 2)
     }
     nearest = [min(angle for (i, _), angle in between.items() if i == label) for label in range(4)]
-    shares = [np.mean((theta >= k * math.pi / margin) & (theta < (k + 1) * math.pi / margin)) for k in range(margin)]
+    fractions = [np.mean((theta >= k * math.pi / margin) & (theta < (k + 1) * math.pi / margin)) for k in range(margin)]
     assert found == pytest.approx(
         {
             "angle": np.degrees(theta).mean(),
@@ -275,11 +275,11 @@ def test_angles_of_classes_do_not_depend_on_the_batches(margin: int) -> None:
             "centre_angle_mean": np.mean(list(between.values())),
             "centre_angle_nearest": np.mean(nearest),
             "centre_angle_min": min(between.values()),
-            **{f"segment_{k}": share for k, share in enumerate(shares)},
+            **{f"segment_{k}": fraction for k, fraction in enumerate(fractions)},
         },
         rel=1e-4,
     )
-    assert sum(shares) == pytest.approx(1)
+    assert sum(fractions) == pytest.approx(1)
 
 
 def test_opposite_features_are_in_the_last_segment() -> None:
@@ -290,7 +290,7 @@ def test_opposite_features_are_in_the_last_segment() -> None:
     assert math.isnan(values["centre_angle_mean"])  # of a single class
 
 
-def test_verification_leaves_the_cosines_of_the_scored_pairs() -> None:
+def test_compute_stores_the_cosines_of_the_scored_pairs() -> None:
     pairs, people = make_pairs(folds=3)
     pairs[pairs[:, 3] == 3, 3] = 0
     embeddings = noisy(people, 0.5)

@@ -1,4 +1,4 @@
-"""A mistake in the settings ends in one line that names the right setting."""
+"""A wrong setting gives a one-line error that suggests the correct name."""
 
 import copy
 import functools
@@ -24,11 +24,11 @@ from lsoftmax_lightning.user_errors import errors_without_traceback
 from .helpers.command_line import QUIET, SHORT, fails, small_data
 
 SAMPLE_SIZE = 60
-MIN_SHARE = 0.9
+MIN_FRACTION = 0.9
 
 
 class Typo(NamedTuple):
-    """A mistake in the content of a config, or in an option besides it, and the name that must be offered."""
+    """A mistake in the content of a config or in an option, and the name that must be suggested."""
 
     config: str
     content: dict[str, Any] | None
@@ -74,7 +74,7 @@ def option(keys: tuple[str, ...]) -> str:
 
 def typos_of(path: Path, rng: random.Random) -> Iterator[Typo]:
     content = yaml.safe_load(path.read_text())
-    found = [(keys, value) for keys, value in entries(content) if "backbone_args" not in keys]  # which takes any key
+    found = [(keys, value) for keys, value in entries(content) if "backbone_args" not in keys]  # accepts any key
     groups = [(), *(keys for keys, value in found if isinstance(value, dict) and "class_path" not in value)]
     for keys, value in found:
         *parents, name = keys
@@ -103,7 +103,7 @@ def all_typos() -> list[Typo]:
 
 
 def message(cli: InstantiatedCLI, typo: Typo, capsys: pytest.CaptureFixture[str]) -> str | None:
-    """Return what is printed; None if the parser takes the settings."""
+    """Return the printed error; None if the parser accepts the settings."""
     config = typo.config
     if typo.content is not None:
         config = "wrong.yaml"
@@ -116,18 +116,18 @@ def message(cli: InstantiatedCLI, typo: Typo, capsys: pytest.CaptureFixture[str]
 def check(typos: list[Typo], capsys: pytest.CaptureFixture[str]) -> None:
     cli = InstantiatedCLI(["fit", "--config=digits.yaml", *QUIET])
     printed = [(typo, text) for typo in typos if (text := message(cli, typo, capsys)) is not None]
-    assert len(printed) > 0.9 * len(typos)  # the parser takes an abbreviation
+    assert len(printed) > 0.9 * len(typos)  # the parser accepts abbreviations
     for typo, text in printed:
         assert text.startswith("error: ")
         assert len(text.splitlines()) == 1, text
         if typo.content is not None:
             assert text.startswith("error: wrong.yaml, line "), text
-    missed = [f"{typo.words or typo.content} -> {text}" for typo, text in printed if typo.right not in offered(text)]
-    assert len(missed) <= (1 - MIN_SHARE) * len(printed), "\n".join(missed)
+    missed = [f"{typo.words or typo.content} -> {text}" for typo, text in printed if typo.right not in suggested(text)]
+    assert len(missed) <= (1 - MIN_FRACTION) * len(printed), "\n".join(missed)
 
 
-def offered(text: str) -> set[str]:
-    """Return the names that a message offers, of classes without their module."""
+def suggested(text: str) -> set[str]:
+    """Return the names that a message suggests; classes also without their module."""
     names = re.split(", | or ", text.partition("did you mean ")[2].strip().removesuffix("?"))
     return {name.removeprefix("--") for name in names} | {name.rpartition(".")[2] for name in names if name[:1] != "-"}
 
@@ -146,7 +146,7 @@ WRONG_TYPE = "trainer:\n  max_epochs: 3\n  max_steps: many\n"
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         ("--model.margn 2", "--model.margn: is not a setting of ClassificationModule; did you mean --model.margin?"),
         ("--margin 2", "--margin: is not a setting of fit; did you mean --model.margin?"),
@@ -205,16 +205,16 @@ WRONG_TYPE = "trainer:\n  max_epochs: 3\n  max_steps: many\n"
         ("--checkpoint.monitor val/segment_4 --checkpoint.mode max", "val/segment_3, val/weight_angle_mean"),
     ],
 )
-def test_a_mistake_on_the_command_line_gets_one_line(args: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_argument_gives_a_one_line_error(args: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [args] if "{" in args else args.split()
     printed = fails(capsys, "fit", "--config=digits.yaml", *QUIET, *words)
-    assert said in printed
+    assert expected in printed
     assert printed.startswith("error: ")
     assert len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (FLAT, "my.yaml, line 1: backbone: is not a setting of fit; did you mean model.init_args.backbone?"),
         (NO_BRACE, "my.yaml, line 3: is not valid YAML: did not find expected ',' or '}'."),
@@ -238,16 +238,16 @@ def test_a_mistake_on_the_command_line_gets_one_line(args: str, said: str, capsy
         ("- 1\n", "my.yaml: must be a mapping of settings, got [1]."),
     ],
 )
-def test_a_mistake_in_a_config_gets_one_line(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_config_gives_a_one_line_error(text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("my.yaml").write_text(text)
     printed = fails(capsys, "fit", "--config=my.yaml", *QUIET)
-    assert said in printed
+    assert expected in printed
     assert printed.startswith("error: ")
     assert len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         ([], "required, got nothing; name a config that has model and data, as in --config digits.yaml."),
         (["--model.margin=2"], "--model.margin: has no class yet; give --model CLASS before it, or a config."),
@@ -257,14 +257,16 @@ def test_a_mistake_in_a_config_gets_one_line(text: str, said: str, capsys: pytes
         ),
     ],
 )
-def test_what_is_required_gets_one_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_setting_gives_a_one_line_error(
+    args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     printed = fails(capsys, "fit", *args)
-    assert said in printed
+    assert expected in printed
     assert len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         (
             ["compare", "--config=digits.yaml", "--margin", "2"],
@@ -281,9 +283,11 @@ def test_what_is_required_gets_one_line(args: list[str], said: str, capsys: pyte
         (["configs", "--cpy", "digits"], "unrecognized arguments: --cpy digits"),
     ],
 )
-def test_a_mistake_in_an_option_gets_one_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_option_gives_a_one_line_error(
+    args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     printed = fails(capsys, *args)
-    assert said in printed
+    assert expected in printed
     assert printed.startswith("error: ")
     assert len(printed.splitlines()) == 1
 
@@ -301,9 +305,7 @@ class Module(ClassificationModule):
 
 
 @pytest.mark.parametrize("setting", ["--model=logs.Module", "--trainer.callbacks+=logs.Logs"])
-def test_metrics_of_the_users_classes_may_define_the_best_checkpoint(
-    setting: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_custom_metrics_can_define_the_best_checkpoint(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("logs.py").write_text(LOGS)
     monkeypatch.syspath_prepend("")
     monitor = ["--checkpoint.monitor=val/mine", "--checkpoint.mode=max"]
@@ -313,7 +315,7 @@ def test_metrics_of_the_users_classes_may_define_the_best_checkpoint(
 
 
 @pytest.mark.parametrize("config", ["digits.yaml", "lfw_fold.yaml"])
-def test_every_logged_metric_may_define_the_best_checkpoint(
+def test_every_logged_metric_can_define_the_best_checkpoint(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = small_data(config, tmp_path / "small", monkeypatch)
@@ -338,11 +340,11 @@ def test_every_logged_metric_may_define_the_best_checkpoint(
     assert all(name in str(caught.value) for name in logged)
 
 
-def test_the_right_name_is_offered_for_a_sample_of_typos(capsys: pytest.CaptureFixture[str]) -> None:
+def test_correct_name_is_suggested_for_a_sample_of_typos(capsys: pytest.CaptureFixture[str]) -> None:
     check(random.Random(1).sample(all_typos(), SAMPLE_SIZE), capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1])
-def test_the_right_name_is_offered_for_hundreds_of_typos(part: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_correct_name_is_suggested_for_hundreds_of_typos(part: int, capsys: pytest.CaptureFixture[str]) -> None:
     check(all_typos()[part::6], capsys)

@@ -1,4 +1,4 @@
-"""The wheel, in an environment without a checkout."""
+"""Wheel in an environment without a checkout."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def call(*args: str | Path) -> str:
 DATA_FILES = {"py.typed", "configs/digits.yaml", "compare/paper_accuracies.yaml"}
 
 
-def test_the_package_and_the_configs_that_the_wheel_includes_have_the_data_files() -> None:
+def test_data_files_of_the_wheel_exist() -> None:
     package = ROOT / "lsoftmax_lightning"
     assert all((package / name).is_file() or (ROOT / name).is_file() for name in DATA_FILES)
     settings = (ROOT / "pyproject.toml").read_text()
@@ -29,7 +29,7 @@ def test_the_package_and_the_configs_that_the_wheel_includes_have_the_data_files
 
 
 @pytest.mark.slow
-def test_the_wheel_is_complete_and_does_what_the_images_do() -> None:
+def test_wheel_is_complete_and_passes_docker_without_sh() -> None:
     call(sys.executable, "-m", "build", "-o", "dist", ROOT)
     files = sorted(Path("dist").iterdir())
     assert [file.suffix for file in files] == [".whl", ".gz"]
@@ -41,7 +41,7 @@ def test_the_wheel_is_complete_and_does_what_the_images_do() -> None:
         for name in ("/tests/test_package.py", "/lsoftmax_lightning/compare/paper_accuracies.yaml"):
             assert any(path.endswith(name) for path in archive.getnames())
 
-    # an environment that has what it depends on, from the one that runs the tests, and no checkout
+    # an environment with the dependencies of the test environment and without the checkout
     call(sys.executable, "-m", "venv", "venv")
     python = Path("venv/bin/python").absolute()
     site = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
@@ -49,5 +49,5 @@ def test_the_wheel_is_complete_and_does_what_the_images_do() -> None:
     call(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", files[0])
     Path("empty").mkdir()
     printed = call("bash", "-c", f"cd empty && {ROOT / 'docker' / 'without.sh'} {python.parent.parent}")
-    assert printed.endswith("== all of it works\n")
+    assert printed.endswith("== all steps succeeded\n")
     assert (site / "lsoftmax_lightning" / "configs").is_dir()

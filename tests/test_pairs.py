@@ -1,4 +1,4 @@
-"""Pairs of images: columns, and what a datamodule may offer."""
+"""Pairs of images: columns, selection, and pairs of a datamodule."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from lsoftmax_lightning.pairs import Pairs, pairs_of
 TABLE = torch.tensor([[4, 1, 1, 1], [0, 1, 0, 0], [2, 4, 0, 2]])
 
 
-def test_columns_are_those_of_the_table() -> None:
+def test_columns_equal_those_of_the_table() -> None:
     pairs = Pairs.from_table(TABLE)
     assert len(pairs) == 3
     assert torch.equal(torch.stack([pairs.first, pairs.second, pairs.same, pairs.fold], dim=1), TABLE)
@@ -24,7 +24,7 @@ def test_rows_are_selected_by_mask_or_index() -> None:
         assert pairs[rows].same.tolist() == [True, False]
 
 
-def test_a_datamodule_offers_pairs_a_table_or_neither() -> None:
+def test_pairs_of_accepts_pairs_a_table_or_none() -> None:
     pairs = Pairs.from_table(TABLE)
     assert pairs_of(SimpleNamespace(val_pairs=pairs), "val") is pairs
     from_table = pairs_of(SimpleNamespace(test_pairs=TABLE), "test")

@@ -1,4 +1,4 @@
-"""Half precision trains as well as single, and nothing makes NaN."""
+"""Training in half precision is as accurate as in single precision, and gives no NaN."""
 
 import math
 from collections.abc import Callable
@@ -19,24 +19,24 @@ from .helpers.training import BlobsDataModule, make_trainer
 
 
 def adversarial(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Features, and classes, at which something may be divided by zero or rounded beyond 1."""
-    own = F.normalize(weight)  # of each class: along its weight, against it, and square to it
-    square = F.normalize(own.roll(1, 1) - (own.roll(1, 1) * own).sum(1, keepdim=True) * own)
-    directions = torch.cat([own, -own, square, own + 1e-4 * square])
-    rows = torch.cat([0 * own, *(norm * directions for norm in (1e-4, 1.0, 1e4))])
+    """Return features and classes that can cause division by zero or cosines beyond 1."""
+    unit = F.normalize(weight)  # features parallel, opposite and orthogonal to each class weight
+    orthogonal = F.normalize(unit.roll(1, 1) - (unit.roll(1, 1) * unit).sum(1, keepdim=True) * unit)
+    directions = torch.cat([unit, -unit, orthogonal, unit + 1e-4 * orthogonal])
+    rows = torch.cat([0 * unit, *(norm * directions for norm in (1e-4, 1.0, 1e4))])
     return rows, torch.arange(len(weight)).repeat(len(rows) // len(weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", range(1, 7))
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_whole_margin_at_once_makes_no_nan(device: str, m: int, dtype: torch.dtype) -> None:
+def test_full_margin_from_the_first_step_gives_no_nan(device: str, m: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     head = LSoftmaxLinear(16, 5, margin=m, lambda_=0.0, device=device)
     features, target = adversarial(head.weight.detach())
     x = nn.Parameter(features.clone())
     optimizer = torch.optim.SGD([x, head.weight], lr=1e-5)
-    scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)  # its first steps are too large, and left out
+    scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)  # skips its first steps, which overflow
     for _ in range(20):
         optimizer.zero_grad()
         with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
@@ -53,10 +53,10 @@ def test_the_whole_margin_at_once_makes_no_nan(device: str, m: int, dtype: torch
 
 
 def one_class_in_every_segment() -> tuple[Tensor, Tensor]:
-    """Samples of class 0 at all angles, and a weight.
+    """Return samples of class 0 at all angles, and a weight.
 
-    The features and the weight of class 0 have norm 8. The logits of the other classes are 128 exactly in any
-    precision, so that every error of the loss is one of the target logit.
+    The features and the weight of class 0 have norm 8. The logits of the other classes are exactly 128 in any
+    precision, so that only the target logit can cause errors.
     """
     torch.manual_seed(0)
     theta = torch.linspace(0.15, math.pi - 0.15, 48, dtype=torch.float64).unsqueeze(1)
@@ -103,18 +103,18 @@ def test_half_precision_does_not_round_the_target_logit(
     exact_gradients = torch.autograd.grad(exact.mean(), (exact_x, exact_weight))
     tolerance = 1e-4 if autocast else torch.finfo(dtype).eps  # half-precision inputs have half-precision gradients
     for found, expected, rows in zip(gradients, exact_gradients, (len(x), 1), strict=True):
-        found, expected = (each[:rows, :15] for each in (found, expected))  # what flows through the target logit
+        found, expected = (each[:rows, :15] for each in (found, expected))  # the part through the target logit
         assert (found - expected).norm() < tolerance * expected.norm()
 
 
 @pytest.mark.parametrize(
     ("accelerator", "precision"),
     [
-        ("cpu", "bf16-mixed"),  # which Lightning takes, on a CPU, for 16-mixed too
+        ("cpu", "bf16-mixed"),  # on CPUs, Lightning also uses it for 16-mixed
         *(pytest.param("gpu", precision, marks=pytest.mark.gpu) for precision in ("bf16-mixed", "16-mixed")),
     ],
 )
-def test_half_precision_learns_as_single_does(
+def test_half_precision_is_as_accurate_as_single(
     accelerator: str, precision: str, record_property: Callable[[str, object], None]
 ) -> None:
     accuracy = {}
@@ -129,7 +129,7 @@ def test_half_precision_learns_as_single_does(
 
 
 class Weighted(ClassificationModule):
-    """Its criterion has a buffer, and a parameter that is trained."""
+    """Module whose criterion has a buffer and a trained parameter."""
 
     class Criterion(nn.Module):
         def __init__(self, weight: Tensor) -> None:
@@ -148,7 +148,7 @@ class Weighted(ClassificationModule):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed", "32-true", "64-true"])
 @pytest.mark.parametrize("init_module", [False, True])
-def test_a_criterion_may_have_tensors(precision: Any, init_module: bool) -> None:
+def test_criterion_with_tensors_trains_in_every_precision(precision: Any, init_module: bool) -> None:
     trainer = make_trainer(precision=precision)
     settings = {"num_classes": 4, "backbone": "digits", "margin": 2, "image_shape": (1, 8, 8)}
     with trainer.init_module() if init_module else nullcontext():

@@ -1,4 +1,4 @@
-"""Several processes train and test as one does."""
+"""Training and test on several processes equal those on one."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from .helpers.formats import write_lfw
 from .helpers.processes import work
 from .helpers.training import SHARDS_ON_CPUS
 
-# without batch normalisation, whose statistics would be those of each process's part of the batch
+# without batch normalisation, whose statistics would depend on the number of processes
 MODULE = """
 import atexit
 import os
@@ -48,7 +48,7 @@ class Dies(Callback):
         if trainer.global_rank == self.rank and trainer.global_step == 5:
             if self.killed:
                 os.kill(os.getpid(), 9)
-            raise RuntimeError("this worker gives out")
+            raise RuntimeError("this rank fails")
 
 class WritesExit(Callback):
     def __init__(self) -> None:
@@ -62,59 +62,67 @@ class WritesExit(Callback):
 def arguments(devices: int, *args: str, config: str = "digits.yaml", module: str = "Module") -> list[str]:
     Path("of_processes.py").write_text(MODULE)
     return [
-        *("fit", "--config", config, "--model", f"of_processes.{module}"),
-        *("--trainer.accelerator=cpu", "--trainer.strategy=ddp", f"--trainer.devices={devices}"),
-        *("--trainer.max_epochs=3", f"--trainer.logger.version=on{devices}"),
-        *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+        "fit",
+        "--config",
+        config,
+        "--model",
+        f"of_processes.{module}",
+        "--trainer.accelerator=cpu",
+        "--trainer.strategy=ddp",
+        f"--trainer.devices={devices}",
+        "--trainer.max_epochs=3",
+        f"--trainer.logger.version=on{devices}",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
         *args,
     ]
 
 
 def run(devices: int, *args: str, **names: str) -> subprocess.CompletedProcess[str]:
-    """As torchrun starts it."""
+    """Run fit on ranks started as by torchrun."""
     return run_on(devices, partial(main, arguments(devices, *args, **names)))
 
 
 def run_launched(devices: int, *args: str) -> subprocess.CompletedProcess[str]:
-    """As a user starts it; Lightning starts the other processes."""
+    """Run fit as a user does; Lightning launches the other ranks."""
     command = arguments(devices, *args)
     return launch(partial(main, command), *command, program=lsoftmax_lightning.__main__)
 
 
 def run_command(devices: int, *args: str) -> subprocess.CompletedProcess[str]:
-    """As a user starts it, in a Python of its own; ends with the last process.
+    """Run fit in a new interpreter, until the last process ends.
 
-    ``ddp_notebook`` needs it: torch refuses to fork again in a fork of a process that has looked for GPUs.
+    ``ddp_notebook`` needs it, because torch does not fork again in a fork of a process that has checked for GPUs.
     """
     command = [sys.executable, "-m", "lsoftmax_lightning", *arguments(devices, *args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
 
 
 @pytest.mark.parametrize("counts", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
-def test_any_number_of_processes_trains_and_tests_as_one(
+def test_training_and_test_do_not_depend_on_the_number_of_processes(
     counts: tuple[int, ...], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     for count in counts:
         done = run_on(count, partial(work, tmp_path))
         assert done.returncode == 0, done.stderr
     weights = {count: torch.load(tmp_path / f"weights_{count}.pt", weights_only=True) for count in counts}
-    figures = {count: json.loads((tmp_path / f"figures_{count}.json").read_text()) for count in counts}
+    metrics = {count: json.loads((tmp_path / f"metrics_{count}.json").read_text()) for count in counts}
     for count in counts[1:]:
-        # after 50 steps they differ by the order of sums only
+        # after 50 steps, weights differ only by the order of sums
         for run, one in weights[1].items():
             other = weights[count][run]
             difference = float(torch.stack([(other[name] - weight).abs().max() for name, weight in one.items()]).max())
             record_property(f"difference of weights, {count} processes, {run}", difference)
             assert difference < (1e-4 if "32" in run else 1e-12)
         # each image of a test set of any size counts once
-        for size, one in figures[1].items():
+        for size, one in metrics[1].items():
             if int(size) < count:
-                assert figures[count][size] == f"{size} samples are too few for {count} devices; use fewer."
+                assert metrics[count][size] == f"{size} samples are too few for {count} devices; use fewer."
             else:
-                assert figures[count][size] == pytest.approx(one, rel=1e-5, abs=1e-4)
+                assert metrics[count][size] == pytest.approx(one, rel=1e-5, abs=1e-4)
 
 
-def test_two_processes_train_and_draw_as_one() -> None:
+def test_two_ranks_train_and_draw_as_one() -> None:
     weights, results = [], []
     for devices, start in ((1, run), (2, run_launched)):
         done = start(devices, "--dashboard.save=true")
@@ -132,7 +140,7 @@ def test_two_processes_train_and_draw_as_one() -> None:
     assert results[0]["test/angle"] == pytest.approx(results[1]["test/angle"], rel=1e-3)
     assert results[0]["test/centre_angle_min"] == pytest.approx(results[1]["test/centre_angle_min"], rel=1e-3)
 
-    # every image is in the plots, once, and only one process draws
+    # every image is in the plots once, and only one rank draws
     runs = [Path("runs/digits", name) for name in ("on1", "on2")]
     names = [{path.name for path in (run / "dashboard").iterdir()} for run in runs]
     assert names[0] == names[1]
@@ -146,7 +154,7 @@ def test_two_processes_train_and_draw_as_one() -> None:
 
 @pytest.mark.skipif(not SHARDS_ON_CPUS, reason="ClassShardedStrategy refuses this release of torch on CPUs")
 def test_two_nodes_and_sharded_classes_equal_one_rank() -> None:
-    """The same command, by the name of what starts it."""
+    """The same command is started by torchrun, srun and with sharded classes."""
     short = ["--trainer.max_epochs=1", "--dashboard.every_n_epochs=0"]
     done = run(1, *short)
     assert done.returncode == 0, done.stderr
@@ -169,20 +177,21 @@ def test_two_nodes_and_sharded_classes_equal_one_rank() -> None:
 
 
 def test_two_ranks_augment_and_verify_as_one(tmp_path: Path) -> None:
-    write_lfw(tmp_path / "lfw", folds=4, count=5)  # an odd number of test images: batches of 8 leave some over
+    write_lfw(tmp_path / "lfw", folds=4, count=5)  # an odd number of test images, with an incomplete last batch
     weights, results = [], []
     for devices in (1, 2):
         done = run(
             devices,
-            *(
-                f"--data.root={tmp_path / 'lfw'}",
-                "--data.fold=4",
-                "--data.val_fold=3",
-                "--data.image_size=8",
-                "--data.batch_size=8",
-            ),
-            *("--data.crop_padding=2", "--trainer.max_steps=20", "--trainer.val_check_interval=2"),
-            *("--model.pca_components=4", "--dashboard.every_n_epochs=0"),
+            f"--data.root={tmp_path / 'lfw'}",
+            "--data.fold=4",
+            "--data.val_fold=3",
+            "--data.image_size=8",
+            "--data.batch_size=8",
+            "--data.crop_padding=2",
+            "--trainer.max_steps=20",
+            "--trainer.val_check_interval=2",
+            "--model.pca_components=4",
+            "--dashboard.every_n_epochs=0",
             config="lfw_fold.yaml",
             module="Faces",
         )
@@ -192,13 +201,13 @@ def test_two_ranks_augment_and_verify_as_one(tmp_path: Path) -> None:
         results.append(json.loads((folder / "results.json").read_text()))
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
-    # shares to 1e-6; angles, up to 180, to what float32 tells apart
+    # fractions to 1e-6, angles to the precision of float32
     assert results[0] == pytest.approx(results[1], rel=1e-6, abs=1e-6)
     assert 0.5 < results[0]["test/auc"] <= 1
 
 
 @pytest.mark.slow
-def test_forked_and_spawned_processes_are_as_independent_ones() -> None:
+def test_forked_and_spawned_ranks_equal_independent_ones() -> None:
     results, weights = [], []
     for strategy, start in (("ddp", run), ("ddp_notebook", run_command), ("ddp_spawn", run_launched)):
         settings = ["--trainer.max_epochs=2", "--dashboard.every_n_epochs=0", f"--trainer.strategy={strategy}"]
@@ -217,7 +226,7 @@ def test_forked_and_spawned_processes_are_as_independent_ones() -> None:
         torch.testing.assert_close(weights[other], weights[0])
 
 
-def test_a_batch_that_does_not_divide_is_one_error() -> None:
+def test_indivisible_batch_size_is_an_error() -> None:
     done = run(2, "--data.batch_size=65")
     assert done.returncode != 0
     assert (
@@ -229,7 +238,7 @@ def test_a_batch_that_does_not_divide_is_one_error() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_notebook", "ddp_spawn"])
-def test_an_error_of_a_forked_or_spawned_process_is_one_error(strategy: str) -> None:
+def test_error_of_a_forked_or_spawned_rank_is_reported(strategy: str) -> None:
     done = run_command(2, "--data.batch_size=65", f"--trainer.strategy={strategy}")
     assert done.returncode == 1
     assert (
@@ -239,7 +248,7 @@ def test_an_error_of_a_forked_or_spawned_process_is_one_error(strategy: str) -> 
     assert "Traceback" not in done.stderr
 
 
-def test_divergence_ends_every_process() -> None:
+def test_divergence_ends_every_rank() -> None:
     args = arguments(2, "--model.optimizer.lr=1e30")
     done = run_on(2, partial(main, args), kill_others=False)
     assert done.returncode != 0
@@ -259,6 +268,6 @@ def test_a_rank_that_dies_ends_the_run(
     )
     done = start(2, *dies)
     assert done.returncode != 0
-    assert ("this worker gives out" in done.stderr) is not killed
+    assert ("this rank fails" in done.stderr) is not killed
     assert ("error: another process of the run died" in done.stderr) or not killed
     assert done.stderr.count("Traceback") == (not killed)

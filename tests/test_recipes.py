@@ -1,4 +1,4 @@
-"""The recipes in CONTRIBUTING.md, applied to a copy of the package."""
+"""Recipes of CONTRIBUTING.md, applied to a copy of the package."""
 
 import csv
 import os

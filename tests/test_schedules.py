@@ -1,4 +1,4 @@
-"""lambda as a function of the step."""
+"""Schedules of lambda."""
 
 import math
 import pickle
@@ -14,7 +14,7 @@ from lsoftmax_lightning.schedules import AccuracyFeedback, Constant, LambdaSched
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [  # the authors' examples, at iteration 1k, 5k, 10k and 15k, as printed to two or three digits
+    [  # examples of the authors at iterations 1k, 5k, 10k and 15k, rounded to two or three digits
         (PowerLaw(), (421, 16, 0.41, 0.014)),
         (PowerLaw(gamma=2e-5, power=45), (410, 14, 0.27, 0.0075)),
         (PowerLaw(gamma=1e-5, power=45), (639, 111, 14, 1.9)),
@@ -22,7 +22,7 @@ from lsoftmax_lightning.schedules import AccuracyFeedback, Constant, LambdaSched
 )
 def test_power_law_gives_the_values_of_the_authors(schedule: PowerLaw, expected: tuple[float, ...]) -> None:
     for iteration, lambda_ in zip((1000, 5000, 10_000, 15_000), expected, strict=True):
-        assert schedule(iteration - 1) == pytest.approx(lambda_, rel=0.05)  # they count from one
+        assert schedule(iteration - 1) == pytest.approx(lambda_, rel=0.05)  # the authors count from 1
 
 
 def test_power_law_stops_at_lambda_min() -> None:
@@ -31,15 +31,15 @@ def test_power_law_stops_at_lambda_min() -> None:
 
 @given(
     base=st.floats(0, 1e6),
-    share=st.floats(0, 1),
+    minimum=st.floats(0, 1),
     fraction=st.floats(0.01, 1),
     total=st.integers(1, 10**6),
 )
-def test_run_fraction_falls_from_base_to_minimum(base: float, share: float, fraction: float, total: int) -> None:
-    schedule = RunFraction(base, base * share, fraction)
+def test_run_fraction_falls_from_base_to_minimum(base: float, minimum: float, fraction: float, total: int) -> None:
+    schedule = RunFraction(base, base * minimum, fraction)
     values = [schedule(round(total * part), total) for part in (0, 0.1, 0.5, 0.9, 1)]
     assert values[0] == pytest.approx(base)
-    assert values[-1] == base * share
+    assert values[-1] == base * minimum
     assert all(a >= b - 1e-9 * (1 + base) for a, b in pairwise(values))
 
 
@@ -47,13 +47,13 @@ def test_run_fraction_does_not_depend_on_the_length_of_the_run() -> None:
     schedule = RunFraction(lambda_min=0)
     assert schedule(10, 100) == pytest.approx(schedule(1000, 10_000))
     assert schedule(50, 100) == 0
-    shares = [1 / (1 + schedule(step, 100)) for step in range(5)]
-    ratios = [later / earlier for earlier, later in pairwise(shares)]
-    assert ratios == pytest.approx([ratios[0]] * 4)  # the margin's share grows by the same factor every step
+    weights = [1 / (1 + schedule(step, 100)) for step in range(5)]
+    ratios = [later / earlier for earlier, later in pairwise(weights)]
+    assert ratios == pytest.approx([ratios[0]] * 4)  # the weight of the margin grows by the same factor every step
 
 
-def test_run_fraction_needs_an_end() -> None:
-    for unknown in (math.inf, -1):  # the latter is what the Trainer says of data without a length
+def test_run_fraction_needs_the_length_of_the_run() -> None:
+    for unknown in (math.inf, -1):  # the Trainer returns -1 for data without a length
         with pytest.raises(InputError, match="max_steps or max_epochs"):
             RunFraction()(0, unknown)
 
@@ -82,7 +82,7 @@ def test_feedback_falls_with_accuracy_within_its_bounds(
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "said"),
+    ("kind", "settings", "message"),
     [
         (PowerLaw, {"gamma": -1}, "gamma"),
         (PowerLaw, {"base": math.inf}, "base"),
@@ -99,8 +99,8 @@ def test_feedback_falls_with_accuracy_within_its_bounds(
         (RunFraction, {"base": 1, "lambda_min": 2}, "^lambda_min: must not exceed base"),
     ],
 )
-def test_bad_settings_are_refused(kind: type[LambdaSchedule], settings: dict[str, float], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(kind: type[LambdaSchedule], settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         kind(**settings)
 
 

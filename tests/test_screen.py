@@ -1,4 +1,4 @@
-"""What the commands print."""
+"""Output of the commands."""
 
 import logging
 import warnings
@@ -40,7 +40,7 @@ def test_metrics_are_grouped_rounded_and_have_units(capsys: pytest.CaptureFixtur
     assert max(map(len, lines)) < 80
 
 
-def test_messages_about_other_products_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_advertising_messages_are_suppressed(caplog: pytest.LogCaptureFixture) -> None:
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     with quiet_logs():
         log.info("💡 Tip: buy this")
@@ -50,7 +50,7 @@ def test_messages_about_other_products_are_left_out(caplog: pytest.LogCaptureFix
     assert caplog.messages == ["GPU available: True (cuda), used: True", "💡 Tip: of the user's own Trainer"]
 
 
-def test_a_warning_of_a_library_is_printed_without_its_place() -> None:
+def test_warning_of_a_library_is_printed_without_its_location() -> None:
     def printed(filename: str) -> str:
         return warnings.formatwarning("careful", UserWarning, filename, 7)
 
@@ -60,7 +60,7 @@ def test_a_warning_of_a_library_is_printed_without_its_place() -> None:
     assert "7" in printed(torch.__file__)
 
 
-def test_a_run_ends_with_its_metrics_and_where_to_look(
+def test_run_ends_with_its_metrics_and_folders(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     main(["fit", "--config=digits.yaml", *QUIET, "--trainer.max_epochs=1"])

@@ -1,4 +1,4 @@
-"""A head that is sharded by class over processes trains as a whole one."""
+"""Training of a head that is sharded by class equals that of an unsharded head."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from lsoftmax_lightning import ClassificationModule
 
 from .helpers.forked import run_on
 from .helpers.processes import Net
-from .helpers.sharding import COUNTS, RUNS, evaluate, go_on, refusals, work
+from .helpers.sharding import COUNTS, RUNS, evaluate, rejections, resume, work
 from .helpers.training import SHARDS_ON_CPUS
 
 pytestmark = [
@@ -45,7 +45,7 @@ RESUMED = [(2, 1), (1, 2)]
     ],
     ids=["some", "all"],
 )
-def test_any_number_of_processes_trains_as_one(
+def test_training_does_not_depend_on_the_number_of_processes(
     resumed: list[tuple[int, int]],
     max_count: int,
     names: list[str],
@@ -61,8 +61,8 @@ def test_any_number_of_processes_trains_as_one(
     for count in COUNTS:
         run(count, work, names if count <= max_count else [])
     for count in COUNTS:
-        run(count, go_on, [before for before, after in resumed if after == count])
-    run(2, refusals)
+        run(count, resume, [before for before, after in resumed if after == count])
+    run(2, rejections)
 
     def read(name: str) -> Any:
         return torch.load(tmp_path / f"{name}.pt", weights_only=True)
@@ -71,7 +71,7 @@ def test_any_number_of_processes_trains_as_one(
         found = read(f"difference {count}")
         record_property(f"difference of losses and gradients in float64, {count} processes", found)
         assert found < 1e-12
-    # In bf16 the sharded head rounds the products that the whole head computes in float32. Over 30 steps this moves
+    # In bf16 the sharded head rounds the products that the unsharded head computes in float32. Over 30 steps this moves
     # most weights by less than 0.01, and by up to 0.1 where it changes the side of a ReLU.
     for name, tolerance in (("plain", 1e-6), ("clipped and accumulated", 1e-6), ("bf16-mixed", 0.2)):
         if name not in names:
@@ -83,7 +83,7 @@ def test_any_number_of_processes_trains_as_one(
             record_property(f"difference of weights after 30 steps, {name}, {count} processes", found)
             assert found < tolerance
             if name != "bf16-mixed":
-                assert other["figures"] == pytest.approx(one["figures"], rel=1e-5, abs=1e-5)
+                assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-5)
     one = read("plain 1")["weights"]
     found = max(difference(one, read(f"{before} to {after}")) for before, after in resumed)
     record_property("difference of weights, resumed on another number of processes", found)
@@ -99,6 +99,6 @@ def test_any_number_of_processes_trains_as_one(
         "torch": "ClassShardedStrategy: the gloo backend requires torch>=2.9, got 2.8.0; earlier versions sum",
         "logits": "a sharded head has no logits to train on: use head.cross_entropy(x, target).",
     }
-    for name, message in read("refusals").items():
+    for name, message in read("rejections").items():
         assert message.startswith(expected.pop(name))
     assert not expected

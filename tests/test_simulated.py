@@ -1,4 +1,4 @@
-"""A training step on a simulated accelerator: what waits for it, and how many kernels it starts."""
+"""Training steps on a simulated accelerator: waits, and number of kernels."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_no_training_step_waits_for_the_device_and_the_chunked_loss_starts_few_kernels() -> None:
-    """One test for all, as each process that asks would train again."""
+def test_training_steps_do_not_wait_and_the_chunked_loss_starts_few_kernels() -> None:
+    """One test for all, because each process trains again."""
     done = subprocess.run([sys.executable, "-m", "tests.helpers.simulated_fit"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

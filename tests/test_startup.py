@@ -1,4 +1,4 @@
-"""Imports and commands that need no torch start without it."""
+"""Imports and commands that do not need torch start without it."""
 
 import gc
 import os
@@ -42,7 +42,7 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_nothing_heavy_is_imported(args: list[str], code: int) -> None:
+def test_heavy_libraries_are_not_imported(args: list[str], code: int) -> None:
     done = python("-X", "importtime", *args)
     assert done.returncode == code
     imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.MULTILINE))
@@ -114,7 +114,7 @@ def test_help_names_every_command(option: str, capsys: pytest.CaptureFixture[str
         ([], "got nothing; see lsoftmax_lightning --help.\n"),
     ],
 )
-def test_a_wrong_command_gets_one_line(args: list[str], end: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_command_gives_a_one_line_error(args: list[str], end: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(args)
     assert caught.value.code == 2
@@ -122,7 +122,7 @@ def test_a_wrong_command_gets_one_line(args: list[str], end: str, capsys: pytest
     assert capsys.readouterr().err == start + end
 
 
-def test_a_config_with_settings_of_several_commands_may_stand_before_the_command(
+def test_config_before_the_command_may_have_settings_of_several_commands(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("settings.yaml").write_text("fit:\n  trainer: {max_epochs: 3}\ntest:\n  trainer: {max_epochs: 3}\n")
@@ -133,7 +133,7 @@ def test_a_config_with_settings_of_several_commands_may_stand_before_the_command
 
 
 @pytest.mark.slow
-def test_the_package_offers_its_names_when_they_are_used() -> None:
+def test_public_names_are_imported_lazily() -> None:
     code = """
 import sys
 import lsoftmax_lightning
@@ -167,14 +167,14 @@ def test_a_signal_that_a_library_swallows_ends_the_command() -> None:
         with suppress(SystemExit):
             os.kill(os.getpid(), signal.SIGTERM)
         stop_if_received()
-        pytest.fail("the command goes on")
+        pytest.fail("the command continues")
 
     with pytest.raises(Stopped), exit_on_signals():
         swallow_and_go_on()
 
 
 @pytest.mark.slow
-def test_only_the_process_of_the_command_freezes_its_imports() -> None:
+def test_only_the_command_process_freezes_its_imports() -> None:
     code = """
 import gc
 from contextlib import suppress
@@ -185,7 +185,7 @@ for command in (lambda: main(["fit", "--full_help"]), run):
     print("collects", gc.isenabled(), "frozen", gc.get_freeze_count() > 0)
 """
     lines = python("-c", code, "fit", "--full_help").stdout.splitlines()
-    expected = ["collects True frozen False", "collects True frozen True"]  # of main and of run
+    expected = ["collects True frozen False", "collects True frozen True"]  # main, run
     assert [line for line in lines if line.startswith("collects")] == expected
     assert gc.isenabled()
 

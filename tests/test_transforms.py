@@ -1,4 +1,4 @@
-"""Augmentation: what it does to one image, and that its draws are uniform and independent."""
+"""Augmentation: its result for an image, and uniform and independent draws."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor
 from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.transforms import RandomCropFlip
 
-# a chance of one in a million that a right program fails, were the seed not fixed
+# significance level of the tests
 ALPHA = 1e-6
 
 
 def places(images: Tensor, height: int) -> Tensor:
-    """Row, column and mirroring, [N, 3], read off images whose pixels number their places from 1 up."""
+    """Return row, column and flip, (N, 3), of images from :func:`numbered`."""
     corner = images[:, 0, 4, 4].long() - 1  # padding 4 leaves this pixel inside the image
     mirrored = (images[:, 0, 4, 5] < images[:, 0, 4, 4]).long()
     row, column = corner // height - 4, corner % height - 4
@@ -39,7 +39,7 @@ def test_crop_and_flip_equal_torchvision(shape: tuple[int, ...], padding: int, f
         assert torch.equal(after, TF.hflip(expected) if flip and draw[2] < 0.5 else expected)
 
 
-def test_the_ends_of_the_draws_stay_inside() -> None:
+def test_extreme_draws_stay_inside_the_image() -> None:
     draws = torch.tensor([[0.0, 0.0, 0.0], [1 - 2**-24] * 3])  # the largest that torch.rand gives
     found = places(RandomCropFlip(4, flip=True)(numbered(2, 32), draws), 32)
     assert found.tolist() == [[0, 0, 1], [8, 8, 0]]
@@ -49,12 +49,14 @@ def test_crops_and_flips_are_uniform_and_independent_per_sample() -> None:
     draws = torch.rand(100_000, 3, generator=torch.Generator().manual_seed(0))
     found = places(RandomCropFlip(4, flip=True)(numbered(len(draws), 32), draws), 32)
     cells = found[:, 0] * 18 + found[:, 1] * 2 + found[:, 2]
-    assert chisquare(cells.bincount(minlength=162)).pvalue > ALPHA  # all 9 x 9 x 2, so also independent of each other
-    for kind, values in zip(found.T, (9, 9, 2), strict=True):  # one sample tells nothing of the next
+    assert (
+        chisquare(cells.bincount(minlength=162)).pvalue > ALPHA
+    )  # all 9 x 9 x 2 combinations, which also tests their independence
+    for kind, values in zip(found.T, (9, 9, 2), strict=True):  # samples are independent of the next one
         table = (kind[:-1] * values + kind[1:]).bincount(minlength=values**2).view(values, values)
         assert chi2_contingency(table).pvalue > ALPHA
 
 
-def test_a_negative_padding_is_refused() -> None:
+def test_a_negative_padding_is_rejected() -> None:
     with pytest.raises(InputError, match="padding: must be 0 pixels or more, got -1"):
         RandomCropFlip(-1)

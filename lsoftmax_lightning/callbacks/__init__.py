@@ -1,4 +1,4 @@
-"""Callbacks that work with any module that offers an L-Softmax ``head``."""
+"""Callbacks for any module with an L-Softmax ``head``."""
 
 from ..dashboard import Dashboard, MarginMonitor
 from .annealing import LambdaAnnealing

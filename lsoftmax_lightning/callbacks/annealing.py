@@ -38,8 +38,8 @@ class LambdaAnnealing(Callback):
     device. It requires a ``training_step`` that calls ``head(x, target)`` or ``head.cross_entropy(x, target)``.
 
     A NaN or infinite loss stops the run before another checkpoint is written. The losses are kept on the device and
-    checked every ``log_every_n_steps`` steps, before a validation or a checkpoint and at the end of an epoch, so that
-    a step does not wait for the device.
+    checked every ``log_every_n_steps`` steps, before a validation or checkpoint and at the end of an epoch, so that a
+    step does not wait for the device.
 
     Args:
         schedule: Schedule of lambda. Default: the ``lambda_schedule`` of the module, or
@@ -77,7 +77,7 @@ class LambdaAnnealing(Callback):
             self._check_module(pl_module)
             schedule: Callable[..., float] = self.schedule_for(pl_module)
             accuracy = () if self._accuracy is None else (0.0,)
-            _head(pl_module).lambda_ = schedule(0, 1, *accuracy)  # the loops of tuners run without callbacks
+            _head(pl_module).lambda_ = schedule(0, 1, *accuracy)  # tuners run their loops without callbacks
 
     def schedule_for(self, pl_module: LightningModule) -> LambdaSchedule:
         """Return the schedule that applies to a module."""
@@ -85,7 +85,7 @@ class LambdaAnnealing(Callback):
         return schedule
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the module and its schedule, and start to measure the accuracy if the schedule uses it."""
+        """Check the module and its schedule, and start measuring the accuracy if the schedule uses it."""
         self._check_module(pl_module)
         if self._accuracy is not None:
             self._accuracy.attach(_head(pl_module), pl_module.device)
@@ -104,8 +104,8 @@ class LambdaAnnealing(Callback):
             )
         if others:
             rank_zero_warn(
-                f"LambdaAnnealing anneals self.head of {name}, not self.{' and self.'.join(others)}: set lambda_ of "
-                "that one before each step."
+                f"LambdaAnnealing anneals self.head of {name}, not self.{' and self.'.join(others)}: set "
+                "their lambda_ before each step."
             )
         schedule = self.schedule_for(pl_module)
         if not callable(schedule):
@@ -115,7 +115,7 @@ class LambdaAnnealing(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute the length of the run once, because gradient accumulation may change later."""
+        """Compute the length of the run once, because gradient accumulation may change during the run."""
         self._total_steps = run_length(trainer)
 
     @override
@@ -130,7 +130,7 @@ class LambdaAnnealing(Callback):
         self._losses.append((trainer.global_step, _head(pl_module).lambda_, loss))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Add the accuracy of the step."""
+        """Queue the accuracy of the step."""
         if self._accuracy is not None:
             self._accuracy.end_step()
 
@@ -143,8 +143,10 @@ class LambdaAnnealing(Callback):
         """
         every = trainer.log_every_n_steps or _MAX_STEPS  # type: ignore[attr-defined]
         if trainer.is_last_batch or trainer.should_stop or trainer.global_step % every == 0:
-            pl_module.log("lambda", _head(pl_module).lambda_)  # not every step: it takes half a millisecond
-            trainer.progress_bar_metrics["lambda"] = _head(pl_module).lambda_  # `prog_bar` would wait at every step
+            pl_module.log("lambda", _head(pl_module).lambda_)  # not at every step, because it takes half a millisecond
+            trainer.progress_bar_metrics["lambda"] = _head(
+                pl_module
+            ).lambda_  # `prog_bar` would wait for the device at every step
             if self._accuracy is not None:
                 pl_module.log("train/margin_acc", self._accuracy.value)
             self._stop_if_diverged(trainer, pl_module)
@@ -205,6 +207,6 @@ class LambdaAnnealing(Callback):
 
 
 def _head(pl_module: LightningModule) -> LSoftmaxLinear:
-    """Return the head of a module that was checked."""
+    """Return the head of a checked module."""
     head: LSoftmaxLinear = pl_module.head  # type: ignore[assignment]
     return head

@@ -1,4 +1,4 @@
-"""The best checkpoint, also of a run that was moved or continues in another folder."""
+"""The best checkpoint, also of a run whose folder was moved or that continues in another folder."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from ..errors import InputError
 
 
 class BestCheckpoint(CheckpointHooks):
-    """Keep the best checkpoints by a metric, and an index of the best one beside them.
+    """Keep the best checkpoints by a metric, and an index of the best one next to them.
 
     The arguments are those of :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. A file that a killed run wrote
-    after its last checkpoint is overwritten; Lightning would write ``best-v1.ckpt`` beside it. A ``/`` in a file name,
-    such as one from the name of a metric, becomes ``_``; Lightning would create a folder.
+    after its last checkpoint is overwritten, whereas Lightning writes ``best-v1.ckpt`` next to it. A ``/`` in a file
+    name, for example from the name of a metric, becomes ``_``, whereas Lightning creates a folder.
     """
 
     @property
     def state_key(self) -> str:
-        """The key of ModelCheckpoint, which earlier releases used."""
+        """State key of ModelCheckpoint, for checkpoints of earlier releases."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
 
     def format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
-        """Return the path of a checkpoint, which is a file directly in the folder."""
+        """Return the path of a checkpoint, directly in the folder."""
         path = super().format_checkpoint_name(*args, **kwargs)
         folder = f"{self.dirpath}/" if self.dirpath else ""
         return folder + path.removeprefix(folder).replace("/", "_")
 
     def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
-        """Return whether a file exists that must not be overwritten."""
+        """Return whether the file exists and must not be overwritten."""
         exists = super().file_exists(filepath, trainer)
         is_leftover = (
             self.monitor is not None and str(filepath) not in self.best_k_models and Path(filepath).stem != "last"
@@ -56,7 +56,7 @@ class BestCheckpoint(CheckpointHooks):
             trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
 
     def restore_best(self, trainer: Trainer) -> None:
-        """Read path and score of the best checkpoint from its file, because the ranks that trained may have ended."""
+        """Read path and score of the best checkpoint from its file, because the training processes may have ended."""
         path = indexed(self.dirpath or Path(str(trainer.log_dir), "checkpoints"), "best")
         if path.is_file():
             self.best_model_path = str(path)
@@ -71,9 +71,10 @@ class BestCheckpoint(CheckpointHooks):
 def relocate(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Replace the paths in the states of :class:`~lightning.pytorch.callbacks.ModelCheckpoint` by paths of this run.
 
-    Lightning recursively deletes files that such a state names, and drops the best score if a folder was moved. This
-    function finds the best checkpoints by name in the folder of the callback, or beside the loaded checkpoint, from
-    where it copies them. It drops missing checkpoints, and those of a later step than the loaded one, with a warning.
+    Lightning recursively deletes paths that such a state names, and drops the best score if the folder was moved. This
+    function searches the best checkpoints by name in the folder of the callback, then in the folder of the loaded
+    checkpoint, from where it copies them. It drops missing checkpoints and those later than the loaded one, with a
+    warning.
 
     Args:
         checkpoint: A loaded checkpoint. The states in it are replaced.
@@ -99,7 +100,7 @@ def _relocated(state: dict[str, Any], callback: ModelCheckpoint, source: Path, g
             scores[f"{callback.dirpath}/{name}"] = score
             continue
         found = next((place / name for place in (folder, source) if (place / name).is_file()), None)
-        if found is None or not _is_until(found, global_step):
+        if found is None or _is_later(found, global_step):
             dropped.append(name)
             continue
         if found.parent != folder:
@@ -107,7 +108,10 @@ def _relocated(state: dict[str, Any], callback: ModelCheckpoint, source: Path, g
                 shutil.copyfile(found, temporary)
         scores[str(folder / name)] = score
     if dropped:
-        rank_zero_warn(f"The best checkpoint in {folder} is chosen without {', '.join(dropped)}: not found there.")
+        names = ", ".join(dropped)
+        rank_zero_warn(
+            f"The best checkpoint in {folder} is chosen without {names}: missing, or later than the resumed step."
+        )
     scores = dict(sorted(scores.items(), key=lambda item: float(item[1]), reverse=callback.mode == "max"))
     best, worst = next(iter(scores), ""), next(reversed(scores), "")
     if best and isinstance(callback, BestCheckpoint) and not remote:
@@ -125,9 +129,9 @@ def _relocated(state: dict[str, Any], callback: ModelCheckpoint, source: Path, g
     }
 
 
-def _is_until(path: Path, global_step: int) -> bool:
-    """Return whether a file is a checkpoint of ``global_step`` or before."""
+def _is_later(path: Path, global_step: int) -> bool:
+    """Return whether a checkpoint is later than ``global_step``, or unreadable."""
     try:
-        return bool(read(path).get("global_step", math.inf) <= global_step)
+        return bool(read(path).get("global_step", math.inf) > global_step)
     except InputError:
-        return False
+        return True

@@ -1,4 +1,4 @@
-"""The exit of a run that a signal stops outside of training."""
+"""Exit of a run that a signal stops outside of training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..compat import trains_in_other_processes
 from ..process_group import leave_process_group
 from ..signals import SignalHandler, stop
 
-EXIT_SECONDS = 15  # for loggers and other callbacks to finish
+EXIT_SECONDS = 15  # time for loggers and other callbacks to finish
 
 
 class ExitOnSignals(Callback):
-    """End all ranks of a run when one of them is signalled outside of training.
+    """End all ranks of a run when one of them receives a signal outside of training.
 
     Lightning ends a sanity check, a validation or a test with exit code 0, ignores SIGTERM while it predicts, and waits
     for the other ranks inside its handler. In training, :class:`~lsoftmax_lightning.callbacks.LastCheckpoint` saves
@@ -31,14 +31,14 @@ class ExitOnSignals(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Handle signals while data and checkpoint are read."""
-        if trains_in_other_processes(trainer):  # the command's own process leaves the group itself
+        if trains_in_other_processes(trainer):  # the main process leaves the group elsewhere
             atexit.register(leave_process_group)
         self._stop_if_received()
         self._handler = SignalHandler(partial(_stop_all_ranks, trainer))
         self._handler.install()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the handler of Lightning, which is installed just before, or that of LastCheckpoint."""
+        """Replace the handler that Lightning or LastCheckpoint has just installed."""
         self._stop_if_received()
         if self._handler is not None:
             self._handler.install()

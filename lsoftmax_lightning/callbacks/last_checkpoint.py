@@ -1,4 +1,4 @@
-"""The checkpoint from which a run continues."""
+"""The last checkpoint, from which a run continues."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LastCheckpoint(CheckpointHooks):
     def __init__(self, dirpath: str | Path | None = None) -> None:
         super().__init__(dirpath, filename="last", enable_version_counter=False)
         self._handler = SignalHandler(_announce)
-        self._save_pending = False  # whether a validation left the checkpoint to the end of the optimiser step
+        self._save_pending = False  # whether a validation deferred the checkpoint to the end of the optimiser step
         self._exit_after_save = False
         self._next_check = 0  # step of the next collective check for a signal
         self._last_check = (0, 0.0)  # step and time
@@ -58,7 +58,7 @@ class LastCheckpoint(CheckpointHooks):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save a pending checkpoint, or that of a run that is to stop.
+        """Save a deferred checkpoint, or the checkpoint of a run that stops.
 
         Nothing is saved before a validation or the end of an epoch, because a resumed run would skip them.
         """
@@ -83,7 +83,7 @@ class LastCheckpoint(CheckpointHooks):
             self._exit_after_save = self._stop_requested(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, even if Lightning saves only after validations, because the run may end here."""
+        """Save, even if Lightning saves only after validations, because the run may end with this epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         if not self.skips_writing(trainer):
             self.write_checkpoint(trainer, self.format_checkpoint_name({}))

@@ -1,4 +1,4 @@
-"""Resuming a run so that it ends with the same weights."""
+"""Exact resume of a run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ExactResume(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the seed of ``seed_everything``, by default 0, like the datamodules."""
         self._seed = global_seed() or 0
-        self._accelerated = torch.accelerator.is_available()  # slow, so it is called only once
+        self._accelerated = torch.accelerator.is_available()  # slow, so called only once
         self._watched, self._plateau_step_pending, self._resumed_within_epoch = {}, False, False
         trainer.precision_plugin.convert_module(pl_module)  # Lightning does it after it loads the weights
 
@@ -83,7 +83,7 @@ class ExactResume(Callback):
                 pl_module.lr_scheduler_step(config.scheduler, metrics[config.monitor])
 
     def _latest_metrics(self, trainer: Trainer) -> dict[str, Any]:
-        """Return the latest metrics; those of the checkpoint until the resumed run has its own."""
+        """Return the latest metrics, from the checkpoint until the resumed run has computed its own."""
         return self._watched | trainer.callback_metrics
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the seed and the metrics, and undo the first count of an epoch, because the Trainer repeats it."""
         if trainer.state.fn != "fit":
-            # only training needs their states, which name files that may have moved
+            # only training needs these states, which name files that may have been moved
             for callback in trainer.checkpoint_callbacks:
                 checkpoint.get("callbacks", {}).pop(callback.state_key, None)
             return

@@ -9,14 +9,14 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def run_length(trainer: Trainer) -> float:
-    """Return the optimizer steps of the whole run, with the gradient accumulation of each epoch.
+    """Return the number of optimiser steps of the whole run, with the gradient accumulation of each epoch.
 
     Args:
         trainer: The Trainer, after its training data are loaded. Its ``estimated_stepping_batches`` assumes the
             accumulation of the current epoch for all epochs, and changes during the run.
 
     Returns:
-        The number of steps, including those before a resume; infinite or -1 if it is unknown.
+        Number of steps, including those before a resume; infinite or -1 if it is unknown.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]

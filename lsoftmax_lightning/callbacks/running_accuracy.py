@@ -49,7 +49,7 @@ class RunningAccuracy:
         self._hook: RemovableHandle | None = None
 
     def attach(self, head: LSoftmaxLinear, device: torch.device) -> None:
-        """Start to count the training batches of a head.
+        """Start counting the training batches of a head.
 
         Args:
             head: The head.
@@ -60,7 +60,7 @@ class RunningAccuracy:
         self._hook = head.observed.register_forward_hook(self._forward_hook)
 
     def detach(self) -> None:
-        """Stop to count."""
+        """Stop counting."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

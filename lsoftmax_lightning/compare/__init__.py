@@ -27,23 +27,23 @@ def compare_margins(
     average: Mapping[str, Sequence[Any]] | None = None,
     html: bool = False,
 ) -> list[dict[str, Any]]:
-    """Train a config at several margins and seeds, and write table, figures and all runs to one folder.
+    """Train a config with several margins and seeds, and write table, figures and all runs to one folder.
 
     Repeat the call to continue an interrupted comparison: it skips finished runs and resumes interrupted ones from
     their last checkpoint. With more margins, seeds or values it trains only the new runs.
 
     Args:
-        config: Path of a YAML file or name of a shipped config; or several, later ones override earlier ones.
-        margins: Margins m to compare. Differences are to m = 1, if it is among them.
+        config: Path of a YAML file or name of a shipped config, or a list of these; later ones override earlier ones.
+        margins: Margins m to compare. The table has differences to m = 1 if it is one of them.
         seeds: Seeds of the training, the same for every margin.
         settings: Further arguments of ``fit``, the same for all runs: ``["--trainer.max_steps", "600"]``.
-        sweep: Values of further settings by name, to be crossed with the margins:
+        sweep: Values of further settings by name, crossed with the margins:
             ``{"model.label_smoothing": [0, 0.1]}``.
-        jobs: Number of runs trained at once, each with its own part of the GPUs or of the CPU cores.
+        jobs: Number of runs trained at once. They divide the GPUs and CPU cores.
         folder: Folder of the comparison. Default: ``runs/compare-<config>``.
-        average: Like ``sweep``, but the table has means over these values, and pairs runs by them as by the seed:
+        average: Like ``sweep``, but the table averages over these values and pairs runs by them as by the seed:
             ``{"data.fold": [1, 2, 3]}``.
-        html: Whether to write table and figures also as one page, ``report.html``.
+        html: Whether to also write table and figures as one page, ``report.html``.
 
     Returns:
         A row for each run in the folder, as in its ``results.csv``: margin, seed, swept settings, test metrics, the
@@ -52,12 +52,12 @@ def compare_margins(
     Raises:
         InputError: Before any training, if a setting is not available, or the folder contains other runs or is in use.
         DataError: Before any training, if data cannot be downloaded.
-        RunError: If a run failed; after all other runs, with table and figures of these.
+        RunError: If a run failed. It is raised after the other runs, and table and figures of these are written.
     """
     configs = [config] if isinstance(config, str) else list(config)
     sweep, average = sweep or {}, average or {}
     if jobs < 1:
-        raise InputError(f"jobs must be at least 1, got {jobs}.")
+        raise InputError(f"jobs: must be at least 1, got {jobs}; set the number of runs to train at once.")
     path = Path(folder or Path("runs", f"compare-{Path(configs[-1]).stem}")).absolute()
     command = ["python", "-m", "lsoftmax_lightning", "compare"]
     for name in configs:
@@ -69,7 +69,9 @@ def compare_margins(
     command += ["--jobs", str(jobs)] if jobs > 1 else []
     command += ["--folder", str(folder)] if folder else []
     if shared := sweep.keys() & average.keys():
-        raise InputError(f"--average: must be settings that --sweep does not have, got {', '.join(shared)} in both.")
+        raise InputError(
+            f"--average: must not repeat a setting of --sweep, got {', '.join(shared)} in both; remove one."
+        )
     runs = plan(configs, margins, seeds, settings, {**sweep, **average}, path)
     facts = {"command": shlex.join([*command, *settings])}
     if average:
@@ -80,6 +82,6 @@ def compare_margins(
         reasons = "".join(f"\n  {run.folder.name}: {reason}" for run, reason in failed.items())
         raise RunError(
             f"{len(failed)} of {len(runs)} runs failed; the same command tries them again.{reasons}\n"
-            f"All that they printed is in {path}/<run>/log.txt."
+            f"Their output is in {path}/<run>/log.txt."
         )
     return rows

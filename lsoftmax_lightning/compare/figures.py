@@ -24,7 +24,7 @@ _CURVES = {"lambda": "symlog", "train/loss": "log", "val/loss": "log", "val/acc"
 
 
 def draw(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, Figure]]:
-    """Yield names and figures: the accuracy of all runs, and curves and test records of each setting.
+    """Yield names and figures: the accuracy of all runs, then curves and test results of each setting.
 
     Args:
         runs: Finished runs, sorted by setting and margin.
@@ -48,15 +48,15 @@ def _label(run: FinishedRun, names: Sequence[str]) -> str:
     return ", ".join(f"{name} = {run.value(name)}" for name in names if run.value(name) not in ("-", "last"))
 
 
-def _grouped(runs: Sequence[FinishedRun], name: Callable[[FinishedRun], str]) -> dict[str, list[FinishedRun]]:
+def _grouped(runs: Sequence[FinishedRun], key: Callable[[FinishedRun], str]) -> dict[str, list[FinishedRun]]:
     groups = defaultdict(list)
     for run in runs:
-        groups[name(run)].append(run)
+        groups[key(run)].append(run)
     return groups
 
 
 def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
-    """Draw the test accuracy by margin: a dot for each run, mean and standard deviation."""
+    """Draw the test accuracy by margin: each run, mean and standard deviation."""
     figure = Figure(figsize=(6, 4.5 + 0.25 * len(settings)), layout="constrained")
     axes = figure.add_subplot(xlabel="margin m", ylabel="test accuracy, %: runs, mean ± standard deviation")
     for index, (setting, runs) in enumerate(settings.items()):
@@ -77,7 +77,7 @@ def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
 
 
 def _numeric_setting(runs: Sequence[FinishedRun], names: Sequence[str]) -> str | None:
-    """Return the setting with the most numbers as values, at least three; None if there is none."""
+    """Return the setting with the most numeric values, at least three; None if there is none."""
     tested = [run for run in runs if "test/acc" in run.metrics]
     numbers = {name: {as_float(run.value(name)) for run in tested} - {None} for name in names}
     name = max(names, key=lambda name: len(numbers[name]), default=None)
@@ -92,10 +92,10 @@ def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) 
     points: dict[str, dict[float, list[FinishedRun]]] = defaultdict(lambda: defaultdict(list))
     baselines = {}  # label of the curve at m = 1 that a curve is compared with
     for run in runs:
-        at = as_float(run.value(axis))
-        if at is not None and "test/acc" in run.metrics:
+        x = as_float(run.value(axis))
+        if x is not None and "test/acc" in run.metrics:
             label, baseline = (", ".join(filter(None, [f"m = {m}", _label(run, others)])) for m in (run.margin, 1))
-            points[label][at].append(run)
+            points[label][x].append(run)
             baselines[label] = baseline
     softmax = next((label for label, baseline in baselines.items() if label == baseline), None)
 
@@ -107,14 +107,12 @@ def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) 
     for color, (label, curve) in zip(cycle(COLORS), points.items(), strict=False):
         style = {"color": color, "marker": "o", "capsize": 3, "label": label}
         reference = baselines[label] if baselines[label] != label else softmax
-        _errorbars(
-            accuracy, {at: [100 * run.metrics["test/acc"] for run in group] for at, group in curve.items()}, style
-        )
+        _errorbars(accuracy, {x: [100 * run.metrics["test/acc"] for run in group] for x, group in curve.items()}, style)
         if reference in points and reference != label:
             base = points[reference]
-            gaps = {at: paired_differences(group, base[at]) for at, group in curve.items() if at in base}
-            _errorbars(difference, gaps, style)
-    ticks = sorted({at for curve in points.values() for at in curve})
+            differences = {x: paired_differences(group, base[x]) for x, group in curve.items() if x in base}
+            _errorbars(difference, differences, style)
+    ticks = sorted({x for curve in points.values() for x in curve})
     for axes in (accuracy, difference):
         axes.set(xlabel=axis, xscale="log" if ticks[0] > 0 and ticks[-1] >= 10 * ticks[0] else "linear")
         axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
@@ -126,14 +124,14 @@ def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) 
 
 def _errorbars(axes: Axes, samples: Mapping[float, Sequence[float]], style: Mapping[str, Any]) -> None:
     """Draw means with their 95 % intervals."""
-    drawn = {at: sample for at, sample in sorted(samples.items()) if sample}
+    drawn = {x: sample for x, sample in sorted(samples.items()) if sample}
     if drawn:
         halves = [half_interval(sample) for sample in drawn.values()]
         axes.errorbar(list(drawn), list(map(statistics.fmean, drawn.values())), halves, **style)
 
 
 def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:
-    """Draw lambda, losses and accuracy by the step: mean, minimum and maximum over the seeds."""
+    """Draw lambda, losses and accuracy by step: mean, minimum and maximum over the seeds."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
     panels = dict(zip(_CURVES, figure.subplots(2, 2).flat, strict=True))
@@ -165,7 +163,7 @@ def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:
 
 
 def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tuple[str, Figure]]:
-    """Draw the test records, one panel per margin; scatter plots and pairs show the first seed."""
+    """Draw the test results, one panel for each margin; feature and pair plots show the first seed."""
     records = {label: [record for run in group if (record := run.record())] for label, group in runs.items()}
     records = {label: group for label, group in records.items() if group}
     names = {name for group in records.values() for name in group[0]}

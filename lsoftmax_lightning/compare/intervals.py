@@ -15,8 +15,8 @@ def paired_differences(runs: Sequence[FinishedRun], baseline: Sequence[FinishedR
     """Return the differences of the test accuracy between paired runs, in percentage points.
 
     Args:
-        runs: Runs of one margin.
-        baseline: Runs to subtract; those without a counterpart are left out.
+        runs: Runs of one margin. Runs without a counterpart are left out.
+        baseline: Runs to subtract.
     """
     base = {run.pairing_key: run.metrics["test/acc"] for run in baseline if "test/acc" in run.metrics}
     shared = [run for run in runs if run.pairing_key in base and "test/acc" in run.metrics]
@@ -24,7 +24,7 @@ def paired_differences(runs: Sequence[FinishedRun], baseline: Sequence[FinishedR
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Return half the width of the 95 % interval of a mean by Student's t, NaN for a single value."""
+    """Return half the width of the 95 % interval (Student's t) of a mean; NaN for a single value."""
     if len(values) < 2:
         return math.nan
     # not ttest_1samp(values, 0).confidence_interval(), which warns if all values are equal
@@ -32,6 +32,6 @@ def half_interval(values: Sequence[float]) -> float:
 
 
 def mean_and_interval(values: Sequence[float]) -> str:
-    """Format the mean of differences, with the 95 % interval of Student's t if there are several."""
+    """Format the mean of differences, with its 95 % interval (Student's t) if there are several."""
     mean, half = statistics.fmean(values), half_interval(values)
     return f"{mean:+.2f}" if math.isnan(half) else f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"

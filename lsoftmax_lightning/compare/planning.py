@@ -29,11 +29,11 @@ _RESERVED_KEYS = ("model.margin", "seed_everything", "ckpt_path", *_OUTPUT_KEYS)
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A training of a comparison, finished or not.
+    """A run of a comparison, finished or not.
 
     Attributes:
         folder: Folder of its checkpoints, logs and results.
-        params: ``margin``, ``seed`` and the swept settings by name: what distinguishes it from the other runs.
+        params: ``margin``, ``seed`` and the swept settings by name, which distinguish it from the other runs.
         config: All settings, in the format of ``fit --config``.
     """
 
@@ -54,7 +54,7 @@ class Run:
         """Check that the runs in the folder of the comparison belong to it.
 
         Args:
-            existing: Those runs, see :func:`_existing_runs`.
+            existing: Runs in the folder, as :func:`_existing_runs` returns them.
 
         Raises:
             InputError: If this run was trained with other settings, another run differs from it in a setting that is
@@ -66,7 +66,7 @@ class Run:
             )
         finished, damaged = read_facts_and_metrics(self.folder)
         if damaged:
-            rank_zero_warn(f"{damaged} is missing or damaged; its run is not taken for finished.")
+            rank_zero_warn(f"{damaged} is missing or damaged; its run counts as unfinished.")
         expected = flat(self.config)
         for folder, (found, params) in existing.items():
             ignored = set(_RESERVED_KEYS)
@@ -74,20 +74,20 @@ class Run:
                 if not params:
                     continue
                 ignored |= {*self.params, *params}
-            elif finished is None:  # it continues from checkpoints, which are in the folder that these keys set
+            elif finished is None:  # it resumes from checkpoints in the folder that these keys set
                 ignored -= set(_OUTPUT_KEYS)
                 if _is_truncated(found, expected):  # by a release that did not write the file atomically
                     rank_zero_warn(
-                        f"{folder / 'config.yaml'} is incomplete and is written anew; checkpoints in {folder} are kept."
+                        f"{folder / 'config.yaml'} is incomplete and is replaced; checkpoints in {folder} are kept."
                     )
                     found = dict(list(found.items())[:-1])
                     ignored |= expected.keys() - found.keys()
             for key in {**expected, **found}:
-                there, here = found.get(key, "nothing"), expected.get(key, "nothing")
+                there, here = found.get(key, "not set"), expected.get(key, "not set")
                 if there != here and not _is_under(key, ignored):
                     raise InputError(
-                        f"{folder} is of a run with other settings: {key} is {there} there and {here} here. Give "
-                        "this comparison a --folder of its own, or remove that run."
+                        f"--folder: has a run with other settings, got {key} {there} in {folder} and {here} in this "
+                        "comparison; choose another folder or remove that run."
                     )
 
 
@@ -104,7 +104,7 @@ def _existing_runs(folder: Path) -> dict[Path, tuple[Mapping[str, Any], Collecti
 
 
 def _is_truncated(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    """Return whether settings are the beginning of the expected ones; the last value may be truncated, too."""
+    """Return whether settings are a prefix of the expected ones, whose last value may be truncated."""
     names = list(found)
     return names[:-1] == list(expected)[: len(names[:-1])] and (
         len(found) < len(expected) or found[names[-1]] != expected.get(names[-1])
@@ -112,7 +112,7 @@ def _is_truncated(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool
 
 
 def _is_under(key: str, settings: Collection[str]) -> bool:
-    """Return whether a key is one of these settings, or a part of one."""
+    """Return whether a key is one of these settings or below one."""
     return any(key == setting or key.startswith(f"{setting}.") for setting in settings)
 
 
@@ -126,13 +126,13 @@ def plan(
 ) -> list[Run]:
     """Return the runs of a comparison, ordered by seed.
 
-    To check the settings, this creates model, data and Trainer once for each margin and combination of swept values,
-    and downloads the data.
+    To check the settings, model, data and Trainer are created once for each margin and combination of swept values, and
+    the data are downloaded.
 
     Args:
         configs: Paths or names of shipped configs; later ones override earlier ones.
         margins: Margins m.
-        seeds: Seeds of the training, from 0.
+        seeds: Seeds of the training, from 0 to 2**32 - 1.
         settings: Further arguments of ``fit``.
         sweep: Values of further settings by name.
         folder: Folder of the comparison.
@@ -144,30 +144,31 @@ def plan(
     """
     for name, values in {"margins": margins, "seeds": seeds, **sweep}.items():
         if not values or len({str(value) for value in values}) < len(values):
-            raise InputError(f"{name} takes one value or more, no two the same, got {list(values)}.")
+            raise InputError(f"{name}: must be one or more distinct values, got {list(values)}; list each value once.")
     for margin in margins:
         check_margin(margin)
-    if min(seeds) < 0:
-        raise InputError(f"seeds count from 0, got {min(seeds)}.")
-    if max(seeds) >= 2**32:
-        raise InputError(f"seeds: must be from 0 to {2**32 - 1}, got {max(seeds)}.")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seeds: must be from 0 to {2**32 - 1}, got {seed}.")
     options = [word.removeprefix("--").partition("=")[0] for word in settings if word.startswith("--")]
     for name in [*options, *sweep]:
         if _is_under(name.replace(".init_args", ""), _RESERVED_KEYS):
-            raise InputError(f"{name} cannot be set: a comparison says it by --margins, --seeds and --folder.")
+            raise InputError(
+                f"{name}: cannot be set, because the comparison sets it; use --margins, --seeds or --folder."
+            )
     combinations: list[dict[str, Any]] = [
         {"margin": margin} | dict(zip(sweep, values, strict=True))
         for margin, *values in itertools.product(margins, *sweep.values())
     ]
     runs: list[Run] = []
-    prepared: list[Any] = []  # settings of the data that are downloaded
+    prepared: list[Any] = []  # settings of the downloaded data
     for params in combinations:
         name = file_name("-".join([f"m{params['margin']}", *(f"{key.split('.')[-1]}={params[key]}" for key in sweep)]))
-        # every argument that determines the folder, so that a config cannot change it
-        place = {"save_dir": str(folder), "name": name, "version": "", "sub_dir": None, "prefix": ""}
+        # all arguments that determine the folder, so that a config cannot change it
+        location = {"save_dir": str(folder), "name": name, "version": "", "sub_dir": None, "prefix": ""}
         logger = {
             "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-            "init_args": place | {"default_hp_metric": False},
+            "init_args": location | {"default_hp_metric": False},
         }
         args = [f"--config={config}" for config in configs] + list(settings)
         args += [f"--{key}={format_argument(params[key])}" for key in sweep]
@@ -175,9 +176,9 @@ def plan(
             args += [f"--model.margin={params['margin']}", f"--trainer.logger={json.dumps(logger)}"]
             cli = InstantiatedCLI(["fit", *args, "--trainer.default_root_dir=null"])
             if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                raise InputError("a fast_dev_run leaves nothing to compare; take --trainer.max_steps instead.")
+                raise InputError("trainer.fast_dev_run: leaves no results to compare; use --trainer.max_steps.")
             resolved = cli.settings()
-            if resolved["data"] not in prepared:  # here, since runs at once would download the same files
+            if resolved["data"] not in prepared:  # here, because parallel runs would download the same files
                 cli.datamodule.prepare_data()
                 prepared.append(resolved["data"])
         for seed in seeds:
@@ -191,7 +192,8 @@ def plan(
         for run in runs
     }
     if min(len(folders), len(configurations)) < len(runs):
-        raise InputError(f"two runs would have the same name: {', '.join(sorted(run.folder.name for run in runs))}.")
+        run_names = ", ".join(sorted(run.folder.name for run in runs))
+        raise InputError(f"--sweep: two runs have the same name or settings, got {run_names}; remove a value.")
     existing = _existing_runs(folder)
     for run in runs:
         run.check(existing)
@@ -200,7 +202,7 @@ def plan(
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Suppress Lightning's messages on devices and seeds, which would be repeated for every combination."""
+    """Suppress Lightning's messages about devices and seeds, which would be repeated for every combination."""
     logging.disable(logging.INFO)
     try:
         yield

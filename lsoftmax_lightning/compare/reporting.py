@@ -25,8 +25,8 @@ from .results import TRAINING_FACTS, FinishedRun, as_float, column_name, columns
 from .text import file_name, markdown_table
 
 _LONGEST_NAME = 150  # characters of the name of a figure
-_MARGINS_ABREAST = 4  # columns of a table on a narrow terminal
-# metric, title, factor and decimals; those that no run has are left out
+_MARGINS_PER_TABLE = 4  # columns of a table on a narrow terminal
+# metric, title, factor and decimals; a metric that no run has is left out
 _COLUMNS = (
     ("val/acc", "val/acc, %", 100, 2),
     ("val/loss", "val/loss", 1, 3),
@@ -47,23 +47,23 @@ def report(
 ) -> list[dict[str, Any]]:
     """Print the table of finished runs, and write it with ``results.csv`` and figures, without training.
 
-    The table is printed for reading on a terminal, and otherwise in Markdown as in ``table.md``.
-    In ``results.csv``, texts that a spreadsheet would run as a formula have a ``'`` in front.
+    A terminal shows a formatted table; otherwise the Markdown of ``table.md`` is printed. In ``results.csv``, a ``'``
+    precedes texts that a spreadsheet would evaluate as a formula.
 
     Args:
-        paths: Folders or ``results.csv`` files of comparisons, whose runs are put together. Curves and pictures of
-            features are drawn of runs in folders only.
-        folder: Where the files are written. Default: the folder of the comparison if that is the only path; else
-            nothing is written.
-        average: Settings over which the table averages, beside those that the runs were trained with.
-        html: Whether to write table, figures and notes also as one page, ``report.html``.
+        paths: Folders or ``results.csv`` files of comparisons, whose runs are combined. Curves and feature plots are
+            drawn only for runs in folders.
+        folder: Folder for the files. Default: the folder of the comparison if it is the only path; otherwise nothing is
+            written.
+        average: Settings to average over, in addition to those that the runs were trained with.
+        html: Whether to also write table, figures and notes as one page, ``report.html``.
 
     Returns:
         A row for each run, as in ``results.csv``.
 
     Raises:
         InputError: If a path has no finished run, the ``config.yaml`` of a run is damaged, a run lacks a setting to
-            average over, or runs with the same margin and seed cannot be told apart or compared.
+            average over, or runs with the same margin and seed cannot be distinguished or compared.
     """
     sources = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     found = {source: list(read(source)) for source in sources}
@@ -82,7 +82,7 @@ def report(
     if folder is None and len(sources) == 1 and sources[0].is_dir():
         folder = sources[0]
     if folder is None and html:
-        raise InputError("html: a page needs a folder to be written to; give --folder.")
+        raise InputError("html: needs a folder for the page, got none; set --folder.")
     if folder is not None:
         _write(Path(folder), runs, rows, header, lines, notes, html)
     if get_console().is_terminal:
@@ -99,7 +99,7 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequ
 
 
 def _print_table(header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
-    """Print a table for a terminal; where its rows do not fit, with a column for each margin, four side by side."""
+    """Print a table on a terminal; if it is too wide, transposed tables with a column for each of four margins."""
     console = get_console()
     table = Table(*map(escape, header), box=box.SIMPLE_HEAD)
     for line in lines:
@@ -107,8 +107,8 @@ def _print_table(header: Sequence[str], lines: Sequence[Sequence[str]], notes: S
     if table.__rich_measure__(console, console.options).maximum <= console.width:
         console.print(table)
     else:
-        for start in range(0, len(lines), _MARGINS_ABREAST):
-            shown = lines[start : start + _MARGINS_ABREAST]
+        for start in range(0, len(lines), _MARGINS_PER_TABLE):
+            shown = lines[start : start + _MARGINS_PER_TABLE]
             table = Table("", *(f"m = {line[0]}" for line in shown), box=box.SIMPLE_HEAD)
             for name, *cells in list(zip(header, *shown, strict=True))[1:]:
                 table.add_row(escape(name), *map(escape, cells))
@@ -130,7 +130,7 @@ def _write(
     write_csv(folder / "results.csv", [names, *([row.get(name, "") for name in names] for row in rows)])
     write_text(folder / "table.md", _markdown(header, lines, notes) + "\n")
     written: set[str] = set()
-    pictures = []
+    html_figures = []
     for title, figure in track(draw(runs), "Drawing", transient=True, disable=not get_console().is_terminal):
         name = file_name(title)[:_LONGEST_NAME]
         if name in written:
@@ -139,15 +139,15 @@ def _write(
         with atomic_path(folder / f"{name}.png") as part:
             figure.savefig(part, format="png", dpi=200)
         if html:
-            pictures.append(figure_html(figure, name))
+            html_figures.append(figure_html(figure, name))
     if html:
-        sections = [Section("Accuracy", table_html(header, lines)), Section("Figures", "\n".join(pictures))]
+        sections = [Section("Accuracy", table_html(header, lines)), Section("Figures", "\n".join(html_figures))]
         sections.append(Section("How it was measured", text_html("\n\n".join(notes))))
         write_page(folder / "report.html", f"Comparison {folder.name}", sections)
 
 
 def _with_averages(runs: Sequence[FinishedRun], average: Collection[str]) -> list[FinishedRun]:
-    """Average all runs over the settings over which some of them are averaged."""
+    """Mark every setting that some run averages over, or ``average`` names, as averaged in all runs."""
     names = [*map(column_name, average), *(name for run in runs for name in run.averaged)]
     averaged = list(dict.fromkeys(names))
     for run in runs:
@@ -162,7 +162,7 @@ def _with_averages(runs: Sequence[FinishedRun], average: Collection[str]) -> lis
 
 
 def _order(run: FinishedRun, names: Sequence[str]) -> tuple[Any, ...]:
-    """Sort by settings, first those with fewer of them, numbers by size; then by margin and seed."""
+    """Return the sort key: settings, fewer ones first and numbers by value; then margin and seed."""
     values = [run.value(name) for name in names]
     missing = [value == "-" for value in values]
     sizes = [math.inf if (size := as_float(value)) is None else size for value in values]
@@ -171,7 +171,7 @@ def _order(run: FinishedRun, names: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _check_comparable(runs: Sequence[FinishedRun], names: Sequence[str]) -> None:
-    """Reject runs that the table would put together although they were trained differently."""
+    """Reject runs in the same row of the table that were trained differently."""
     first: dict[Any, FinishedRun] = {}
     seen: dict[Any, FinishedRun] = {}
     for run in runs:
@@ -185,7 +185,7 @@ def _check_comparable(runs: Sequence[FinishedRun], names: Sequence[str]) -> None
         if differing:
             name = differing[0]
             raise InputError(
-                f"--report: two runs differ in {name}, which is not a setting of the table: {other.value(name)} and "
+                f"--report: two runs differ in {name}, which is not a column of the table, got {other.value(name)} and "
                 f"{run.value(name)}; report their comparisons separately."
             )
 
@@ -210,14 +210,14 @@ def _table(runs: Sequence[FinishedRun], names: Sequence[str]) -> tuple[list[str]
         line.append(_difference(group_runs, [run for run in same_settings if run.margin == 1]))
         line += [_mean(group_runs, name, factor, digits) for name, _, factor, digits in shown]
         if has_paper:
-            papers = {run.facts.get("paper") for run in group_runs}  # several if the data are averaged
+            papers = {run.facts.get("paper") for run in group_runs}  # several if the table averages over the data
             line.append(paper_accuracy(papers.pop() if len(papers) == 1 else None, margin))
         lines.append(line)
     return header, lines
 
 
 def _notes(runs: Sequence[FinishedRun]) -> list[str]:
-    """Say what the numbers of a table are, and what they were measured on."""
+    """Return the paragraphs below the table: the meaning of its numbers, data, machine, versions and commands."""
 
     def values(name: str, missing: str = "not set") -> str:
         """Join the distinct values of a fact."""

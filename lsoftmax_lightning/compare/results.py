@@ -1,4 +1,4 @@
-"""Finished runs of a comparison, from its folder or from a ``results.csv``."""
+"""Finished runs of a comparison, read from its folder or from a ``results.csv``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..errors import InputError
 from .paper import paper_experiment
 
 TRAINING_FACTS = {"data": "-", "train_size": "all", "label_noise": 0, "checkpoint": "last"}
-"""Facts that are settings of a run, with their defaults. Runs in which they differ are not compared with each other."""
+"""Facts that are settings of a run, with their defaults. Runs with different values are not compared."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class FinishedRun:
     Attributes:
         margin: m.
         seed: Seed of the training.
-        settings: Values of the settings that ``--sweep`` and ``--average`` set, by name.
+        settings: Values of the settings of ``--sweep`` and ``--average``, by name.
         metrics: Test metrics, and the validation metric that chose the checkpoint.
-        facts: What it was trained on and with: data, steps, seconds, machine, versions, command.
+        facts: Circumstances of the training: data, steps, seconds, machine, versions, command.
         folder: Folder of the run; None if it was read from a ``results.csv``.
     """
 
@@ -43,16 +43,16 @@ class FinishedRun:
 
     @property
     def averaged(self) -> list[str]:
-        """Names of the settings that ``--average`` set."""
+        """Names of the settings of ``--average``."""
         return [column_name(name) for name in str(self.facts.get("averaged", "")).split(", ") if name]
 
     @property
     def pairing_key(self) -> tuple[str, ...]:
-        """Seed and values of the averaged settings: what two paired runs share."""
+        """Seed and values of the averaged settings, which two paired runs share."""
         return (str(self.seed), *self.group_key(self.averaged))
 
     def value(self, name: str) -> Any:
-        """Return the value of a setting, its default or "-" if it is not set. A float without a fraction is an int."""
+        """Return the value of a setting; its default or "-" if it is not set. An integral float becomes an int."""
         value = self.settings.get(name, self.facts.get(name, TRAINING_FACTS.get(name, "-")))
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -67,7 +67,7 @@ class FinishedRun:
         path = self.folder / "test.pt"
         try:
             content: dict[str, Any] = torch.load(path, weights_only=True) if path.is_file() else {}
-        except Exception as error:  # whatever the decoder meets in a damaged file
+        except Exception as error:  # a damaged file raises many types
             rank_zero_warn(f"{path} cannot be read and is left out of the figures: {error or type(error).__name__}")
             return {}
         return content
@@ -80,7 +80,7 @@ class FinishedRun:
 
 
 def columns(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return the columns of ``results.csv``: margin, settings, seed, metrics, facts, of which ``data`` is the first."""
+    """Return the columns of ``results.csv``: margin, settings, seed, metrics, then facts starting with ``data``."""
     settings = sorted({name for run in runs for name in run.settings})
     metrics = [name for run in runs for name in run.metrics]
     facts = sorted((name for run in runs for name in run.facts), key=lambda name: name != "data")
@@ -112,7 +112,7 @@ def as_float(value: Any) -> float | None:
 
 
 def read(path: Path) -> Iterator[FinishedRun]:
-    """Read finished runs, in no order.
+    """Read finished runs, in no particular order.
 
     Args:
         path: Folder of a comparison, or a ``results.csv``.
@@ -168,7 +168,7 @@ def _read_rows(path: Path) -> Iterator[FinishedRun]:
 
 
 def _parsed(text: str) -> Any:
-    """Return a number if the text is one as Python writes it, else the text, which is ``''`` for an empty one."""
+    """Return a number if Python formats it as this text, else the text; ``''`` stands for the empty text."""
     for type_ in (int, float):
         try:
             if str(type_(text)) == text:
@@ -195,14 +195,14 @@ def _facts_from_config(config: Mapping[str, Any], metrics: Mapping[str, float]) 
 
 
 def read_facts_and_metrics(folder: Path) -> tuple[tuple[dict[str, Any], dict[str, float]] | None, Path | None]:
-    """Read what a finished run left.
+    """Read the facts and metrics of a finished run.
 
     Args:
         folder: Folder of the run.
 
     Returns:
-        The facts, with the ``params`` of the run, and the metrics; None if the run is not finished or a file is
-        damaged. Then the damaged file, None if there is none.
+        The facts, with the ``params`` of the run, and the metrics, or None if the run is not finished or a file is
+        damaged; and the damaged file, or None.
     """
     run_file, results_file = folder / "run.json", folder / "results.json"
     if not run_file.exists():
@@ -241,7 +241,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def damaged_config(path: Path) -> InputError:
-    """Return the error for a finished run without its settings."""
+    """Return the error for a finished run whose ``config.yaml`` is missing or damaged."""
     return InputError(
         f"{path} is missing or damaged, but its run is finished; restore the file, or remove {path.parent} to train "
         "that run again."

@@ -1,4 +1,4 @@
-"""Text that a comparison writes: command-line arguments, file names, Markdown tables."""
+"""Formatting of command-line arguments, file names and Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def format_argument(value: Any) -> str:
-    """Format the value of a setting as the command line takes it."""
+    """Format the value of a setting as a command-line argument."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def file_name(text: str) -> str:
-    """Replace everything in a text that a file name should not contain."""
+    """Replace the characters that a file name should not contain."""
     return re.sub(r"[^\w.,+=-]", "_", text)
 
 

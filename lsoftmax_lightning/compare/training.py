@@ -1,4 +1,4 @@
-"""Training of the runs of a comparison, each in its own process, several at once."""
+"""Training of the runs of a comparison in parallel processes."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Job:
 
     Attributes:
         run: The run.
-        slot: Index among the runs that are trained at once.
+        slot: Index among the parallel runs.
         threads: Number of threads of its process.
         process: Its process.
         task: Its progress bar.
-        resumed: Whether it continues from a checkpoint; its duration is then unknown.
+        resumed: Whether it continues from a checkpoint, so that its duration is unknown.
         started: Time of the start, in seconds.
         steps: Number of optimiser steps done.
-        total_steps: Number of optimiser steps of the whole run, infinite if it is unknown.
+        total_steps: Number of optimiser steps of the whole run; infinite if it is unknown.
     """
 
     run: Run
@@ -91,25 +91,25 @@ class Job:
 
 
 def train(runs: Sequence[Run], jobs: int, folder: Path, facts: Mapping[str, str]) -> dict[Run, str]:
-    """Train the runs that are not finished; an interrupted one continues from its last checkpoint.
+    """Train the unfinished runs; an interrupted run continues from its last checkpoint.
 
     Args:
         runs: All runs of the comparison.
-        jobs: Number of runs trained at once. Several runs divide the GPUs and, unless ``OMP_NUM_THREADS`` is set, the
-            CPU cores among them.
+        jobs: Number of runs trained at once. They divide the GPUs and, unless ``OMP_NUM_THREADS`` is set, the CPU
+            cores.
         folder: Folder of the comparison. It is locked during the training.
         facts: Facts of the comparison, such as its command, to write to the ``run.json`` of each run.
 
     Returns:
-        The failed runs, each with the last line of its output.
+        The last line of the output of each failed run.
 
     Raises:
-        InputError: If another process trains in the folder, or its path is a file or in one.
+        InputError: If another comparison uses the folder, or its path is a file or inside a file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"--folder: is a file or in one, got {folder}; choose a folder.") from error
+        raise InputError(f"--folder: is a file or inside a file, got {folder}; choose a folder.") from error
     try:
         with FileLock(folder / ".lock", timeout=0):
             return {run: _last_line(run) for run in _train(runs, jobs, facts)}
@@ -118,7 +118,7 @@ def train(runs: Sequence[Run], jobs: int, folder: Path, facts: Mapping[str, str]
 
 
 def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run]:
-    """Train the runs that are not finished and return the failed ones."""
+    """Train the unfinished runs and return the failed ones."""
     waiting = deque(run for run in runs if not run.finished)
     num_done = len(runs) - len(waiting)
     num_slots = min(jobs, len(waiting))
@@ -136,7 +136,7 @@ def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run
     )
     with Progress(*columns, speed_estimate_period=3600) as progress:
         if num_done:
-            progress.print(f"{num_done} of {len(runs)} runs are finished already.")
+            progress.print(f"{num_done} of {len(runs)} runs are already finished.")
         all_runs = progress.add_task("all", total=len(runs), completed=num_done, unit="runs")
         try:
             while waiting or running:
@@ -171,7 +171,7 @@ def _train(runs: Sequence[Run], jobs: int, facts: Mapping[str, str]) -> list[Run
                 try:
                     job.process.wait(_TERMINATION_TIMEOUT)
                 except subprocess.TimeoutExpired:
-                    os.killpg(job.process.pid, signal.SIGKILL)  # with its processes for other devices
+                    os.killpg(job.process.pid, signal.SIGKILL)  # including its processes for other devices
     return failed
 
 
@@ -182,7 +182,7 @@ def _start(run: Run, slot: int, num_slots: int, progress: Progress) -> Job:
     if not resumed and run.folder.exists():
         progress.print(f"{last} is missing: {run.folder} is removed, and its run starts from the beginning.")
         shutil.rmtree(run.folder, ignore_errors=True)
-    run.write_config()  # also over one that an interrupted call left incomplete
+    run.write_config()  # replaces one that an interrupted call left incomplete
     (run.folder / "results.json").unlink(missing_ok=True)
     environment = job_environment(slot, num_slots)
     threads = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of the outermost level
@@ -201,9 +201,9 @@ def _start(run: Run, slot: int, num_slots: int, progress: Progress) -> Job:
 
 
 def job_environment(slot: int, num_slots: int) -> dict[str, str]:
-    """Return the environment variables of a run: of several at once, each has its own GPUs and cores."""
+    """Return the environment variables of a run; parallel runs divide the GPUs and CPU cores."""
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for what the settings import
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for classes that the settings import
     if num_slots > 1:
         if not environment.get("OMP_NUM_THREADS"):
             environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // num_slots))
@@ -221,4 +221,4 @@ def _accuracy(run: Run) -> str:
 
 def _last_line(run: Run) -> str:
     lines = (run.folder / "log.txt").read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")

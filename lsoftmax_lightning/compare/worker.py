@@ -24,7 +24,7 @@ class ProgressFile(Callback):
     """Write the progress of the run to a file every second, and end the run if the comparison has ended.
 
     Args:
-        path: File for the number of optimiser steps done and that of the whole run.
+        path: File for the numbers of optimiser steps done and in total.
         parent: Process ID of the comparison.
     """
 
@@ -64,7 +64,7 @@ class ProgressFile(Callback):
 
 
 def main(folder: str, parent: int) -> None:
-    """Train and test the config in a folder, from the last checkpoint in it if there is one.
+    """Train and test the config in a folder, resuming from its last checkpoint if there is one.
 
     Args:
         folder: Folder of the run.

@@ -1,4 +1,4 @@
-"""What a training with a margin shows: scalars, plots, and the record of a test."""
+"""Scalars and plots of a training with a margin, and the record of a test."""
 
 from .dashboard import Dashboard
 from .monitor import MarginMonitor

@@ -1,4 +1,4 @@
-"""The angles of another run, to compare a margin with the softmax."""
+"""Angles of another run, to compare a margin with softmax."""
 
 from __future__ import annotations
 
@@ -19,20 +19,18 @@ ANGLE_BINS = range(181)
 def baseline_angles(run: Path, margin: int, stage: str) -> dict[str, Tensor]:
     """Return the angles of samples to their class in the latest run with m = 1 in the same folder as ``run``.
 
-    If ``run`` has m = 1 itself, the latest run with a margin is taken.
-
-    Runs that cannot be read are skipped with a warning.
+    If ``run`` itself has m = 1, the latest run with a margin is used. Unreadable runs are skipped with a warning.
 
     Args:
-        run: Folder of a run, or of a test in it. Other runs are recognised by their ``hparams.yaml``.
+        run: Folder of a run, or of a test inside it. Other runs are found by their ``hparams.yaml``.
         margin: m of the run.
         stage: ``train``, ``val`` or ``test``.
 
     Returns:
-        By the name of that run, the angles at its end, ``(N,)``, rounded to the middle of their bin; empty if there
-        is no such run.
+        The last angles of that run by its name, in degrees, ``(N,)``, rounded to the middle of their bin; empty without
+        such a run.
     """
-    if (run.parent / "config.yaml").is_file():  # the folder of a test is in that of its run
+    if (run.parent / "config.yaml").is_file():  # a test has a folder inside that of its run
         run = run.parent
     for hparams in sorted(run.parent.glob("*/hparams.yaml"), key=_modified, reverse=True):
         if hparams.parent == run:
@@ -42,9 +40,9 @@ def baseline_angles(run: Path, margin: int, stage: str) -> dict[str, Tensor]:
             found = re.search(r"^margin: (\d+)$", _read_text(hparams), re.MULTILINE)
             if found is None or (found[1] == "1") == (margin == 1):
                 continue
-            path = hparams.parent  # for the warning: the reader of event files does not name them
+            path = hparams.parent  # for the warning, because errors in event files do not name the file
             angles = _final_angles(path, stage)
-        except Exception as error:  # of the disk, or any error from the reader of a damaged event file
+        except Exception as error:  # a damaged event file raises many types
             cause = str(error) or type(error).__name__
             rank_zero_warn(f"{path} cannot be read, so the angles of this run are not shown for comparison: {cause}")
             continue
@@ -78,6 +76,6 @@ def _final_angles(run: Path, stage: str) -> Tensor | None:
 
 
 def _check_regular(path: Path) -> None:
-    """Raise OSError for anything but a file: to open a FIFO could block forever."""
+    """Raise OSError unless the path is a regular file, because opening a FIFO could block forever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "Not a regular file", str(path))

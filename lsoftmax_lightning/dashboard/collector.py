@@ -1,4 +1,4 @@
-"""Collects the batches of a validation or test into a snapshot."""
+"""Collection of the batches of a validation or test into a snapshot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .observer import HeadObserver
 from .scalars import weight_separation
 from .snapshots import ClassSnapshot, ConfusedImages, PairSnapshot, Snapshot
 
-_MAX_CLASSES = 100  # that can be told apart in a plot
+_MAX_CLASSES = 100  # in a plot, which has that many distinct markers and colours
 _STRIP_IMAGES = 12
 _GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 _THUMBNAIL_SIDE = 48  # pixels of an image in the projector, at most
@@ -46,15 +46,15 @@ class _Samples(NamedTuple):
 
 
 class EvalCollector:
-    """Collects from batches, on their device: all classes and predictions, some features, the most confused images.
+    """Collect all predictions, some features and the most confused images of batches, on their device.
 
     Args:
-        max_samples: Largest number of features and thumbnails to keep.
-        datamodule: Datamodule; its ``mean`` and ``std`` undo the normalization. Without them each image is min-max
+        max_samples: Maximum number of features and thumbnails.
+        datamodule: Datamodule whose ``mean`` and ``std`` undo the normalisation. Without them, each image is min-max
             scaled.
-        num_batches: Number of batches, of each of which the first samples are kept. If it is infinite, at least half
-            of ``max_samples`` are kept, spread evenly over all samples.
-        rank: Index of this process among the ranks, each of which has every ``world_size``-th sample.
+        num_batches: Number of batches. The first samples of each batch are kept. If it is infinite, at least half of
+            ``max_samples`` are kept, spread evenly over all samples.
+        rank: Rank of this process. Each rank has every ``world_size``-th sample.
         world_size: Number of ranks.
     """
 
@@ -70,8 +70,8 @@ class EvalCollector:
         self._rank, self._world_size = rank, world_size
         self._mean, self._std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
         self._num_seen = 0
-        self._fraction = 1.0  # of the samples to keep, if the number of batches is not known
-        self._keys = torch.empty(0, dtype=torch.float64)  # of the samples kept
+        self._fraction = 1.0  # of the samples to keep, if the number of batches is unknown
+        self._keys = torch.empty(0, dtype=torch.float64)  # of the kept samples
         self._failed = False
         self._predictions: list[_Predictions] = []
         self._samples: list[_Samples] = []
@@ -79,15 +79,15 @@ class EvalCollector:
 
     @property
     def is_complete(self) -> bool:
-        """Whether there were batches, and each was added without an error."""
+        """Whether there were batches, and all were added without an error."""
         return bool(self._predictions) and not self._failed
 
     def update(self, images: Any, features: Tensor, logits: Tensor, target: Tensor, weight: Tensor) -> None:
         """Add a batch.
 
         Args:
-            images: Images, ``(N, channels, height, width)``; anything else is shown as black. Images in uint8 are shown
-                as they are. The first three channels are shown in colour, one or the first of two in grey.
+            images: ``(N, channels, height, width)``; anything else is shown in black. uint8 images are not rescaled.
+                Of three or more channels the first three are shown in colour, of fewer the first in grey.
             features: x, ``(N, D)``.
             logits: Plain logits, ``(N, C)``.
             target: Class of each sample, int64, ``(N,)``.
@@ -115,7 +115,7 @@ class EvalCollector:
             raise
 
     def snapshot(self, **fields: Any) -> ClassSnapshot:
-        """Return the snapshot of all ranks, on the CPU; call it on all ranks.
+        """Return the snapshot of all ranks, on the CPU. Call it on all ranks.
 
         Args:
             **fields: The fields of :class:`ClassSnapshot` that are not collected from batches.
@@ -135,12 +135,12 @@ class EvalCollector:
         )
 
     def _select(self, target: Tensor) -> slice | Tensor:
-        """Return the rows of the next batch to keep, and drop earlier samples if there are too many."""
+        """Return the rows of a batch to keep, and drop earlier samples if there are too many."""
         if self._num_batches != math.inf:
             index = len(self._predictions)
             start, end = (i * self._max_samples // self._num_batches for i in (index, index + 1))
             return slice(int(end - start))
-        # Multiples of an irrational number modulo 1 are spread evenly over [0, 1), in whatever order classes come.
+        # Multiples of the golden ratio modulo 1 are spread evenly over [0, 1), whatever the order of the classes.
         keys = (torch.arange(len(target), dtype=torch.float64) + self._num_seen) * _GOLDEN_RATIO % 1
         found = torch.cat([self._keys, keys[keys < self._fraction]])
         if len(found) > self._max_samples:
@@ -152,10 +152,10 @@ class EvalCollector:
         return (keys < self._fraction).nonzero().squeeze(1).to(target.device)
 
     def _to_bytes(self, images: Tensor) -> Tensor:
-        """Return images as uint8 in grey or colour."""
+        """Convert images to uint8 with one or three channels."""
         channels = slice(3 if images.shape[1] > 2 else 1)
         if images.dtype == torch.uint8:
-            return images[:, channels].clone()  # not a view, which would keep the batch in memory
+            return images[:, channels].clone()  # a view would keep the batch in memory
         images = images.float()
         if self._mean is not None and self._std is not None:
             std, mean = (images.new_tensor(values).view(-1, 1, 1) for values in (self._std, self._mean))
@@ -168,12 +168,12 @@ class EvalCollector:
 
 
 class SnapshotObserver(HeadObserver):
-    """Collects each validation and test into a snapshot, for a subclass that draws or writes it.
+    """Base class that collects each validation and test into a snapshot.
 
-    Observers of a Trainer that keep equally many samples share the collection: the first of them collects for all.
+    Observers of a Trainer with equal ``max_samples`` share a collection: the first of them collects for all.
 
     Attributes:
-        max_samples: Features and thumbnails to keep, on all ranks together.
+        max_samples: Maximum number of features and thumbnails, on all ranks together.
     """
 
     max_samples = 2000
@@ -226,7 +226,7 @@ class SnapshotObserver(HeadObserver):
 
     def _end_collection(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         head = self.observed_head(pl_module)
-        collector, self._collector = self._collector, None  # it keeps memory of the device
+        collector, self._collector = self._collector, None  # releases device memory
         if head is None or collector is None:
             return
         snapshot = None
@@ -244,14 +244,14 @@ class SnapshotObserver(HeadObserver):
 def collect_snapshot(
     trainer: Trainer, pl_module: LightningModule, head: LSoftmaxLinear, stage: str, collector: EvalCollector
 ) -> Snapshot:
-    """Return the snapshot of a validation or test; call it on all ranks.
+    """Return the snapshot of a validation or test. Call it on all ranks.
 
     Args:
         trainer: The Trainer, at the end of the stage.
         pl_module: Its module.
         head: The head of the module.
         stage: ``val`` or ``test``.
-        collector: What was collected of the batches.
+        collector: Collector of its batches.
     """
     datamodule = current_datamodule(trainer)
     images = getattr(getattr(datamodule, f"{stage}_data", None), "images", None)
@@ -279,9 +279,9 @@ def collect_snapshot(
 
 
 def _pair_snapshot(verification: PairVerification, cosines: Tensor, images: Any, **fields: Any) -> PairSnapshot:
-    """Select the hardest pairs, and their images if ``images`` returns images by index."""
+    """Return a snapshot with the hardest pairs, and with their images unless ``images`` is None."""
     scored = verification.pairs[verification.pairs.is_scored]
-    hardness = torch.where(scored.same, -cosines, cosines)  # same ones far apart, different ones near
+    hardness = torch.where(scored.same, -cosines, cosines)  # far apart for the same identity, close for different ones
     hardest = torch.cat([_hardest(hardness, scored.same), _hardest(hardness, ~scored.same)])
     if images is not None:
         images = torch.cat([images[scored.first[hardest]], images[scored.second[hardest]]], dim=3)

@@ -1,4 +1,4 @@
-"""Figures on the loggers of Lightning that take them."""
+"""Figures on loggers of Lightning."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _WRITERS: dict[str, Callable[[Any, str, Figure, int], None]] = {
     "WandbLogger": _wandb,
     "MLFlowLogger": _mlflow,
     "CometLogger": _comet,
-    "NeptuneLogger": _neptune,  # which Lightning 2.6 has no longer
+    "NeptuneLogger": _neptune,  # absent from Lightning 2.6
 }
 
 
@@ -44,7 +44,7 @@ def _writer(logger: Logger) -> Callable[[Any, str, Figure, int], None] | None:
 
 
 def figure_loggers(trainer: Trainer) -> list[Logger]:
-    """Return the loggers that take figures: of TensorBoard, W&B, MLflow, Comet and Neptune, and their subclasses."""
+    """Return the loggers that support figures: TensorBoard, W&B, MLflow, Comet, Neptune and subclasses."""
     return [logger for logger in trainer.loggers if _writer(logger)]
 
 
@@ -55,7 +55,7 @@ def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
         logger: One of :func:`figure_loggers`.
         name: Name, such as ``val/features``.
         figure: The figure.
-        step: Optimizer steps taken.
+        step: Number of optimiser steps taken.
     """
     writer = _writer(logger)
     assert writer is not None

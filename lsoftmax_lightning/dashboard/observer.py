@@ -1,4 +1,4 @@
-"""Features and logits, observed where they pass through the head, so that nothing is computed twice."""
+"""Observation of the features and logits that pass through the head, so that nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from ..heads import HeadCall, LSoftmaxLinear
 
 
 def head_of(pl_module: LightningModule) -> LSoftmaxLinear | None:
-    """Return the ``head`` of a module; None unless it is an :class:`LSoftmaxLinear`, perhaps compiled."""
+    """Return the ``head`` of a module if it is an :class:`LSoftmaxLinear`, compiled or not; otherwise None."""
     head: LSoftmaxLinear | None = getattr(pl_module, "head", None)
     return head if hasattr(head, "observed") else None
 
 
 class HeadObserver(Callback):
-    """Passes features and plain logits of the module's head to a subclass, batch by batch.
+    """Base class that observes features and plain logits of the module's head, batch by batch.
 
-    Training batches of logged steps go to :meth:`observe_training`, all batches of validation and test to
-    :meth:`observe_evaluation`. A batch must be (images, classes, ...); other batches, and batches for which the head is
-    not called, are left out. Steps are counted for a single optimiser. If the module has no
-    :class:`~lsoftmax_lightning.LSoftmaxLinear` as its ``head``, nothing is observed, with a warning.
+    :meth:`observe_training` receives the training batches of logged steps, :meth:`observe_evaluation` all batches of
+    validation and test. A batch must be (images, classes, ...); other batches, and batches for which the head is not
+    called, are skipped. Steps are counted for a single optimiser. If the ``head`` of the module is not a
+    :class:`~lsoftmax_lightning.LSoftmaxLinear`, the observer warns and observes nothing.
 
     Attributes:
-        is_observing: Whether there is a head.
+        is_observing: Whether the module has such a head.
     """
 
     is_observing = False
@@ -57,7 +57,7 @@ class HeadObserver(Callback):
     def observe_evaluation(
         self, head: LSoftmaxLinear, images: Any, features: Tensor, logits: Tensor, target: Tensor
     ) -> None:
-        """Receive a batch of a validation or a test; ``logits`` are the plain ones, ``(N, C)``."""
+        """Receive a batch of a validation or test; ``logits`` are plain logits, ``(N, C)``."""
 
     def observed_head(self, pl_module: LightningModule) -> LSoftmaxLinear | None:
         """Return the head of the module; None if it is not observed."""
@@ -65,7 +65,7 @@ class HeadObserver(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.detach()  # a run that failed was not torn down
+        self.detach()  # a failed run was not torn down
         head = head_of(pl_module)
         self.is_observing = head is not None
         if head is None:
@@ -128,16 +128,16 @@ class HeadObserver(Callback):
 
     @contextmanager
     def optional(self, name: str, collective: bool = False) -> Iterator[None]:
-        """Leave out ``name`` if the block raises an error, and warn of the first one, so that the run continues.
+        """Suppress errors of the block, with a warning at the first one for ``name``, so that the run continues.
 
         Args:
             name: Name for the warning.
-            collective: Whether ranks exchange data in the block. Then an error on several ranks ends the run, in which
-                the other ranks would wait forever.
+            collective: Whether ranks exchange data in the block. An error then ends a run on several ranks, because the
+                other ranks would wait forever.
         """
         try:
             yield
-        except Exception as error:  # raised by any library that draws or writes
+        except Exception as error:  # of any library that draws or writes
             if collective and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
                 raise
             if name not in self._skipped:
@@ -149,7 +149,7 @@ class HeadObserver(Callback):
             self._skipped |= {name}
 
     def detach(self) -> None:
-        """Stop observing, and release what was observed."""
+        """Stop observing, and release observed tensors."""
         if self._hook is not None:
             self._hook.remove()
         self._call = self._batch = self._hook = None
@@ -159,7 +159,7 @@ class HeadObserver(Callback):
         self._call = HeadCall(output.features.detach(), None if logits is None else logits.detach())
 
     def _take_call(self, batch: Any) -> tuple[HeadCall, Tensor] | None:
-        """Return the call of the head for a batch, and its classes, once."""
+        """Return the last call of the head and the classes of its batch, and forget the call."""
         call, self._call = self._call, None
         target = classes_of(batch)
         if call is None or target is None or target.shape != call.features.shape[:1]:
@@ -168,12 +168,12 @@ class HeadObserver(Callback):
 
 
 def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
-    """Return the loggers that write for TensorBoard."""
+    """Return the TensorBoard loggers."""
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def classes_of(batch: Any) -> Tensor | None:
-    """Return the classes of a batch (images, classes, ...); None for a batch of another kind."""
+    """Return the classes of a batch (images, classes, ...); None for any other batch."""
     if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[1], Tensor):
         return batch[1]
     return None

@@ -21,7 +21,7 @@ _Kind = TypeVar("_Kind", bound=Snapshot)
 
 
 class Plot(NamedTuple):
-    """A figure and the numbers in it."""
+    """A figure and its data."""
 
     name: str
     """Tag on TensorBoard, and part of the file names."""
@@ -50,7 +50,7 @@ def _draw(panels: Sequence[Callable[[_Kind], Plot | None]], snapshot: _Kind) -> 
 
 def _angles(snapshot: Snapshot) -> Plot | None:
     angles = snapshot.angles_by_stage() | dict(snapshot.baseline)
-    if not any(map(len, angles.values())):  # of a test on pairs of images
+    if not any(map(len, angles.values())):  # a test on pairs of images has none
         return None
     boundaries = {"boundary of softmax": snapshot.nearest_angle / 2}
     if snapshot.margin > 1:
@@ -164,7 +164,7 @@ def _pair_rows(snapshot: PairSnapshot) -> list[tuple[float, float, bool]]:
 
 
 def _short(image: str) -> str:
-    """Return the name of an image that fits under it."""
+    """Return a name of an image that is short enough for a caption."""
     return f"image {image}" if image.isdecimal() else Path(image).name[-22:]
 
 

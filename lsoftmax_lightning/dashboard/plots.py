@@ -1,7 +1,7 @@
-"""Plots of a margin's effect: functions from plain tensors to matplotlib figures, without side effects.
+"""Plots of the effect of a margin: functions from tensors to matplotlib figures, without side effects.
 
-The ten colours are those of seaborn's palette for colour-blind readers, with black for its grey; with more than ten
-classes the marker changes too.
+The ten colours are seaborn's colour-blind palette, with black instead of grey. With more than ten classes, markers
+differ, too.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ from torch.nn.functional import normalize
 from torchmetrics.functional.classification import binary_roc
 
 COLORS = (
-    *("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"),
-    *("#ca9161", "#fbafe4", "#000000", "#ece133", "#56b4e9"),
+    "#0173b2",
+    "#de8f05",
+    "#029e73",
+    "#d55e00",
+    "#cc78bc",
+    "#ca9161",
+    "#fbafe4",
+    "#000000",
+    "#ece133",
+    "#56b4e9",
 )
 STAGES = {"train": "training", "val": "validation", "test": "test"}
 """Name of each stage in words."""
 _STAGE_COLORS = {"train": COLORS[0], "val": COLORS[1], "test": COLORS[2]}
 _BIN_DEGREES = ((2000, 1), (500, 2), (0, 5))
-"""Width of the bins of a histogram, by the least number of samples."""
+"""Minimum number of samples, and width of the bins of their histogram."""
 _MARKERS = "o^sDvP*X<>"
 _MAX_LINE = 60  # characters
 
@@ -38,11 +46,11 @@ _MAX_LINE = 60  # characters
 def plane(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return points and rays for :func:`feature_scatter`.
 
-    Two-dimensional features are kept. Wider ones are projected so that each class has the same place in every epoch and
-    for every margin: the classes are spaced evenly on the unit circle, in their order, and a sample is the sum of their
+    Two-dimensional features are kept. Wider features are projected so that each class has the same place in every epoch
+    and for every margin: the classes are spaced evenly on the unit circle, in order, and a sample is the sum of their
     places, weighted by the cube of its cosine to each class weight; negative cosines count as 0. The cube lets the
-    nearest class dominate. If class weights are orthogonal, a sample in the direction of its weight lies on the circle.
-    Nothing is fitted, so plots of several runs can be compared.
+    nearest class dominate. If the class weights are orthogonal, a sample in the direction of a weight lies on the
+    circle. Nothing is fitted, so plots of several runs can be compared.
 
     Args:
         features: x, ``(N, D)``.
@@ -75,7 +83,7 @@ def feature_scatter(
         points: ``(N, 2)``, see :func:`plane`.
         rays: ``(C, 2)``.
         target: Class of each sample, ``(N,)``.
-        class_names: C names; up to 100 can be told apart.
+        class_names: C names; up to 100 are drawn differently.
         title: Title of the axes.
         axes: Axes to draw on, without a legend. Default: a new figure.
         projected: Whether the points are projections of wider features.
@@ -83,7 +91,7 @@ def feature_scatter(
     columns = math.ceil(len(class_names) / 25)
     has_legend = axes is None
     axes = axes or Figure(figsize=(6.4 + 1.2 * columns, 6), layout="constrained").add_subplot()
-    extent = torch.cat([1.05 * points, 1.15 * rays]).abs().nan_to_num().max()  # of points and of the names of rays
+    extent = torch.cat([1.05 * points, 1.15 * rays]).abs().nan_to_num().max()  # of points and ray labels
     limit = max(1.3, float(extent))  # plane() rarely projects beyond, so the axes of a sequence of plots stay the same
     axes.set(title=title, aspect="equal", anchor="W", xlim=(-limit, limit), ylim=(-limit, limit))
     if projected:
@@ -126,11 +134,11 @@ def feature_scatter(
 def angle_histogram(
     angles: Mapping[str, Tensor], boundaries: Mapping[str, float], title: str = "", axes: Axes | None = None
 ) -> Figure:
-    """Plot distributions of angles over each other, with boundaries as vertical lines.
+    """Plot histograms of angles in one diagram, with boundaries as vertical lines.
 
     Args:
-        angles: By name, angles in degrees, ``(N,)`` each; empty ones are left out.
-        boundaries: By name, the angle of a vertical line in degrees.
+        angles: Angles in degrees by name, ``(N,)`` each; empty ones are left out.
+        boundaries: Angles of the vertical lines in degrees, by name.
         title: Title of the axes.
         axes: Axes to draw on. Default: a new figure.
     """
@@ -139,7 +147,7 @@ def angle_histogram(
     handles: list[Artist] = []
     for color, (name, values) in zip(cycle(COLORS[3:]), angles.items(), strict=False):
         if len(values):
-            width = next(width for least, width in _BIN_DEGREES if len(values) >= least)
+            width = next(width for min_samples, width in _BIN_DEGREES if len(values) >= min_samples)
             counts = torch.histc(values.float(), bins=180 // width, min=0, max=180)
             percent, edges = (counts * (100 / len(values) / width)).numpy(), range(0, 181, width)
             label = _literal(f"{STAGES.get(name, name)} (mean {values.float().mean():.1f}°)")
@@ -149,7 +157,7 @@ def angle_histogram(
     for style, (name, angle) in zip(("--", ":", "-."), boundaries.items(), strict=False):
         label = _literal(f"{name}: {angle:.1f}°")
         handles.append(axes.axvline(angle, color="black", linestyle=style, linewidth=1, label=label))
-    # a square root scale separates angles of a few degrees and still shows all
+    # a square root scale separates small angles and still shows all of them
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set(xlim=(0, 180), xticks=(0, 1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 150, 180))
     axes.legend(handles=handles, frameon=False)
@@ -160,7 +168,7 @@ def segment_bars(fractions: Mapping[str, Tensor], title: str = "") -> Figure:
     """Plot the fractions of samples in the segments of psi as stacked bars (section 3.2 of the paper).
 
     Args:
-        fractions: By stage, the fraction of samples whose angle is in ``[k pi / m, (k + 1) pi / m]``, ``(m,)``.
+        fractions: Fractions of the samples with an angle in ``[k pi / m, (k + 1) pi / m]``, ``(m,)``, by stage.
         title: Title of the axes.
     """
     figure = Figure(figsize=(7, 1.6 + 0.6 * len(fractions)), layout="constrained")
@@ -179,11 +187,11 @@ def segment_bars(fractions: Mapping[str, Tensor], title: str = "") -> Figure:
 
 
 def angle_map(angles: Tensor, class_names: Sequence[str], title: str = "") -> Figure:
-    """Plot the angles between classes, in degrees ``(C, C)``, as a heat map; the diagonal is blank."""
+    """Plot the angles between classes, ``(C, C)`` in degrees, as a heat map with a blank diagonal."""
     side = _inches(class_names)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     off_diagonal = angles.clone().fill_diagonal_(math.nan)
-    # around 90 degrees: with more classes than two, few weights are further apart than 120 degrees
+    # with more than two classes, few weights are more than 120 degrees apart
     image = _matrix(figure.add_subplot(title=title), off_diagonal, class_names, cmap="viridis_r", vmin=40, vmax=120)
     figure.colorbar(image, label="degrees", extend="both")
     return figure
@@ -215,11 +223,11 @@ def confusion(
 
 
 def percent_of_rows(counts: Tensor, totals: Tensor | None = None) -> Tensor:
-    """Return counts in percent of the total of their row; 0 in an empty row.
+    """Return counts in percent of the total of their row; 0 for an empty row.
 
     Args:
         counts: Images by true class (rows) and predicted class, ``(C, C)``.
-        totals: Images of each true class, ``(C,)``, if the matrix leaves out some predicted classes.
+        totals: Images of each true class, ``(C,)``. Default: the sums of the rows.
     """
     totals = counts.sum(dim=1) if totals is None else totals
     return 100 * counts / totals.clamp_min(1).unsqueeze(1)
@@ -229,7 +237,7 @@ def image_strip(images: Tensor, captions: Sequence[str], title: str = "", column
     """Plot images in a grid, each above its caption.
 
     Args:
-        images: uint8, ``(K, channels, height, width)``, in grey or colour.
+        images: uint8, ``(K, channels, height, width)``, with one or three channels.
         captions: K captions of up to three lines.
         title: Title of the figure.
         columns: Images in a row.
@@ -251,8 +259,8 @@ def roc(pairs: Mapping[str, tuple[Tensor, Tensor]], title: str = "") -> Figure:
     """Plot ROC curves of face verification, with the false accept rate on a logarithmic axis.
 
     Args:
-        pairs: By name, the cosine of the embeddings of each pair ``(P,)``, and whether it shows the same identity
-            ``(P,)``.
+        pairs: Cosines of the embeddings of each pair, ``(P,)``, and whether it shows the same identity, ``(P,)``, by
+            name.
         title: Title of the axes.
     """
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -280,18 +288,18 @@ def _root_figure(axes: Axes) -> Figure:
 
 
 def _literal(text: str) -> str:
-    """Return a text without mathematics, which matplotlib reads between dollars, and cut if it is long."""
+    """Escape dollar signs, which matplotlib reads as mathematics, and truncate long lines."""
     lines = (line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - 1]}…" for line in text.split("\n"))
     return "\n".join(lines).replace("$", r"\$")
 
 
 def _inches(class_names: Sequence[str]) -> float:
-    """Return the side of a matrix in inches, so that its names can be read."""
+    """Return the side of a matrix in inches at which its labels are readable."""
     return max(6.0, 0.13 * len(class_names))
 
 
 def _matrix(axes: Axes, values: Tensor, class_names: Sequence[str], **colors: Any) -> AxesImage:
-    """Draw a square matrix with names at its sides and, with up to 20 of them, its values other than 0."""
+    """Draw a square matrix with class names as tick labels; with up to 20 classes, also write its nonzero values."""
     image = axes.imshow(values.numpy(), **colors)
     class_names = [_literal(name) for name in class_names]
     count = len(class_names)
@@ -302,6 +310,6 @@ def _matrix(axes: Axes, values: Tensor, class_names: Sequence[str], **colors: An
         middle = sum(image.get_clim()) / 2
         for row, column in values.nan_to_num().nonzero().tolist():
             value = float(values[row, column])
-            color = "white" if value > middle else "black"  # the colour maps in use are dark for high values
+            color = "white" if value > middle else "black"  # both colour maps are dark for high values
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=color)
     return image

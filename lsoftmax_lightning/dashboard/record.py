@@ -1,4 +1,4 @@
-"""The record that a comparison keeps of each run's test."""
+"""Record of the test of each run of a comparison."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .snapshots import ClassSnapshot, PairSnapshot, Snapshot
 
 
 class TestRecord(SnapshotObserver):
-    """Writes angles, confusion and projected features of a test to a file, which is small and has no images.
+    """Write angles, confusion and projected features of a test to a small file without images.
 
-    The file is a dict that :func:`torch.load` reads with ``weights_only=True``. After a test on the classes of the head
-    it has ``class_names``, ``points`` (N', 2), ``rays`` (C, 2), ``points_target`` (N',) (see
+    The file holds a dict that :func:`torch.load` reads with ``weights_only=True``. After a test on the classes of the
+    head, it has ``class_names``, ``points`` (N', 2), ``rays`` (C, 2), ``points_target`` (N',) (see
     :func:`~lsoftmax_lightning.dashboard.plots.plane`), ``projected`` (whether the features have more than two
     dimensions), ``counts`` (C, C) and ``angles`` (N,) in degrees; after a test on pairs ``cosines`` (P,) and ``same``
     (P,).
@@ -25,7 +25,7 @@ class TestRecord(SnapshotObserver):
         path: Path of the file.
     """
 
-    __test__ = False  # or pytest would collect it
+    __test__ = False  # not a test class of pytest
 
     def __init__(self, path: Path) -> None:
         self.path = path

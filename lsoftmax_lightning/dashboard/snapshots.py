@@ -1,4 +1,4 @@
-"""What the dashboard keeps of a validation or test, so that it can be drawn later."""
+"""Data of a validation or test that the dashboard draws."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from . import plots
 
 
 class ConfusedImages(NamedTuple):
-    """The K images whose wrong class has the highest probability, in descending order of ``confidence_gap``."""
+    """The K images with the largest ``confidence_gap``, in descending order."""
 
     confidence_gap: Tensor
-    """Probability of the predicted class minus that of the true class, ``(K,)``; 0 for a correct prediction."""
+    """Probability of the predicted class minus that of the true class, ``(K,)``; 0 for correct predictions."""
     target: Tensor
     """True class, ``(K,)``."""
     prediction: Tensor
@@ -36,7 +36,7 @@ class Scatter(NamedTuple):
     """Arguments of :func:`~lsoftmax_lightning.dashboard.plots.feature_scatter`."""
 
     class_names: list[str]
-    """Names of the C' classes that are shown."""
+    """Names of the C' classes shown."""
     points: Tensor
     """``(N', 2)``."""
     rays: Tensor
@@ -51,11 +51,11 @@ class Snapshot:
 
     Args:
         stage: ``val`` or ``test``.
-        step: Optimiser steps taken.
+        step: Number of optimiser steps taken.
         margin: m.
-        lambda_: Weight of the plain logit in training; None outside of it.
+        lambda_: Weight of the plain logit; None outside of training.
         nearest_angle: Mean angle of a class weight to the nearest other one, in degrees.
-        paths: File of each image of the evaluation; empty if they are not from files.
+        paths: File of each image of the evaluation; empty if the images are not read from files.
         train_angles: Angles of training samples to their class since the last snapshot, in degrees.
         baseline: Angles of another run to compare with, by name.
     """
@@ -80,7 +80,7 @@ class Snapshot:
     def title(self, subject: str) -> str:
         """Return the title of a plot: the subject; in a second line the margin, and in training lambda and step."""
         title = f"{subject}\nm = {self.margin}"
-        if self.lambda_ is None:  # outside of a fit the step of the weights is not known
+        if self.lambda_ is None:  # outside of fit, the step of the weights is unknown
             return title
         if self.margin > 1:
             title += f", lambda {self.lambda_:.3g} (effective {effective_margin(self.margin, self.lambda_):.2f})"
@@ -126,7 +126,7 @@ class ClassSnapshot(Snapshot):
         return Scatter(names, points, rays, self._shown_index()[self.features_target])
 
     def confusion_counts(self) -> tuple[Tensor, Tensor]:
-        """Return the images by true and predicted class shown, ``(C', C')``, and of each true class, ``(C',)``."""
+        """Return images by true and predicted class, ``(C', C')``, and by true class, ``(C',)``, of classes shown."""
         shown_index = self._shown_index()
         target, prediction = shown_index[self.target], shown_index[self.prediction]
         cell = (target * len(self.shown) + prediction)[(target >= 0) & (prediction >= 0)]
@@ -138,7 +138,7 @@ class ClassSnapshot(Snapshot):
         return {
             "mat": self.features,
             "metadata": [[self.class_names[index], index] for index in self.features_target.tolist()],
-            "metadata_header": ["class", "number"],
+            "metadata_header": ["class", "index"],
             "label_img": _pad_width(self.thumbnails.expand(-1, 3, -1, -1)).float() / 255,
         }
 
@@ -158,7 +158,7 @@ class PairSnapshot(Snapshot):
         same: Whether a pair shows the same identity, bool, ``(P,)``.
         hardest: Indices of the K hardest pairs, ``(K,)``.
         hardest_pairs: Indices of their two images, ``(K, 2)``.
-        images: Both images of each of them side by side, uint8, ``(K, channels, height, width)``, if known.
+        images: Both images of each hardest pair side by side, uint8, ``(K, channels, height, width)``, or None.
     """
 
     cosines: Tensor
@@ -169,6 +169,6 @@ class PairSnapshot(Snapshot):
 
 
 def _pad_width(images: Tensor) -> Tensor:
-    """Pad images that are taller than wide with black, because TensorBoard's sprites have no room for them."""
+    """Pad tall images to squares with black, because TensorBoard's sprites cannot hold tall images."""
     missing = max(0, images.shape[2] - images.shape[3])
     return F.pad(images, (missing // 2, missing - missing // 2))

@@ -1,4 +1,4 @@
-"""A schedule that follows the training accuracy, whatever the Trainer does around it."""
+"""Schedule that follows the training accuracy, in all modes of the Trainer."""
 
 import copy
 from functools import partial
@@ -45,7 +45,7 @@ class Recorder(Callback):
 
 
 def record(model: Any, recorder: Recorder, trainer: Trainer) -> None:
-    """Count the samples of each training step by a hook of the test's own."""
+    """Count the samples of each training step by a separate hook."""
 
     def hook(calls: Any, args: Any, call: Any) -> None:
         if call.target is not None and torch.is_grad_enabled():
@@ -58,7 +58,7 @@ def record(model: Any, recorder: Recorder, trainer: Trainer) -> None:
 
 
 def expected(correct: dict[int, list[int]], decay: float = 0.95, delay: int = 2) -> list[float]:
-    """lambda of each step by the rule of the docstrings: the mean of the steps up to two before the last one."""
+    """Return lambda of each step by the documented rule: the mean accuracy of all but the last two steps."""
     lambdas, mean = [], 0.0
     for step in sorted(correct):
         if step > delay:
@@ -88,7 +88,7 @@ def test_lambda_follows_the_accuracy_of_the_margin_logits(accumulate: int) -> No
 
 
 @pytest.mark.usefixtures("chunks")
-def test_the_chunked_loss_gives_the_same_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_gives_the_same_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {}
     for chunked_from in (4, 5):  # classes; there are 4
         monkeypatch.setattr("lsoftmax_lightning.heads.CHUNKED_FROM", chunked_from)
@@ -148,7 +148,7 @@ def test_a_run_of_unknown_length_is_annealed() -> None:
 
 def test_lambda_rises_again_when_the_accuracy_falls() -> None:
     class Shuffle(Callback):
-        """Labels that mean nothing, from a step on."""
+        """Draw labels at random from step 40 on."""
 
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step >= 40:
@@ -170,8 +170,8 @@ def test_lambda_and_its_accuracy_are_logged(tmp_path: Path) -> None:
         assert FEEDBACK(0, accuracy=accuracy) == pytest.approx(lambda_, rel=1e-3)
 
 
-class Own(LightningModule):
-    """A user's module, in which an LSoftmaxLinear has replaced a linear layer."""
+class CustomModule(LightningModule):
+    """Module of a user with an LSoftmaxLinear instead of a linear layer."""
 
     def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
@@ -190,8 +190,8 @@ class Own(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_the_head_in_a_users_own_module() -> None:
-    model, recorder = Own(), Recorder()
+def test_annealing_works_in_a_custom_module() -> None:
+    model, recorder = CustomModule(), Recorder()
     trainer = make_trainer(callbacks=[LambdaAnnealing(), recorder], max_epochs=8)
     trainer.fit(model, BlobsDataModule())
     assert recorder.lambdas[0] == 1000
@@ -200,14 +200,14 @@ def test_the_head_in_a_users_own_module() -> None:
     assert num_hooks(model) == 0
 
 
-def test_without_annealing_it_is_warned_once() -> None:
+def test_training_without_annealing_warns_once() -> None:
     with pytest.warns(UserWarning, match="LambdaAnnealing") as caught:
-        make_trainer(max_epochs=2).fit(Own(), BlobsDataModule())
+        make_trainer(max_epochs=2).fit(CustomModule(), BlobsDataModule())
     assert sum("LambdaAnnealing" in str(warning.message) for warning in caught) == 1
 
 
-class AccuracyItself(LambdaSchedule):
-    """A user's schedule of accuracy."""
+class AccuracyPlusFive(LambdaSchedule):
+    """Schedule of a user that depends on the accuracy."""
 
     accuracy_decay = 0.0
 
@@ -215,15 +215,15 @@ class AccuracyItself(LambdaSchedule):
         return accuracy + 5
 
 
-def test_a_users_own_schedule_gets_the_accuracy_of_a_step() -> None:
-    _, recorder = fit(make_model(margin=3, lambda_schedule=AccuracyItself()), max_epochs=2)
-    shares = [right / total for right, total in recorder.correct.values()]
-    assert [recorder.lambdas[step] - 5 for step in range(3, 16)] == pytest.approx(shares[:13])
+def test_custom_schedule_receives_the_accuracy_of_a_step() -> None:
+    _, recorder = fit(make_model(margin=3, lambda_schedule=AccuracyPlusFive()), max_epochs=2)
+    accuracies = [right / total for right, total in recorder.correct.values()]
+    assert [recorder.lambdas[step] - 5 for step in range(3, 16)] == pytest.approx(accuracies[:13])
     assert recorder.lambdas[0] == 5
 
 
-class Rewritten(Own):
-    """A module whose head gets the classes in a way that cannot be counted."""
+class Rewritten(CustomModule):
+    """Module that calls the head without a target."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -231,20 +231,20 @@ class Rewritten(Own):
         return F.cross_entropy(self.head.apply_margin(self.head(features), features, y), y)
 
 
-def test_a_head_without_classes_is_refused() -> None:
+def test_head_called_without_target_is_rejected() -> None:
     with pytest.raises(InputError, match=r"call self\.head\(x, target\)"):
         make_trainer(callbacks=[LambdaAnnealing()], max_epochs=3).fit(Rewritten(), BlobsDataModule())
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_a_schedule_with_an_impossible_decay_is_refused(decay: float) -> None:
-    schedule = AccuracyItself()
+def test_accuracy_decay_out_of_range_is_rejected(decay: float) -> None:
+    schedule = AccuracyPlusFive()
     schedule.accuracy_decay = decay
     with pytest.raises(InputError, match="accuracy_decay"):
         make_trainer().fit(make_model(lambda_schedule=schedule), BlobsDataModule())
 
 
-def test_a_second_fit_after_an_exception_goes_on() -> None:
+def test_fit_after_an_exception_continues_annealing() -> None:
     class Fail(Callback):
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
             if trainer.global_step == 30:
@@ -271,7 +271,7 @@ def test_a_failed_run_leaves_no_hook() -> None:
 
 
 def train_on(strategy: str) -> None:
-    """Print lambda of each step, on the ranks there are."""
+    """Print lambda of each step on every rank."""
     seed_everything(0)
     recorder = Recorder()
     model = make_model(margin=3, lambda_schedule=FEEDBACK, backbone=Flat())
@@ -282,7 +282,7 @@ def train_on(strategy: str) -> None:
 
 
 class Flat(nn.Sequential):
-    """A network without batch normalisation, whose batches would be smaller on two ranks."""
+    """Network without batch normalisation, whose statistics would depend on the number of ranks."""
 
     num_features = 16
 
@@ -291,7 +291,7 @@ class Flat(nn.Sequential):
 
 
 def resume_sharded(folder: Path) -> None:
-    """Print lambda of a run on two ranks, and of its continuation from step 11."""
+    """Print lambda of a run on two ranks, and of a run resumed from step 11."""
     for max_epochs, name in ((3, None), (3, "step=11.ckpt")):
         seed_everything(0)
         recorder = Recorder()
@@ -319,7 +319,7 @@ def test_a_resumed_sharded_run_has_the_same_lambda(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "class_sharded"])
-def test_every_rank_has_the_lambda_of_one_process(strategy: str) -> None:
+def test_lambda_of_every_rank_equals_that_of_one_process(strategy: str) -> None:
     if strategy == "class_sharded" and torch.__version__ < "2.9":
         pytest.skip("gloo sums gradients here")
     lines = []

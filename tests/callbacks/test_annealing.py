@@ -1,4 +1,4 @@
-"""lambda over a run: by optimiser step, whatever the Trainer does around it."""
+"""Annealing of lambda by optimiser step, in all modes of the Trainer."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ SCHEDULE = PowerLaw(base=100, gamma=0.1, power=2)
 
 
 class Recorder(Callback):
-    """lambda of the head at each forward pass of training, with the optimiser step it belongs to."""
+    """Record the optimiser step and lambda at each training batch."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, float]] = []
@@ -43,7 +43,7 @@ def expected(steps: int, repeat: int = 1) -> list[tuple[int, float]]:
     return [(step, SCHEDULE(step)) for step in range(steps) for _ in range(repeat)]
 
 
-def test_lambda_is_that_of_the_step() -> None:
+def test_lambda_follows_the_schedule_by_step() -> None:
     trainer, seen = fit(make_model(lambda_schedule=SCHEDULE), max_epochs=2)
     assert seen == expected(16)  # 160 training images in batches of 20
     assert trainer.progress_bar_metrics["lambda"] == pytest.approx(SCHEDULE(15))
@@ -64,7 +64,7 @@ def test_gradient_accumulation_does_not_speed_up_annealing() -> None:
         ({0: 2, 1: 1}, {"max_epochs": -1, "max_steps": 20}, 20),
     ],
 )
-def test_accumulation_that_changes_leaves_the_length_of_the_run(
+def test_schedules_account_for_changing_gradient_accumulation(
     scheduling: dict[int, int], settings: dict[str, Any], length: int, tmp_path: Path
 ) -> None:
     schedule = RunFraction(fraction=1.0)
@@ -98,7 +98,7 @@ class Rates(Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-def test_validation_before_training_and_sanity_checks_do_not_count() -> None:
+def test_validation_and_sanity_checks_do_not_advance_lambda() -> None:
     model, data, recorder = make_model(lambda_schedule=SCHEDULE), BlobsDataModule(), Recorder()
     trainer = make_trainer(callbacks=[recorder], num_sanity_val_steps=2, val_check_interval=2)
     before = trainer.validate(model, data, verbose=False)
@@ -117,7 +117,7 @@ def test_second_fit_continues_from_the_step_of_the_trainer() -> None:
     assert sum(isinstance(callback, LambdaAnnealing) for callback in trainer.callbacks) == 1
 
 
-def test_another_model_in_the_same_trainer_brings_its_own_schedule() -> None:
+def test_second_model_uses_its_own_schedule() -> None:
     recorder = Recorder()
     trainer = make_trainer(callbacks=[recorder])
     trainer.fit(make_model(lambda_schedule=SCHEDULE), BlobsDataModule())
@@ -142,12 +142,12 @@ def test_run_fraction_uses_the_length_of_the_run() -> None:
         assert lambdas[8:] == [0] * 8
 
 
-def test_a_run_without_an_end_is_refused_a_fraction() -> None:
+def test_run_fraction_rejects_a_run_of_unknown_length() -> None:
     with pytest.raises(InputError, match="max_steps or max_epochs"):
         fit(make_model(lambda_schedule=RunFraction()), max_epochs=-1)
 
 
-def test_annealing_of_the_trainer_takes_precedence() -> None:
+def test_schedule_of_the_callback_takes_precedence() -> None:
     _, seen = fit(make_model(lambda_schedule=SCHEDULE), callbacks=[LambdaAnnealing(Constant(3.0))])
     assert seen == [(step, 3.0) for step in range(8)]
 
@@ -172,7 +172,7 @@ class Headless(LightningModule):
         return torch.optim.SGD(self.parameters())
 
 
-def test_a_module_without_a_head_or_with_a_wrong_schedule_is_refused() -> None:
+def test_missing_head_or_invalid_schedule_is_rejected() -> None:
     with pytest.raises(InputError, match=r"self\.head` of Headless"):
         make_trainer(callbacks=[LambdaAnnealing()]).fit(Headless(), BlobsDataModule())
     model = Headless()
@@ -182,7 +182,7 @@ def test_a_module_without_a_head_or_with_a_wrong_schedule_is_refused() -> None:
 
 
 class Poison(nn.Module):
-    """Cross-entropy that goes bad at one step."""
+    """Cross-entropy that is not finite at one step."""
 
     def __init__(self, bad_step: int, value: float) -> None:
         super().__init__()
@@ -217,13 +217,13 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(
     for part in (f"step {bad_step},", f"lambda was {SCHEDULE(bad_step):.4g}", "slower", "lambda_min", "best.ckpt"):
         assert part in message
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert kept["global_step"] == 8  # of the first epoch; the loss went bad in the second
+    assert kept["global_step"] == 8  # the end of the first epoch; the loss diverges in the second
     assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("monitor", ["val/acc", None])
-def test_no_checkpoint_inside_an_epoch_is_of_a_diverged_run(
+def test_diverged_run_saves_no_checkpoint_within_an_epoch(
     tmp_path: Path, weights_only: bool, monitor: str | None
 ) -> None:
     model = make_model()
@@ -241,7 +241,7 @@ def test_no_checkpoint_inside_an_epoch_is_of_a_diverged_run(
         assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
 
 
-def test_a_checkpoint_by_step_is_not_of_a_diverged_run(tmp_path: Path) -> None:
+def test_diverged_run_saves_no_checkpoint_by_step(tmp_path: Path) -> None:
     model = make_model()
     model.criterion = Poison(5, math.nan)
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -254,7 +254,7 @@ def test_annealing_works_without_logging() -> None:
     fit(make_model(), log_every_n_steps=0)
 
 
-def test_next_fit_after_divergence_trains() -> None:
+def test_validation_after_divergence_succeeds() -> None:
     model, data, trainer = make_model(), BlobsDataModule(), make_trainer(num_sanity_val_steps=0)
     model.criterion = Poison(0, math.nan)
     with pytest.raises(DivergenceError):
@@ -264,7 +264,7 @@ def test_next_fit_after_divergence_trains() -> None:
 
 
 @pytest.mark.parametrize(("precision", "overflows"), [("16-true", True), ("bf16-true", False), ("32-true", False)])
-def test_the_advice_fits_the_precision(precision: Any, overflows: bool) -> None:
+def test_divergence_error_mentions_overflow_only_in_float16(precision: Any, overflows: bool) -> None:
     model = make_model()
     model.criterion = Poison(0, math.nan)
     with pytest.raises(DivergenceError) as caught:
@@ -272,7 +272,7 @@ def test_the_advice_fits_the_precision(precision: Any, overflows: bool) -> None:
     assert ("16-true overflows above 65504: try bf16-mixed or 32-true." in str(caught.value)) is overflows
 
 
-def test_divergence_before_any_checkpoint_says_so() -> None:
+def test_divergence_before_any_checkpoint_is_reported() -> None:
     model = make_model()
     model.criterion = Poison(0, math.nan)
     with pytest.raises(DivergenceError, match="none was saved yet"):
@@ -285,7 +285,7 @@ class TwoHeads(ClassificationModule):
         self.other = LSoftmaxLinear(self.head.in_features, 3, margin=2)
 
 
-def test_a_head_that_is_not_annealed_is_named() -> None:
+def test_head_that_is_not_annealed_is_reported() -> None:
     with pytest.warns(UserWarning, match=r"anneals self\.head of TwoHeads, not self\.other"):
         make_trainer().fit(TwoHeads(num_classes=4, backbone="digits", image_shape=(1, 8, 8)), BlobsDataModule())
     model = make_model()
@@ -295,7 +295,7 @@ def test_a_head_that_is_not_annealed_is_named() -> None:
         make_trainer().fit(model, BlobsDataModule())
 
 
-def test_a_tuner_gets_lambda_from_a_schedule_of_the_accuracy() -> None:
+def test_tuner_uses_lambda_of_an_accuracy_schedule() -> None:
     class Half:
         accuracy_decay = 0.5
 

@@ -1,4 +1,4 @@
-"""The best checkpoint of a run that was killed, moved or continued elsewhere, and checkpoints that name other files."""
+"""Best checkpoint of a run that was killed, moved or continued in another folder, and hostile checkpoints."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ KEEPS = [{"filename": "best"}, {"filename": "{epoch}"}, {"filename": "{epoch}", 
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL."""
+    """Stand-in for SIGKILL."""
 
 
 def train(folder: Path, keep: dict[str, Any], max_epochs: int = 5, mode: str = "max", **fit: Any) -> BestCheckpoint:
@@ -31,7 +31,7 @@ def train(folder: Path, keep: dict[str, Any], max_epochs: int = 5, mode: str = "
     best = BestCheckpoint(folder, monitor="val/loss", mode=mode, **keep)
     callbacks = [best, LastCheckpoint(folder), ExactResume()]
     trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=max_epochs, limit_train_batches=2)
-    model = make_model(optimizer=partial(torch.optim.SGD, lr=0.01))  # with which the loss falls from the first step
+    model = make_model(optimizer=partial(torch.optim.SGD, lr=0.01))  # small, so that the loss falls from the first step
     trainer.fit(model, BlobsDataModule(), **fit)
     return best
 
@@ -64,7 +64,7 @@ def assert_same_best(one: BestCheckpoint, other: BestCheckpoint) -> None:
 @pytest.mark.parametrize("epochs", [1, 3, 5])
 @pytest.mark.parametrize("continued", ["moved", "elsewhere"])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_the_best_checkpoint_is_kept_where_a_run_continues(
+def test_best_checkpoint_is_kept_in_a_moved_or_new_folder(
     continued: str, epochs: int, keep: dict[str, Any], whole_run: Callable[..., BestCheckpoint], tmp_path: Path
 ) -> None:
     train(tmp_path / "begun", keep, epochs)
@@ -80,7 +80,7 @@ def test_the_best_checkpoint_is_kept_where_a_run_continues(
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("before", [(LastCheckpoint, "_save_checkpoint"), (BestCheckpoint, "_remove_checkpoint")])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The best checkpoint in")
-def test_a_kill_between_the_best_and_the_last_checkpoint_changes_nothing(
+def test_kill_between_best_and_last_checkpoint_keeps_the_best(
     before: tuple[type[ModelCheckpoint], str],
     epoch: int,
     keep: dict[str, Any],
@@ -101,7 +101,7 @@ def test_a_kill_between_the_best_and_the_last_checkpoint_changes_nothing(
         except Killed:
             pass
         else:
-            assert before[1] == "_remove_checkpoint"  # of the same name: nothing to remove
+            assert before[1] == "_remove_checkpoint"  # the same name or fewer files: nothing to remove
             return
     best = json.loads((tmp_path / "killed" / "index.json").read_text())["best"]
     assert (tmp_path / "killed" / best).is_file()
@@ -110,11 +110,11 @@ def test_a_kill_between_the_best_and_the_last_checkpoint_changes_nothing(
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_an_earlier_checkpoint_continues_without_the_later_best(tmp_path: Path) -> None:
+def test_resume_from_an_earlier_checkpoint_drops_later_ones(tmp_path: Path) -> None:
     keep = {"filename": "{epoch}", "save_top_k": 2}
     best = train(tmp_path, keep, **FALLING)
     assert {Path(path).name for path in best.best_k_models} == {"epoch=2.ckpt", "epoch=3.ckpt"}
-    with pytest.warns(UserWarning, match=r"is chosen without epoch=1.ckpt: not found there"):
+    with pytest.warns(UserWarning, match=r"is chosen without epoch=1.ckpt: missing, or later"):
         again = train(tmp_path / "back", keep, **FALLING, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert_same_best(again, best)
 
@@ -122,7 +122,7 @@ def test_an_earlier_checkpoint_continues_without_the_later_best(tmp_path: Path) 
 @pytest.mark.parametrize("kind", [BestCheckpoint, ModelCheckpoint])
 @pytest.mark.parametrize("path", ["{victim}", "{own}/../victim", "{own}/../victim/file.ckpt", "victim"])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_checkpoint_never_has_other_files_removed(kind: type[ModelCheckpoint], path: str, tmp_path: Path) -> None:
+def test_hostile_checkpoint_cannot_delete_other_files(kind: type[ModelCheckpoint], path: str, tmp_path: Path) -> None:
     victim, own = tmp_path / "victim", tmp_path / "own"
     victim.mkdir()
     (victim / "file.ckpt").write_text("")

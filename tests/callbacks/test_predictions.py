@@ -1,4 +1,4 @@
-"""Predictions in files: complete, in order, on any number of ranks, and not kept in memory."""
+"""Files of predictions: complete, in order, equal on any number of ranks, and not kept in memory."""
 
 import csv
 import gc
@@ -125,7 +125,7 @@ def test_class_names_of_any_kind_are_written(names: Any, expected: list[str]) ->
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_the_likeliest_classes_are_written_and_far_images_are_unknown(kind: str) -> None:
+def test_top_k_classes_are_written_and_distant_images_are_unknown(kind: str) -> None:
     data, model = Blobs(), make_model().eval()
     predictions = Predictions(f"out.{kind}", top_k=3, max_angle=80)
     make_trainer(callbacks=[predictions]).predict(model, data, return_predictions=False)
@@ -153,7 +153,7 @@ def test_rows_before_an_error_are_kept(caplog: pytest.LogCaptureFixture) -> None
 
 
 @pytest.mark.parametrize("skip_unreadable", [False, True])
-def test_files_that_are_no_images_are_named_or_skipped(skip_unreadable: bool) -> None:
+def test_unreadable_images_are_reported_or_skipped(skip_unreadable: bool) -> None:
     write_folder(Path("photos"), count=3)
     Path("photos/notes.txt").write_text("no image")
     write_folder(Path("images"))
@@ -200,22 +200,22 @@ def test_the_angle_of_unknown_images_is_chosen_on_validation_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "error_text"),
     [
         ({"top_k": 0}, "top_k"),
         ({"max_angle": 200}, "max_angle"),
         ({"max_angle_quantile": 0}, "max_angle_quantile"),
     ],
 )
-def test_settings_of_predictions_are_checked(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=f"predictions.{said}: must be"):
+def test_settings_of_predictions_are_checked(settings: dict[str, Any], error_text: str) -> None:
+    with pytest.raises(InputError, match=f"predictions.{error_text}: must be"):
         Predictions("out.csv", **settings)
     with pytest.raises(InputError, match="need a ClassificationModule, got BoringModel"):
         make_trainer(callbacks=[Predictions("out.csv", top_k=2)]).predict(BoringModel(), return_predictions=False)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_several_ranks_write_the_file_of_one_rank(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_write_the_same_file_as_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsoftmax_lightning.callbacks.predictions.MERGED_ROWS", 3)
     write_folder(Path("photos/more"), count=10)
     write_image(Path("photos/a.png"), (10, 200, 30))
@@ -243,7 +243,7 @@ def test_several_ranks_write_the_file_of_one_rank(kind: str, monkeypatch: pytest
 
 
 def test_predictions_are_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the outputs of predict_step, nor a complete file when the files of the ranks are merged."""
+    """Neither outputs of predict_step nor whole files of ranks are kept."""
     monkeypatch.setattr("lsoftmax_lightning.callbacks.predictions.MERGED_ROWS", 64)
     written: list[weakref.ref[Tensor]] = []
 
@@ -278,7 +278,7 @@ def test_predictions_are_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert (embeddings == embeddings[0]).all()  # of one image
 
 
-def test_embeddings_alone() -> None:
+def test_verification_module_writes_only_embeddings() -> None:
     torch.manual_seed(0)
     model = VerificationModule(4, "digits", image_shape=(1, 8, 8))
     make_trainer(callbacks=[Predictions("faces.csv", embeddings=True)]).predict(
@@ -315,7 +315,7 @@ def test_other_columns_in_a_later_batch_are_an_error(first: list[str], second: l
     assert message in str(caught.value)
 
 
-def test_another_type_in_a_later_batch_is_an_error() -> None:
+def test_other_dtype_in_a_later_batch_is_an_error() -> None:
     with pytest.raises(InputError, match=r"got x \(integer\) after x \(float\)"):
         predict_outputs("out.parquet", {"x": torch.ones(25)}, {"x": torch.ones(25, dtype=torch.int64)})
     with pytest.raises(InputError, match=r"got x \(float\) after x \(integer\)"):
@@ -342,7 +342,7 @@ def test_outputs_without_a_row_for_each_image_are_an_error(outputs: Any, message
 
 
 @pytest.mark.parametrize("shapes", [[(25,), (25,)], [(25, 3, 4), (25, 3, 4)], [(25, 3), (25, 4)]])
-def test_an_embedding_that_is_no_matrix_is_an_error(shapes: list[tuple[int, ...]]) -> None:
+def test_embedding_of_wrong_shape_is_an_error(shapes: list[tuple[int, ...]]) -> None:
     with pytest.raises(InputError, match=r"^predict_step: Outputs must return `embedding` as \(N, D\)"):
         predict_outputs("out.csv", *({"embedding": torch.ones(shape)} for shape in shapes), embeddings=True)
 
@@ -355,7 +355,7 @@ def test_paths_and_class_names_are_those_of_the_current_data() -> None:
     trainer.predict(model, torch.utils.data.DataLoader(torch.ones(5, 1, 8, 8)), return_predictions=False)
     rows = read("out.csv")
     assert [row["index"] for row in rows] == list("01234")
-    assert all(row["prediction"] in "0123" for row in rows)
+    assert {row["prediction"] for row in rows} <= set("0123")
 
 
 def test_several_dataloaders_are_an_error() -> None:
@@ -375,12 +375,12 @@ def predict_in_folders() -> None:
     predict("out.csv")
 
 
-def test_a_folder_that_ranks_do_not_share_is_named() -> None:
+def test_folder_that_ranks_do_not_share_is_an_error() -> None:
     done = run_on(2, predict_in_folders)
     assert "predictions.output: all ranks must share the folder of out.csv, got no ." in done.stderr
 
 
-def test_unwritable_output_is_an_error() -> None:
+def test_invalid_output_or_input_is_an_error() -> None:
     with pytest.raises(InputError, match=r"^predictions\.output: must end in .* got x"):
         Predictions("x.txt")
     with pytest.raises(InputError, match=r"^predictions\.output: without a logger there is no folder of the run"):
@@ -408,7 +408,7 @@ def test_unwritable_output_is_an_error() -> None:
         trainer.predict(Other(4, "digits", image_shape=(1, 8, 8)), Blobs(), return_predictions=False)
 
 
-def test_workers_end_with_an_error_that_is_kept() -> None:
+def test_workers_end_even_if_the_error_is_kept() -> None:
     write_folder(Path("photos"))
     Path("photos/broken.png").write_text("no image")
     before = set(multiprocessing.active_children())
@@ -444,7 +444,7 @@ def test_csv_safe_quotes_formulas_and_keeps_numbers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_formulas_in_class_names_and_paths_are_quoted_in_csv_alone(kind: str) -> None:
+def test_formulas_in_class_names_and_paths_are_quoted_only_in_csv(kind: str) -> None:
     class Formulas(Blobs):
         class_names = ("=1+1", "@a", "-b", "+c")
 
@@ -459,7 +459,7 @@ def test_formulas_in_class_names_and_paths_are_quoted_in_csv_alone(kind: str) ->
 
 @pytest.mark.parametrize("name", ["out/here.csv", "out/here.parquet"])
 @pytest.mark.parametrize("limit", ["part of the rows", "rows", "part of the embeddings", "embeddings"])
-def test_a_full_disk_is_one_error_and_leaves_the_previous_output(name: str, limit: str) -> None:
+def test_full_disk_is_an_error_and_keeps_the_previous_output(name: str, limit: str) -> None:
     predict(name)
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     rows, embeddings = (Path(name).with_suffix(suffix).stat().st_size for suffix in (Path(name).suffix, ".npy"))
@@ -477,7 +477,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_previous_output(name: str, limi
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_a_read_only_folder_is_one_error() -> None:
+def test_unwritable_folder_is_an_error() -> None:
     with pytest.raises(RunError, match=r"^predictions\.output: /proc/out/here\.csv cannot be written"):
         predict("/proc/out/here.csv")
 
@@ -497,7 +497,7 @@ class KilledInABatch(Predictions):
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("callback", [KilledInABatch, KilledAtTheEnd])
-def test_a_killed_prediction_leaves_no_output_and_the_next_one_removes_its_temporary_files(
+def test_killed_prediction_leaves_no_output_and_the_next_one_cleans_up(
     callback: type[Predictions], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

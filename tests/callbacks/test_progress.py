@@ -43,7 +43,7 @@ def test_one_line_counts_the_steps_of_the_whole_run(terminal: io.StringIO) -> No
     assert "left" not in lines[-1]
 
 
-def test_an_evaluation_counts_batches_and_leaves_no_line(terminal: io.StringIO) -> None:
+def test_evaluation_counts_batches_and_clears_the_line(terminal: io.StringIO) -> None:
     trainer = make_trainer(callbacks=[RunProgress()], enable_progress_bar=True)
     model, data = make_model(), BlobsDataModule()
     for run, name in ((trainer.validate, "Validating"), (trainer.test, "Testing")):
@@ -57,14 +57,14 @@ def test_an_evaluation_counts_batches_and_leaves_no_line(terminal: io.StringIO) 
         assert terminal.getvalue().endswith("\x1b[2K")
 
 
-def test_without_a_length_the_steps_are_counted(terminal: io.StringIO) -> None:
+def test_steps_of_a_run_of_unknown_length_are_counted(terminal: io.StringIO) -> None:
     trainer = make_trainer(callbacks=[RunProgress()], enable_progress_bar=True, max_epochs=-1, max_time="00:00:00:01")
     trainer.fit(make_model(), BlobsDataModule())
     assert re.search(rf" {trainer.global_step} steps", frames(terminal)[-1])
 
 
 @pytest.mark.parametrize("settings", [{}, {"force_terminal": True}, {"force_jupyter": True}])
-def test_nothing_is_shown_in_a_file_or_a_notebook_without_ipywidgets(
+def test_nothing_is_shown_without_a_terminal(
     settings: dict[str, bool], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(**settings)  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def test_nothing_is_shown_in_a_file_or_a_notebook_without_ipywidgets(
     assert capsys.readouterr().out == ""
 
 
-def test_an_error_ends_the_line(terminal: io.StringIO) -> None:
+def test_error_restores_the_cursor(terminal: io.StringIO) -> None:
     class Fails(BlobsDataModule):
         def on_after_batch_transfer(self, batch: object, dataloader_idx: int) -> object:
             raise RuntimeError("no batch")
@@ -87,5 +87,5 @@ def test_an_error_ends_the_line(terminal: io.StringIO) -> None:
     assert terminal.getvalue().endswith("\x1b[?25h")  # the cursor is back
 
 
-def test_the_bar_goes_to_spawned_ranks() -> None:
+def test_progress_bar_is_picklable() -> None:
     assert isinstance(pickle.loads(pickle.dumps(RunProgress())), RunProgress)

@@ -1,4 +1,4 @@
-"""Runs resume within and between epochs with the same weights, epochs and learning rates."""
+"""Exact resume within and between epochs: weights, epochs and learning rates."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ from ..helpers.training import BlobsDataModule, make_model, make_trainer
         {"max_steps": 24, "max_epochs": -1, "val_check_interval": 4, "check_val_every_n_epoch": None},
     ],
 )
-def test_from_the_end_of_an_epoch_the_next_one_follows(length: dict[str, Any], tmp_path: Path) -> None:
+def test_resume_at_the_end_of_an_epoch_starts_the_next_one(length: dict[str, Any], tmp_path: Path) -> None:
     def train(folder: str, **resume: Any) -> Tensor:
         validated = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1)
         model = make_model()
@@ -59,7 +59,7 @@ def test_plateau_scheduler_steps_once_per_epoch(tmp_path: Path) -> None:
         )
         length = {"max_epochs": max_epochs, "val_check_interval": 5, "check_val_every_n_epoch": None}
         trainer = make_trainer(callbacks=[saved, ExactResume()], enable_checkpointing=True, **length)
-        trainer.fit(model, BlobsDataModule(), **resume)  # 8 steps an epoch, validations behind 5, 10, 15, 20
+        trainer.fit(model, BlobsDataModule(), **resume)  # 8 steps an epoch, validations after 5, 10, 15, 20
         trainer.save_checkpoint(tmp_path / folder / "ended.ckpt")
         return model.head.weight, trainer.lr_scheduler_configs[0].scheduler.state_dict()
 
@@ -116,7 +116,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Tensor]]:
-    """Return the weights after a run that nothing ended before its time, trained once for each of its settings."""
+    """Return the weights after an uninterrupted run, trained once for each setting."""
 
     def weights(**length: Any) -> dict[str, Tensor]:
         return train_in(tmp_path_factory.mktemp("whole"), **length)[1]
@@ -145,7 +145,7 @@ VALIDATIONS = [
 @pytest.mark.parametrize("step", [3, 8, 11, 15])
 @pytest.mark.parametrize("limit", ["max_steps", "should_stop"])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_longer_limit_continues_within_the_epoch(
+def test_raised_limit_continues_within_the_epoch(
     limit: str,
     step: int,
     validation: dict[str, Any],
@@ -163,7 +163,7 @@ def test_a_longer_limit_continues_within_the_epoch(
 
 
 @pytest.mark.parametrize("validation", [*VALIDATIONS, {"max_steps": 21}, {"max_epochs": 1}], ids=str)
-def test_the_last_checkpoint_is_of_the_last_step(validation: dict[str, Any], tmp_path: Path) -> None:
+def test_last_checkpoint_has_the_last_step(validation: dict[str, Any], tmp_path: Path) -> None:
     trainer, weights = train_in(tmp_path, **validation)
     last = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert last["global_step"] == trainer.global_step
@@ -172,7 +172,7 @@ def test_the_last_checkpoint_is_of_the_last_step(validation: dict[str, Any], tmp
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using `ckpt_path`")
-def test_a_run_that_early_stopping_ended_does_not_train_on(tmp_path: Path) -> None:
+def test_run_ended_by_early_stopping_stays_ended(tmp_path: Path) -> None:
     def stopping() -> EarlyStopping:
         return EarlyStopping("val/loss", mode="max", patience=1)
 
@@ -196,7 +196,7 @@ def test_a_run_that_early_stopping_ended_does_not_train_on(tmp_path: Path) -> No
 )
 @pytest.mark.parametrize("step", [2, 9, 14])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Swapping scheduler", "ignore:.*lr_scheduler.step")
-def test_callbacks_of_epochs_continue_within_one(callback: Callable[[], Callback], step: int, tmp_path: Path) -> None:
+def test_epoch_callbacks_resume_within_an_epoch(callback: Callable[[], Callback], step: int, tmp_path: Path) -> None:
     _, whole = train_in(tmp_path / "whole", callback(), max_epochs=5)
     with pytest.raises(SystemExit):
         train_in(tmp_path / "part", callback(), Signal(step), max_epochs=5)
@@ -205,7 +205,7 @@ def test_callbacks_of_epochs_continue_within_one(callback: Callable[[], Callback
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using `ckpt_path`")
-def test_a_run_in_double_precision_resumes_from_double_precision(tmp_path: Path) -> None:
+def test_double_precision_run_resumes_exactly(tmp_path: Path) -> None:
     _, whole = train_in(tmp_path / "whole", precision="64-true")
     train_in(tmp_path / "part", precision="64-true", max_steps=11)
     _, resumed = train_in(tmp_path / "part", precision="64-true")

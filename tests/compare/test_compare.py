@@ -1,4 +1,4 @@
-"""Comparisons from the first command to the table."""
+"""Comparison of margins: planning, training, interruption and resume."""
 
 import json
 import math
@@ -44,11 +44,13 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     rows = compare_margins("digits", [1, 2], [0], SHORT, sweep, jobs=2)
     folder = Path("runs/compare-digits")
     assert [(row["margin"], row["model.label_smoothing"], row["seed"]) for row in rows] == [
-        *((1, 0, 0), (2, 0, 0)),
-        *((1, 0.1, 0), (2, 0.1, 0)),
+        (1, 0, 0),
+        (2, 0, 0),
+        (1, 0.1, 0),
+        (2, 0.1, 0),
     ]
     assert all(row["steps"] == 3 and row["seconds"] > 0 and "test/acc" in row for row in rows)
-    assert "val/loss" in rows[0]  # which chose the checkpoint
+    assert "val/loss" in rows[0]  # the metric that chose the checkpoint
     assert "m2-label_smoothing=0.1-s0" in capsys.readouterr().out
     run = folder / "m2-label_smoothing=0.1-s0"
     names = {path.name for path in run.iterdir()}
@@ -58,7 +60,7 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     table = (folder / "table.md").read_text()
     assert "compare --config digits --margins 1 2 --seeds 0 --sweep model.label_smoothing=0,0.1 --jobs 2 " in table
 
-    # as a fit by hand would have been
+    # fit with the same settings gives the same results
     hand = ["--model.margin=2", "--model.label_smoothing=0.1", "--seed_everything=0"]
     main(["fit", "--config", "digits", *SHORT, *hand])
     by_hand = json.loads(Path("runs/digits/m2-s0/results.json").read_text())
@@ -68,7 +70,7 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
     capsys.readouterr()
     assert len(compare_margins("digits", [1, 2], [0, 1], SHORT, {"model.label_smoothing": [0]}, jobs=2)) == 6
-    assert "2 of 4 runs are finished already" in capsys.readouterr().out
+    assert "2 of 4 runs are already finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     averaged = Path("averaged")
@@ -82,15 +84,16 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     main(["compare", "--report", str(folder)])
     assert (folder / "table.md").read_text() == made
 
-    # other settings do not come into the same table, under the name of a run that is there or under another
+    # runs with other settings are rejected, with the name of an existing run and with a new name
     for margin in (1, 3):
-        with pytest.raises(InputError, match="is of a run with other settings") as caught:
+        with pytest.raises(InputError, match="has a run with other settings") as caught:
             compare_margins("digits", [margin], [0], [*SHORT, "--data.batch_size=32"], {"model.label_smoothing": [0]})
-        assert "data.batch_size is 64 there and 32 here" in str(caught.value)
+        assert "got data.batch_size 64 in " in str(caught.value)
+        assert " and 32 in this comparison" in str(caught.value)
 
 
 class InterruptAt25(ProgressFile):
-    """Signals the comparison or this process at step 25, in the middle of an epoch."""
+    """Send a signal to the comparison or to this process at step 25, within an epoch."""
 
     target = "comparison"
     signum = signal.SIGKILL
@@ -100,7 +103,9 @@ class InterruptAt25(ProgressFile):
         if trainer.global_step == 25:
             comparison = os.getppid()
             os.kill(comparison if self.target == "comparison" else os.getpid(), self.signum)
-            while os.getppid() == comparison and SignalHandler.latest < 0:  # until it or its signal is noticed
+            while (
+                os.getppid() == comparison and SignalHandler.latest < 0
+            ):  # until the end of the comparison or the signal is noticed
                 time.sleep(0.01)
         super().on_train_batch_end(trainer, *args, **kwargs)
 
@@ -111,7 +116,10 @@ class InterruptAt25(ProgressFile):
         (signal.SIGKILL, "comparison", -9, ""),
         (signal.SIGINT, "comparison", 130, "The same command continues from here.\nStopped by SIGINT.\n"),
         pytest.param(
-            *(signal.SIGTERM, "worker", 1, "error: 1 of 1 runs failed; the same command tries them again."),
+            signal.SIGTERM,
+            "worker",
+            1,
+            "error: 1 of 1 runs failed; the same command tries them again.",
             marks=pytest.mark.slow,
         ),
     ],
@@ -137,7 +145,7 @@ def test_interrupted_comparison_resumes_exactly(
 
 
 @pytest.mark.slow
-def test_interrupted_comparison_in_processes_of_its_own_resumes_exactly() -> None:
+def test_interrupted_comparison_in_subprocesses_resumes_exactly() -> None:
     args = [*QUIET, "--trainer.max_epochs=60", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
     command = ["compare", "--config=digits.yaml", "--margins=2", "--seeds=3", *args]
     comparison = subprocess.Popen(
@@ -159,16 +167,16 @@ def test_interrupted_comparison_in_processes_of_its_own_resumes_exactly() -> Non
 
 
 def assert_resumes_exactly(args: list[str], steps: int) -> None:
-    """Continue a comparison, and compare its run with one that was not interrupted.
+    """Continue a comparison, and compare its run with an uninterrupted one.
 
-    A run that loses its best checkpoint, which is that of the first epoch, has another one at the end.
+    The best checkpoint is that of the first epoch, so that a run that loses it tests another one.
     """
     run = Path("runs/compare-digits/m2-s3")
     assert not (run / "run.json").exists()
     assert 0 < torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] < steps
     (row,) = compare_margins("digits.yaml", [2], [3], args)
     assert row["steps"] == steps
-    assert row["seconds"] is None  # those of the last part alone would mislead
+    assert row["seconds"] is None  # unknown, because the run was interrupted
     main(["fit", "--config=digits.yaml", "--model.margin=2", "--seed_everything=3", *args])
     whole = json.loads(Path("runs/digits/m2-s3/results.json").read_text())
     assert {name: row[name] for name in whole} == whole
@@ -180,14 +188,14 @@ def steps_of(run: Path) -> float:
 
 
 @pytest.mark.slow
-def test_a_run_in_processes_of_its_own_may_take_several_devices_under_a_progress_bar() -> None:
+def test_run_on_several_devices_with_a_progress_bar_finishes() -> None:
     bar = [word for word in SHORT if "progress_bar" not in word]
     (row,) = compare_margins("digits.yaml", [2], [0], [*bar, "--trainer.devices=2", "--trainer.strategy=ddp"])
     assert row["steps"] == 3
 
 
 @pytest.mark.usefixtures("forked_runs")
-def test_failed_run_is_named_and_the_others_finish(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_run_is_reported_and_the_others_finish(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = {"model.optimizer.lr": ["1e30", "5e-2"], "model.lr_scheduler.milestones": [[0.5, 0.75]]}
     with pytest.raises(RunError, match="1 of 2 runs failed") as caught:
         compare_margins("digits", [1], [0], [*SHORT, "--checkpoint.monitor=val/acc"], sweep, jobs=2)
@@ -199,42 +207,50 @@ def test_failed_run_is_named_and_the_others_finish(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "error_text"),
     [
         ([], "compare needs a config"),
         (["--config=nope.yaml"], "no config 'nope.yaml'"),
         (["--config=digits.yaml", "--margins", "1", "0"], "integer >= 1"),
         (["--config=digits.yaml", "--margins", "1.5"], "1.5"),
-        (["--config=digits.yaml", "--margins", "2", "2"], "margins takes one value or more, no two the same"),
-        (["--config=digits.yaml", "--jobs=0"], "jobs must be at least 1"),
+        (["--config=digits.yaml", "--margins", "2", "2"], "margins: must be one or more distinct values"),
+        (["--config=digits.yaml", "--jobs=0"], "jobs: must be at least 1"),
         (["--config=digits.yaml", "--trainer.epochs=3"], "trainer.epochs"),
-        (["--config=digits.yaml", "--trainer.fast_dev_run=true"], "nothing to compare"),
-        (["--config=digits.yaml", "--model.margin", "3"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--seed_everything=3"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--sweep", "model.margin=3,4"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--sweep", "model.optimizer.lr"], "model.optimizer.lr takes one value or more"),
+        (["--config=digits.yaml", "--trainer.fast_dev_run=true"], "trainer.fast_dev_run: leaves no results to compare"),
+        (["--config=digits.yaml", "--model.margin", "3"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--seed_everything=3"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--sweep", "model.margin=3,4"], "use --margins, --seeds or --folder"),
+        (
+            ["--config=digits.yaml", "--sweep", "model.optimizer.lr"],
+            "model.optimizer.lr: must be one or more distinct values",
+        ),
         (["--config=digits.yaml", "--sweep", "model.optimizer.lr=[1"], "--sweep takes KEY=V1,V2"),
         (["--config=digits.yaml", "--sweep", "model.nope=1"], "nope"),
-        (["--config=digits.yaml", "--sweep=model.init_args.margin=3,4"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--model.init_args.margin=3"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--ckpt_path=last.ckpt"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--checkpoint.dirpath=here"], "by --margins, --seeds and --folder"),
-        (["--config=digits.yaml", "--seeds", "-1"], "seeds count from 0, got -1"),
+        (["--config=digits.yaml", "--sweep=model.init_args.margin=3,4"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--model.init_args.margin=3"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--ckpt_path=last.ckpt"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--checkpoint.dirpath=here"], "use --margins, --seeds or --folder"),
+        (["--config=digits.yaml", "--seeds", "-1"], "seeds: must be from 0 to 4294967295, got -1"),
         (["--config=digits.yaml", "--seeds", "4294967296"], "seeds: must be from 0 to 4294967295, got 4294967296"),
         (["--config=digits.yaml", "--margins", "1000000000"], "margin: must be an integer >= 1 and <= 100"),
-        (["--config=digits.yaml", "--sweep=data.val_size=0.1,1e-1"], "would have the same name"),
-        (["--config=digits.yaml", "--average", "data.val_size"], "data.val_size takes one value or more"),
+        (["--config=digits.yaml", "--sweep=data.val_size=0.1,1e-1"], "have the same name or settings"),
+        (["--config=digits.yaml", "--average", "data.val_size"], "data.val_size: must be one or more distinct values"),
         (["--config=digits.yaml", "--average", "data.val_size=[1"], "--average takes KEY=V1,V2"),
-        (["--config=digits.yaml", "--average", "a.b=1", "--sweep", "a.b=2"], "--average: must be settings that"),
-        (["--config=digits.yaml", "--average", "model.margin=3,4"], "by --margins, --seeds and --folder"),
+        (
+            ["--config=digits.yaml", "--average", "a.b=1", "--sweep", "a.b=2"],
+            "--average: must not repeat a setting of --sweep",
+        ),
+        (["--config=digits.yaml", "--average", "model.margin=3,4"], "use --margins, --seeds or --folder"),
         (["--report=gone"], "no run in"),
         (["--report", "gone", "--jobs", "2"], "no other argument than --folder"),
         (["--report=gone", "--config=digits.yaml"], "no other argument than --folder"),
         (["--report=gone", "--margins", "2"], "no other argument"),
     ],
 )
-def test_wrong_arguments_fail_before_training(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in fails(capsys, "compare", *args)
+def test_wrong_arguments_fail_before_training(
+    args: list[str], error_text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert error_text in fails(capsys, "compare", *args)
     assert not Path("runs").exists()
 
 
@@ -275,7 +291,7 @@ def test_jobs_divide_devices_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("threads", "expected"), [("4,2", 4), ("", 8), ("x", 8)])
-def test_any_number_of_threads_that_openmp_takes_starts_a_run(
+def test_any_value_of_omp_num_threads_starts_a_run(
     threads: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started(monkeypatch)
@@ -286,7 +302,7 @@ def test_any_number_of_threads_that_openmp_takes_starts_a_run(
 
 
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """Let runs end at once, and return the list of the environments in which they are started."""
+    """Let runs end at once, and return the list of their environments."""
     environments: list[dict[str, str]] = []
 
     class Process:
@@ -303,9 +319,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     return environments
 
 
-def test_jobs_divide_devices_and_cores_among_the_runs_that_are_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jobs_divide_devices_and_cores_among_unfinished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environments = started(monkeypatch)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
@@ -319,20 +333,22 @@ def test_jobs_divide_devices_and_cores_among_the_runs_that_are_left(
 
 
 @pytest.mark.parametrize("name", ["file", "file/sub", "file/sub/sub"])
-def test_a_folder_that_is_a_file_or_in_one_is_an_input_error(name: str, tmp_path: Path) -> None:
+def test_folder_that_is_or_is_inside_a_file_is_an_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=f"^--folder: is a file or in one, got {tmp_path}/{name}; choose a folder"):
+    with pytest.raises(
+        InputError, match=f"^--folder: is a file or inside a file, got {tmp_path}/{name}; choose a folder"
+    ):
         train([], 1, tmp_path / name, {})
 
 
-def test_a_file_with_the_name_of_a_run_is_named(tmp_path: Path) -> None:
+def test_file_with_the_name_of_a_run_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "m1-s0").write_text("mine")
     with pytest.raises(InputError, match=f"^--folder: has a file with the name of a run, got {tmp_path}/m1-s0; move"):
         plan(["digits"], [1], [0], SHORT, {}, tmp_path)
     assert (tmp_path / "m1-s0").read_text() == "mine"
 
 
-def test_an_error_in_a_run_is_not_one_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_a_run_is_not_reported_as_one_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise FileExistsError("of the run")
 
@@ -341,7 +357,7 @@ def test_an_error_in_a_run_is_not_one_of_the_folder(tmp_path: Path, monkeypatch:
         train([Run(tmp_path / "m1-s0", {}, {})], 1, tmp_path, {})
 
 
-def test_a_run_without_a_last_checkpoint_says_what_it_removes(
+def test_removal_of_a_run_without_last_checkpoint_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started(monkeypatch)
@@ -382,27 +398,25 @@ def test_damaged_files_of_an_unfinished_run_are_rewritten_and_it_resumes() -> No
     # not finished
     (run / "run.json").unlink()
     parts = [whole[:cut] for cut in range(0, len(whole), max(1, len(whole) // 10))]
-    parts = [part for part in parts if whole[len(part) :].strip() != "null"]  # without that it says the same
+    parts = [part for part in parts if whole[len(part) :].strip() != "null"]  # a missing null changes nothing
     for content in [*map(str.encode, parts), b"\x00" * 100, b"caf\xe9", b"text", b"[1]"]:
         path.write_bytes(content)
-        with pytest.warns(
-            UserWarning, match=r"config\.yaml is incomplete and is written anew; checkpoints in .* are kept"
-        ):
+        with pytest.warns(UserWarning, match=r"config\.yaml is incomplete and is replaced; checkpoints in .* are kept"):
             assert not plans()[0].finished
     cut = whole[: whole.index("accumulate_grad_batches")].replace("max_epochs: 1", "max_epochs: 7")
     path.write_text(cut)
     with (
         pytest.warns(UserWarning, match="is incomplete"),
-        pytest.raises(InputError, match=r"trainer\.max_epochs is 7 there and 1 here"),
+        pytest.raises(InputError, match=r"trainer\.max_epochs 7 in .* and 1 in this comparison"),
     ):
         plans()
 
-    # damaged results of a finished run: it is continued, from a checkpoint at its end
+    # a finished run with damaged results resumes from its last checkpoint
     path.write_bytes(b"")
     (run / "run.json").write_text(facts[:50])
     with (
         pytest.warns(UserWarning, match="config.yaml is incomplete"),
-        pytest.warns(UserWarning, match=r"run\.json is missing or damaged; its run is not taken for finished"),
+        pytest.warns(UserWarning, match=r"run\.json is missing or damaged; its run counts as unfinished"),
     ):
         (row,) = compare_margins("digits", [2], [0], SHORT)
     assert (row["steps"], row["seconds"]) == (3, None)

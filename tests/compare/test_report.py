@@ -1,4 +1,4 @@
-"""Table, rows and figures, from runs written by hand."""
+"""Report of a comparison: table, rows and figures of generated runs."""
 
 import csv
 import io
@@ -53,15 +53,19 @@ def write_run(
         torch.save({"cosines": torch.linspace(-1, 1, 10), "same": torch.arange(10) > 4}, run / "test.pt")
     else:
         record = {
-            **{"class_names": ["a", "b"], "points": torch.rand(6, 2), "rays": torch.eye(2)},
-            **{"points_target": torch.arange(6) % 2, "counts": torch.tensor([[3, 1], [0, 2]])},
+            "class_names": ["a", "b"],
+            "points": torch.rand(6, 2),
+            "rays": torch.eye(2),
+            "points_target": torch.arange(6) % 2,
+            "counts": torch.tensor([[3, 1], [0, 2]]),
+            "angles": torch.rand(6) * 90,
         }
-        torch.save(record | {"angles": torch.rand(6) * 90}, run / "test.pt")
+        torch.save(record, run / "test.pt")
 
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing: a figure takes longer than the rest of a report."""
+    """Draw nothing, because a figure takes longer than the rest of a report."""
     monkeypatch.setattr("lsoftmax_lightning.compare.reporting.draw", lambda runs: ())
 
 
@@ -75,7 +79,7 @@ def test_means_and_paired_differences_equal_a_reference(tmp_path: Path) -> None:
     for seed, (one, four) in enumerate(zip(softmax, margin, strict=True)):
         write_run(tmp_path, 1, seed, one)
         write_run(tmp_path, 4, seed, four)
-    write_run(tmp_path, 4, 9, 0.10)  # of a seed that m = 1 has not: in the mean, not in the difference
+    write_run(tmp_path, 4, 9, 0.10)  # a seed without a run at m = 1: in the mean, not in the difference
     rows = report(tmp_path)
     assert [(row["margin"], row["seed"]) for row in rows] == [(1, 0), (1, 1), (1, 2), (4, 0), (4, 1), (4, 2), (4, 9)]
     header, _, first, second = cells(tmp_path)
@@ -88,7 +92,7 @@ def test_means_and_paired_differences_equal_a_reference(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     for part in ("maximum of val/acc", "7 steps, batch_size 8", "on M", "torch 2.6", "the command"):
         assert part in text
-    assert "paper" not in text.lower()  # these are not its data
+    assert "paper" not in text.lower()  # other data than the paper
 
     with (tmp_path / "results.csv").open() as file:
         written = list(csv.DictReader(file))
@@ -97,7 +101,7 @@ def test_means_and_paired_differences_equal_a_reference(tmp_path: Path) -> None:
 
 
 @pytest.mark.draws
-def test_each_swept_setting_has_its_rows_its_differences_and_its_figures(tmp_path: Path) -> None:
+def test_each_swept_value_has_rows_differences_and_figures(tmp_path: Path) -> None:
     for value, gap in ((10, 0.02), (2, -0.01)):
         for margin in (1, 2):
             write_run(tmp_path, margin, 0, 0.5 + gap * (margin - 1), {"data.size": value})
@@ -105,8 +109,10 @@ def test_each_swept_setting_has_its_rows_its_differences_and_its_figures(tmp_pat
     header, _, *lines = cells(tmp_path)
     assert header[:3] == ["m", "data.size", "runs"]
     assert [line[:2] + line[4:5] for line in lines] == [
-        *(["1", "2", "-"], ["2", "2", "-1.00"]),
-        *(["1", "10", "-"], ["2", "10", "+2.00"]),
+        ["1", "2", "-"],
+        ["2", "2", "-1.00"],
+        ["1", "10", "-"],
+        ["2", "10", "+2.00"],
     ]
     assert {"angles-data.size=2.png", "angles-data.size=10.png"} <= {path.name for path in tmp_path.glob("*.png")}
 
@@ -135,7 +141,7 @@ def test_the_table_shows_the_accuracies_of_the_paper_with_their_source(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_another_network_on_the_papers_data_is_not_compared_with_it(tmp_path: Path) -> None:
+def test_other_network_on_the_data_of_the_paper_has_no_paper_column(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5, data={"class_path": "MNISTDataModule"}, backbone="mnist_2d")
     report(tmp_path)
     assert "paper" not in (tmp_path / "table.md").read_text().lower()
@@ -151,10 +157,14 @@ def test_settings_of_several_calls_are_kept_apart(tmp_path: Path) -> None:
     assert header[:4] == ["m", "data.a", "data.b", "runs"]
     assert all(len(line) == len(header) for line in lines)
     assert [(*line[:4], line[5]) for line in lines] == [
-        *(("1", "-", "-", "1", "-"), ("2", "-", "-", "1", "+10.00")),
-        *(("1", "1", "-", "1", "-"), ("2", "1", "-", "1", "+20.00")),
-        *(("1", "-", "1", "1", "-"), ("2", "-", "1", "1", "+20.00")),
-        *(("1", "-", "[1, 'x']", "1", "-"), ("2", "-", "[1, 'x']", "1", "+20.00")),
+        ("1", "-", "-", "1", "-"),
+        ("2", "-", "-", "1", "+10.00"),
+        ("1", "1", "-", "1", "-"),
+        ("2", "1", "-", "1", "+20.00"),
+        ("1", "-", "1", "1", "-"),
+        ("2", "-", "1", "1", "+20.00"),
+        ("1", "-", "[1, 'x']", "1", "-"),
+        ("2", "-", "[1, 'x']", "1", "+20.00"),
     ]
 
 
@@ -167,12 +177,12 @@ def test_figures_show_the_records_of_the_runs(tmp_path: Path) -> None:
     dots_and_means = [line.get_ydata() for line in figures["accuracy"].axes[0].get_lines()]
     assert any(list(means) == pytest.approx([55.0 + margin for margin in range(1, 13)]) for means in dots_and_means)
     losses = next(axes for axes in figures["curves"].axes if axes.get_title() == "train/loss")
-    assert [list(line.get_ydata()) for line in losses.get_lines()] == [[1.5, 2.5]] * 12  # of more than ten colours
+    assert [list(line.get_ydata()) for line in losses.get_lines()] == [[1.5, 2.5]] * 12  # more lines than colours
     lambdas = next(axes for axes in figures["curves"].axes if axes.get_title() == "lambda")
     assert len(lambdas.get_lines()) == 11  # lambda has no effect at m = 1
     confusions = [axes for axes in figures["confusion"].axes if axes.get_title()]
     assert len(confusions) == 12
-    assert [text.get_text() for text in confusions[0].texts] == ["6", "2", "4"]  # of two seeds
+    assert [text.get_text() for text in confusions[0].texts] == ["6", "2", "4"]  # the sum over two seeds
     _, labels = figures["angles"].axes[0].get_legend_handles_labels()
     assert len(labels) == 12
 
@@ -192,7 +202,7 @@ def test_run_without_a_record_is_in_the_table(tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves"}
 
 
-def test_run_without_our_metrics_has_a_row(tmp_path: Path) -> None:
+def test_run_without_standard_metrics_has_a_row(tmp_path: Path) -> None:
     write_run(tmp_path, 2, 0, 0.5)
     next(tmp_path.glob("*/results.json")).write_text('{"test/mine": 1.0}')
     assert report(tmp_path)[0]["test/mine"] == 1
@@ -207,23 +217,23 @@ def test_unfinished_runs_are_left_out(tmp_path: Path) -> None:
     assert [run.margin for run in read(tmp_path)] == [1]
 
 
-def test_folder_without_a_comparison_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_comparison_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no run in .* is finished"):
         report(tmp_path / "gone")
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_notes_say_how_many_images_and_which_labels(tmp_path: Path) -> None:
+def test_notes_state_train_size_and_label_noise(tmp_path: Path) -> None:
     data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": 1000.0, "label_noise": 0.2}}
     for margin in (1, 2):
         write_run(tmp_path, margin, 0, 0.9, data=data, backbone="mnist")
     report(tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert "batch_size 8, train_size 1000, label_noise 0.2, on M" in table
-    assert "Paper:" not in table  # its results are of all images
+    assert "Paper:" not in table  # the paper trains on all images
 
 
-def test_the_facts_of_a_run_state_them(tmp_path: Path) -> None:
+def test_facts_include_train_size_and_label_noise(tmp_path: Path) -> None:
     for name, settings in (("plain", {"label_noise": 0.0}), ("noisy", {"train_size": 0.5, "label_noise": 0.2})):
         data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8} | settings}
         write_run(tmp_path / name, 2, 0, 0.9, data=data)
@@ -240,7 +250,7 @@ def test_notes_leave_out_absent_facts(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_formulas_are_quoted_in_the_results_and_numbers_are_not(tmp_path: Path) -> None:
+def test_formulas_but_not_numbers_are_quoted_in_results_csv(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.9, {"model.a": "=1+1", "model.b": "-x", "model.c": "-0.1", "model.d": -2})
     next(tmp_path.glob("*/results.json")).write_text('{"test/acc": 0.9, "test/mine": -1.5}')
     report(tmp_path)
@@ -265,7 +275,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.usefixtures("no_figures")
-def test_a_run_with_a_damaged_outcome_is_left_out_with_a_warning(damage: bytes, tmp_path: Path) -> None:
+def test_damaged_run_json_is_skipped_with_a_warning(damage: bytes, tmp_path: Path) -> None:
     for margin in (1, 2):
         write_run(tmp_path, margin, 0, 0.5)
     path = tmp_path / "2 0 None" / "run.json"
@@ -279,7 +289,7 @@ def test_a_run_with_a_damaged_outcome_is_left_out_with_a_warning(damage: bytes, 
 
 @pytest.mark.parametrize("metrics", ['{"test/acc": null}', '{"test/acc": "0.5"}', '{"test/acc": [0.5]}', "[]", "{"])
 @pytest.mark.usefixtures("no_figures")
-def test_damaged_metrics_are_named(metrics: str, tmp_path: Path) -> None:
+def test_damaged_results_json_is_skipped_with_a_warning(metrics: str, tmp_path: Path) -> None:
     for margin in (1, 2):
         write_run(tmp_path, margin, 0, 0.5)
     (tmp_path / "2 0 None" / "results.json").write_text(metrics)
@@ -305,7 +315,7 @@ NO_ARGUMENTS = b"checkpoint: {}\ndata: {class_path: A, init_args: null}\nmodel: 
     "damage",
     [b"", b"\x00" * 40, b"caf\xe9", b"data: [", b"text", b"data: {}\n", CUT, CUT + b" text", NO_ARGUMENTS],
 )
-def test_a_finished_run_with_a_damaged_config_is_an_error_that_says_what_to_do(damage: bytes, tmp_path: Path) -> None:
+def test_damaged_config_of_a_finished_run_is_an_error(damage: bytes, tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5)
     (tmp_path / "1 0 None" / "config.yaml").write_bytes(damage)
     match = (
@@ -324,7 +334,7 @@ def test_a_damaged_record_is_left_out_of_the_figures(tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves"}
 
 
-def test_a_full_disk_leaves_the_previous_report(tmp_path: Path) -> None:
+def test_full_disk_keeps_the_previous_report(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5)
     report(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -337,7 +347,7 @@ def test_a_full_disk_leaves_the_previous_report(tmp_path: Path) -> None:
         assert all(after[path] == before[path] for path in tmp_path.glob("*.png"))
 
 
-def test_a_report_of_the_rows_has_the_table_of_the_runs(
+def test_report_of_results_csv_equals_that_of_its_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8}}
@@ -365,7 +375,7 @@ def test_a_report_of_the_rows_has_the_table_of_the_runs(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_metrics_of_any_name_are_read_from_rows(tmp_path: Path) -> None:
+def test_metrics_of_any_name_are_read_from_results_csv(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5)
     next(tmp_path.glob("*/results.json")).write_text('{"test/acc": 0.5, "accuracy": 0.25}')
     report(tmp_path)
@@ -411,7 +421,7 @@ def test_several_comparisons_are_reported_together(tmp_path: Path) -> None:
     )
     data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": 500}}
     write_run(tmp_path / "more", 3, 0, 0.9, data=data)
-    assert len(report([tmp_path / "500" / "results.csv", tmp_path / "more"])) == 5  # in one row of settings
+    assert len(report([tmp_path / "500" / "results.csv", tmp_path / "more"])) == 5  # in one group of settings
 
     accuracy, difference = dict(draw(runs))["accuracy_by_train_size"].axes
     assert accuracy.get_xscale() == "log"
@@ -422,7 +432,7 @@ def test_several_comparisons_are_reported_together(tmp_path: Path) -> None:
     gaps = {bars.get_label(): list(bars.lines[0].get_ydata()) for bars in difference.containers}
     assert gaps == {
         "m = 2": pytest.approx([1.0, 2.0, 0.5]),
-        "m = 1, model.label_smoothing = 0.1": pytest.approx([4.5] * 3),  # to the first m = 1
+        "m = 1, model.label_smoothing = 0.1": pytest.approx([4.5] * 3),  # compared with the first curve at m = 1
     }
 
 
@@ -444,12 +454,12 @@ def test_averaged_settings_pair_the_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["data.train_size", "data.init_args.train_size"])
 @pytest.mark.usefixtures("no_figures")
-def test_an_averaged_setting_may_be_one_of_the_facts(name: str, tmp_path: Path) -> None:
-    for size, gap in ((1000, 0.01), (None, 0.03)):  # all images are those of the paper, whose accuracy is not shown
+def test_train_size_can_be_averaged(name: str, tmp_path: Path) -> None:
+    for size, gap in ((1000, 0.01), (None, 0.03)):  # None: all images, for which the paper has an accuracy
         data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": size}}
         for margin in (1, 2):
             write_run(tmp_path, margin, 0, 0.9 + gap * (margin - 1), {name: size}, data, backbone="mnist")
-    report(tmp_path, average=[name])  # of runs that a --sweep trained
+    report(tmp_path, average=[name])  # runs trained by --sweep
     swept = (tmp_path / "table.md").read_text()
     for path in tmp_path.glob("*/run.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"averaged": name}))
@@ -465,7 +475,7 @@ def test_an_averaged_setting_may_be_one_of_the_facts(name: str, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_averaged_settings_of_data_and_model_explain_their_facts(tmp_path: Path) -> None:
+def test_averaged_batch_size_and_backbone_may_differ(tmp_path: Path) -> None:
     for size in (8, 16):
         for backbone in ("digits", "mnist"):
             data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": size}}
@@ -483,10 +493,10 @@ def test_equal_averaged_values_pair_the_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_averages_hold_for_all_runs(tmp_path: Path) -> None:
+def test_average_applies_to_all_runs(tmp_path: Path) -> None:
     for fold, accuracy in ((2, 0.8), (10, 0.9)):
         write_run(tmp_path, 2, 0, accuracy, {"data.fold": fold})
-    rows = report(tmp_path, average=["data.fold"])  # of runs that a --sweep trained
+    rows = report(tmp_path, average=["data.fold"])  # runs trained by --sweep
     assert cells(tmp_path)[2][:3] == ["2", "2", "85.00 ± 7.07"]
     assert [(row["data.fold"], row["averaged"]) for row in rows] == [(2, "data.fold"), (10, "data.fold")]
     write_run(tmp_path / "other", 1, 0, 0.5)
@@ -498,7 +508,9 @@ def test_averages_hold_for_all_runs(tmp_path: Path) -> None:
     ("settings", "name"),
     [({}, "command"), ({"batch_size": 9}, "batch_size"), ({"backbone": "mnist"}, "backbone")],
 )
-def test_runs_that_a_table_would_mix_up_are_refused(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
+def test_runs_with_differences_outside_the_table_are_rejected(
+    settings: dict[str, Any], name: str, tmp_path: Path
+) -> None:
     for folder, batch_size, backbone in (
         ("a", 8, "digits"),
         ("b", settings.get("batch_size", 8), settings.get("backbone", "digits")),
@@ -515,9 +527,9 @@ def test_every_path_of_a_report_needs_finished_runs(tmp_path: Path) -> None:
         report([tmp_path / "a", tmp_path / "typo"])
 
 
-def test_rows_are_sorted_by_numbers(tmp_path: Path) -> None:
+def test_rows_are_sorted_numerically(tmp_path: Path) -> None:
     for seed in (10, 9):
-        for value in ("1e-1", "1e-3", "1e-2"):  # texts to YAML
+        for value in ("1e-1", "1e-3", "1e-2"):  # strings in YAML
             write_run(tmp_path, 1, seed, 0.5, {"model.lr": value})
     rows = report(tmp_path)
     order = [(value, seed) for value in ("1e-3", "1e-2", "1e-1") for seed in (9, 10)]
@@ -527,7 +539,7 @@ def test_rows_are_sorted_by_numbers(tmp_path: Path) -> None:
     assert list(curve.lines[0].get_xdata()) == [0.001, 0.01, 0.1]
 
 
-def test_a_swept_number_of_images_is_an_axis(tmp_path: Path) -> None:
+def test_swept_train_size_is_an_axis(tmp_path: Path) -> None:
     for size in (500.0, 1000.0, 5000.0, None):
         for margin in (1, 2):
             data = {"class_path": "MNISTDataModule", "init_args": {"batch_size": 8, "train_size": size}}
@@ -545,7 +557,7 @@ def test_a_swept_number_of_images_is_an_axis(tmp_path: Path) -> None:
     assert list(equal.lines[0].get_ydata()) == [0, 0, 0]
 
 
-def test_an_accuracy_by_a_setting_needs_no_run_at_m_1(tmp_path: Path) -> None:
+def test_accuracy_by_a_setting_needs_no_softmax_run(tmp_path: Path) -> None:
     for value in (1, 2, 3):
         write_run(tmp_path, 2, 0, 0.5, {"model.checkpoint": value})
     report(tmp_path)
@@ -554,7 +566,7 @@ def test_an_accuracy_by_a_setting_needs_no_run_at_m_1(tmp_path: Path) -> None:
     assert (len(accuracy.containers), len(difference.containers)) == (1, 0)
 
 
-def test_an_axis_without_an_accuracy_is_not_drawn(tmp_path: Path) -> None:
+def test_setting_without_accuracies_is_not_drawn(tmp_path: Path) -> None:
     for value in (1, 2, 3):
         write_run(tmp_path, 1, 0, 0.5, {"data.x": value}, pairs=True)
     for path in tmp_path.glob("*/results.json"):
@@ -564,7 +576,7 @@ def test_an_axis_without_an_accuracy_is_not_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.draws
-def test_long_and_equal_names_of_figures_do_not_overwrite_each_other(tmp_path: Path) -> None:
+def test_figures_with_long_or_equal_names_are_kept_apart(tmp_path: Path) -> None:
     for value in ("a b", "a?b", "a*b"):
         write_run(tmp_path, 1, 0, 0.5, {"model.x": value, f"model.{'y' * 150}": 1})
     report(tmp_path)
@@ -574,7 +586,7 @@ def test_long_and_equal_names_of_figures_do_not_overwrite_each_other(tmp_path: P
 @pytest.mark.parametrize(
     "content", ["", "a,b\n1,2\n", "margin,seed\nx,0\n", "margin,seed\n1.7,0\n", "margin,seed,test/acc\n1,0,x\n", "\x00"]
 )
-def test_file_that_is_not_results_csv_is_refused(content: str, tmp_path: Path) -> None:
+def test_file_that_is_not_results_csv_is_rejected(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text(content)
     with pytest.raises(InputError, match=r"--report: (not a valid results\.csv, got .*other\.csv \(|no run in)"):
@@ -583,9 +595,7 @@ def test_file_that_is_not_results_csv_is_refused(content: str, tmp_path: Path) -
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(("width", "num_tables"), [(80, 2), (200, 1)])
-def test_a_terminal_gets_a_table_that_fits(
-    width: int, num_tables: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_table_fits_the_terminal(width: int, num_tables: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for margin in (1, 2, 3, 4, 5):
         write_run(tmp_path, margin, 0, 0.9)
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""The dashboard, read back from its event files and folders."""
+"""Dashboard, read back from its event files and folders."""
 
 import csv
 import gc
@@ -46,7 +46,7 @@ PAIR_PLOTS = {"roc", "pair_angles", "hardest_pairs"}
 
 
 class HardBlobs(BlobsDataModule):
-    """Some labels are wrong, so that there are mistakes to show."""
+    """Blobs with some wrong labels, so that there are mistakes to plot."""
 
     def load(self, train: bool) -> Any:
         images, targets = super().load(train)
@@ -74,7 +74,7 @@ def table(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.draws
-def test_a_training_leaves_its_plots() -> None:
+def test_training_writes_plots() -> None:
     trainer, folder = with_logger(max_epochs=2)  # epochs of 8 steps
     trainer.fit(make_model(), HardBlobs())
     events = read(folder)
@@ -89,10 +89,12 @@ def test_a_training_leaves_its_plots() -> None:
     histogram = events.Histograms("angles/val")[-1]
     assert (histogram.step, histogram.histogram_value.num) == (16, 40)
     assert histogram.histogram_value.max <= 180
-    assert events.Histograms("angles/train")[-1].histogram_value.num == 2 * 20  # of the logged steps since the last
+    assert (
+        events.Histograms("angles/train")[-1].histogram_value.num == 2 * 20
+    )  # the logged steps since the last snapshot
 
 
-def test_the_projector_has_features_names_and_images() -> None:
+def test_projector_has_features_names_and_images() -> None:
     trainer, folder = with_logger(Dashboard(max_samples=10))
     model, data = make_model(), BlobsDataModule()
     trainer.fit(model, data)
@@ -102,7 +104,7 @@ def test_the_projector_has_features_names_and_images() -> None:
         [line.split("\t") for line in paths[kind].read_text().splitlines()] for kind in ("tensor", "metadata")
     )
     assert (len(rows), len(rows[0])) == (10, 64)
-    assert metadata[0] == ["class", "number"]
+    assert metadata[0] == ["class", "index"]
     images, targets = data.val_data
     kept = [*range(5), *range(20, 25)]  # of two batches of 20 images
     assert metadata[1:] == [[data.class_names[number], str(number)] for number in targets[kept].tolist()]
@@ -112,11 +114,11 @@ def test_the_projector_has_features_names_and_images() -> None:
     sprite = Image.open(paths["image"])
     assert sprite.size == (4 * 8, 4 * 8)  # ten images in a square of four by four
     first = pil_to_tensor(sprite.convert("L").crop((0, 0, 8, 8)))
-    assert torch.equal(first, images[0])  # pixels as they were before normalisation
+    assert torch.equal(first, images[0])  # the pixels before normalisation
 
 
 @pytest.mark.draws
-def test_a_test_has_plots_of_its_own() -> None:
+def test_test_and_validate_write_plots() -> None:
     trainer, folder = with_logger()
     trainer.test(make_model(), HardBlobs(), verbose=False)
     events = read(folder)
@@ -135,7 +137,7 @@ def test_a_test_has_plots_of_its_own() -> None:
         (Dashboard(every_n_epochs=99, max_share=1), [8, 96]),
     ],
 )
-def test_plots_come_every_few_epochs_and_of_the_last(
+def test_plots_are_drawn_every_n_epochs_and_in_the_last(
     dashboard: Dashboard, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
@@ -151,7 +153,7 @@ def test_plots_come_every_few_epochs_and_of_the_last(
 
 
 @pytest.mark.parametrize(("max_share", "while_training"), [(0.0, []), (1.0, [8, 16, 24])])
-def test_training_waits_for_no_plot(
+def test_plots_beyond_max_share_are_drawn_after_training(
     max_share: float, while_training: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -165,7 +167,7 @@ def test_training_waits_for_no_plot(
     first_call = time.perf_counter()
 
     def perf_counter() -> float:
-        """Return a time after which training has taken long."""
+        """Return times between which training has taken an hour if max_share is 1."""
         nonlocal first_call
         seconds, first_call = first_call, time.perf_counter() + 3600 * max_share
         return seconds
@@ -179,7 +181,7 @@ def test_training_waits_for_no_plot(
 
 
 @pytest.mark.draws
-def test_everything_drawn_can_be_saved() -> None:
+def test_save_writes_every_plot_and_its_data() -> None:
     trainer, folder = with_logger(Dashboard(save=True))
     model, data = make_model(), HardBlobs()
     trainer.fit(model, data)
@@ -198,7 +200,7 @@ def test_everything_drawn_can_be_saved() -> None:
     worst = table(folder, "val_most_confused_000008")
     assert len(worst) == int(wrong.sum().clamp(max=12)) > 0
     gap = logits.softmax(1).amax(1) - logits.softmax(1).gather(1, target[:, None])[:, 0]
-    firsts = [  # several may be as confident
+    firsts = [  # several images may be equally confident
         (data.class_names[target[i]], data.class_names[logits[i].argmax()], pytest.approx(angles[i], rel=1e-4))
         for i in (gap > gap.max() - 1e-6).nonzero().flatten().tolist()
     ]
@@ -219,7 +221,7 @@ def test_everything_drawn_can_be_saved() -> None:
     assert float(between[0]["ne"]) == float(between[1]["nw"]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_softmax_run_beside_it_is_overlaid() -> None:
+def test_softmax_run_in_the_same_folder_is_overlaid() -> None:
     for margin in (1, 2):
         trainer, folder = with_logger(Dashboard(save=True))
         model, data = make_model(margin=margin), HardBlobs()
@@ -232,14 +234,14 @@ def test_the_softmax_run_beside_it_is_overlaid() -> None:
     assert set(angles) == {"train", "val", "val of softmax (version_0)"}
     assert angles["val of softmax (version_0)"] == [angle // 1 + 0.5 for angle in sorted(softmax)]
 
-    trainer, folder = with_logger(Dashboard(save=True))  # the softmax after the margin
+    trainer, folder = with_logger(Dashboard(save=True))  # softmax after the margin
     trainer.fit(make_model(margin=1), HardBlobs())
     assert {row["stage"] for row in table(folder, "val_angles_000008")} == {"train", "val", "val of m = 2 (version_1)"}
 
 
 @pytest.mark.draws
 @pytest.mark.parametrize("kind", ["svg", "pdf"])
-def test_plots_are_saved_in_a_format_for_papers(kind: Any) -> None:
+def test_plots_are_saved_as_svg_or_pdf(kind: Any) -> None:
     trainer, folder = with_logger(Dashboard(save=kind))
     trainer.fit(make_model(), HardBlobs())
     starts = {path.read_bytes()[:5] for path in (folder / "dashboard").glob(f"*.{kind}")}
@@ -247,7 +249,7 @@ def test_plots_are_saved_in_a_format_for_papers(kind: Any) -> None:
     assert len(list((folder / "dashboard").glob(f"*.{kind}"))) == len(CLASS_PLOTS)
 
 
-def test_without_tensorboard_nothing_is_drawn_unless_it_is_saved() -> None:
+def test_plots_need_tensorboard_or_save() -> None:
     for logger, dashboard in (
         (False, Dashboard()),
         (CSVLogger(".", "csv"), Dashboard()),
@@ -267,7 +269,7 @@ def test_fast_dev_run_draws_nothing() -> None:
     assert not list(Path().rglob("*"))
 
 
-def test_a_training_that_diverges_leaves_its_plots_and_its_error() -> None:
+def test_diverged_training_writes_plots_and_raises() -> None:
     from torch.optim import SGD
 
     class LateDisaster(Callback):
@@ -291,14 +293,14 @@ class Raise(Callback):
             raise self.error
 
 
-def test_an_interrupted_training_ends_at_once() -> None:
+def test_interrupted_training_draws_nothing() -> None:
     trainer, folder = with_logger(Dashboard(max_share=0), max_epochs=9, callbacks=[Raise(KeyboardInterrupt())])
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         trainer.fit(make_model(), BlobsDataModule())
     assert not read(folder).Tags()["images"]
 
 
-def test_error_of_the_training_is_raised_over_one_of_the_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_error_takes_precedence_over_a_plot_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.draw", fail)
     trainer, _ = with_logger(Dashboard(max_share=0), max_epochs=9, callbacks=[Raise(ValueError("the first"))])
     model = make_model()
@@ -324,7 +326,9 @@ def fail(*args: Any, **kwargs: Any) -> None:
         ("dashboard.monitor.hparams", "HParams", CLASS_PLOTS),
     ],
 )
-def test_no_error_in_a_plot_ends_a_run(place: str, what: str, left: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_error_does_not_stop_the_run(
+    place: str, what: str, left: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(f"lsoftmax_lightning.{place}", fail)
     dashboard = Dashboard(every_n_epochs=1, save=place.endswith("write_csv"))
     trainer, folder = with_logger(dashboard, max_epochs=2, callbacks=[MarginMonitor()])
@@ -339,7 +343,7 @@ def test_no_error_in_a_plot_ends_a_run(place: str, what: str, left: set[str], mo
     assert sum(cause in str(warning.message) for warning in warned) == 1
 
 
-def test_an_evaluation_with_an_error_has_no_plots_of_a_part_of_it() -> None:
+def test_collector_is_incomplete_after_an_error() -> None:
     collector, features, target = EvalCollector(12, None, 3), torch.randn(4, 2), torch.arange(4) % 2
     batch = (features, features @ torch.eye(2), target, torch.eye(2))
     collector.update(torch.rand(4, 1, 2, 2), *batch)
@@ -351,7 +355,7 @@ def test_an_evaluation_with_an_error_has_no_plots_of_a_part_of_it() -> None:
 
 
 class Wrapped(LightningDataModule):
-    """The blobs by PyTorch's loaders, in another shape or without a length."""
+    """Blobs from loaders of PyTorch, in another shape or without a length."""
 
     def __init__(self, size: tuple[int, int] = (8, 8), length: bool = True) -> None:
         super().__init__()
@@ -409,7 +413,7 @@ def test_sprites_hold_images_of_any_shape(size: tuple[int, int]) -> None:
         assert tile.sum() == tile[:, left : left + shown].sum()
 
 
-def test_data_without_a_length_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_of_unknown_length_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot_steps = []
 
     def draw_last(snapshot: Snapshot) -> Any:
@@ -427,7 +431,7 @@ def test_data_without_a_length_are_drawn(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 50])
-def test_a_sample_without_a_known_length_is_spread_over_all_batches(batches: int) -> None:
+def test_samples_of_unknown_length_are_spread_over_all_batches(batches: int) -> None:
     collector = EvalCollector(12, None)
     for batch in range(batches):
         features = torch.full((20, 1), float(batch))
@@ -482,7 +486,7 @@ def test_class_names_of_any_kind_are_shown(names: Any, expected: list[str]) -> N
     ("names", "expected"),
     [(["nw", "ne"], ["nw", "ne", "2", "3"]), (["nw", None, "", "se"], ["nw", "1", "2", "se"]), (4, list("0123"))],
 )
-def test_classes_without_a_name_have_their_index(names: Any, expected: list[str]) -> None:
+def test_class_without_a_name_is_shown_by_index(names: Any, expected: list[str]) -> None:
     class Named(HardBlobs):
         class_names, num_classes = names, 4
 
@@ -601,7 +605,7 @@ def test_images_in_uint8_and_with_an_alpha_channel_keep_their_colours() -> None:
 @pytest.mark.parametrize(
     ("batches", "expected"), [(1, 20), (7, 100), (30, 100), (99, 100), (100, 100), (101, 100), (1000, 100)]
 )
-def test_no_more_samples_than_allowed_are_kept_of_a_known_length(batches: int, expected: int) -> None:
+def test_max_samples_limits_data_of_known_length(batches: int, expected: int) -> None:
     collector = EvalCollector(100, None, batches)
     for batch in range(batches):
         collect(collector, torch.zeros(20, 1, 1, 1), torch.full((20, 1), float(batch)))
@@ -613,7 +617,7 @@ def test_no_more_samples_than_allowed_are_kept_of_a_known_length(batches: int, e
 
 @pytest.mark.parametrize(("batches", "size"), [(4000, 4), (200, 64), (2, 5000), (500, 7)])
 @pytest.mark.parametrize("classes", [2, 8, 10])
-def test_samples_of_an_unknown_length_are_of_all_its_parts_and_classes(batches: int, size: int, classes: int) -> None:
+def test_samples_of_unknown_length_cover_all_parts_and_classes(batches: int, size: int, classes: int) -> None:
     collector = EvalCollector(500, None)
     for batch in range(batches):
         indices = torch.arange(batch * size, (batch + 1) * size, dtype=torch.float64)
@@ -628,7 +632,7 @@ def test_samples_of_an_unknown_length_are_of_all_its_parts_and_classes(batches: 
 
 
 @pytest.mark.parametrize("error", [None, ValueError("the first")])
-def test_a_collection_is_released_and_none_is_made_of_the_sanity_check(
+def test_collector_is_released_and_ignores_the_sanity_check(
     error: Exception | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collectors: set[weakref.ref[EvalCollector]] = set()
@@ -656,7 +660,7 @@ def test_a_collection_is_released_and_none_is_made_of_the_sanity_check(
 
 
 @pytest.mark.draws
-def test_pairs_of_images_have_their_own_plots(tmp_path: Path) -> None:
+def test_pairs_have_their_own_plots(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4, count=4)
     data = LFWFoldDataModule(str(tmp_path), 4, 3, image_size=8, batch_size=4, num_workers=0)
     model = VerificationModule(data.num_classes, "digits", image_shape=data.image_shape, margin=2)
@@ -693,7 +697,7 @@ def test_pairs_of_images_have_their_own_plots(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "error_text"),
     [
         ({"every_n_epochs": -1}, "every_n_epochs must be 0 .* or more, got -1"),
         ({"max_samples": 0}, "max_samples must be at least 1, got 0"),
@@ -702,8 +706,8 @@ def test_pairs_of_images_have_their_own_plots(tmp_path: Path) -> None:
         ({"save": "gif"}, "save must be true, false, png, svg or pdf, got gif"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, Any], error_text: str) -> None:
+    with pytest.raises(InputError, match=error_text):
         Dashboard(**settings)
 
 
@@ -730,7 +734,7 @@ def fifo_as_hparams(run: Path) -> Path:
 def damaged_events(run: Path) -> Path:
     (path,) = run.glob("*tfevents*")
     event, length = b"\xff\xfe no event", struct.pack("<Q", 11)
-    with path.open("ab") as file:  # with right checksums; at others TensorBoard stops reading
+    with path.open("ab") as file:  # with valid checksums, because TensorBoard stops at invalid ones
         file.write(length + struct.pack("<I", masked_crc32c(length)))
         file.write(event[:11] + struct.pack("<I", masked_crc32c(event[:11])))
     return run
@@ -758,7 +762,7 @@ def softmax_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "damage",
     [unreadable_hparams, folder_as_hparams, fifo_as_hparams, damaged_events, fifo_as_events, folder_as_events],
 )
-def test_a_softmax_run_that_cannot_be_read_is_skipped_with_a_warning(damage: Any, softmax_run: Path) -> None:
+def test_unreadable_softmax_run_is_skipped_with_a_warning(damage: Any, softmax_run: Path) -> None:
     for name in ("good", "bad"):
         shutil.copytree(softmax_run, Path("runs", name))
     path = damage(Path("runs/bad"))
@@ -770,7 +774,7 @@ def test_a_softmax_run_that_cannot_be_read_is_skipped_with_a_warning(damage: Any
     assert list(angles) == ["val of softmax (good)"]
 
 
-def test_a_broken_link_beside_a_run_ends_no_training() -> None:
+def test_broken_link_next_to_a_run_does_not_stop_training() -> None:
     Path("run/gone").mkdir(parents=True)
     Path("run/gone/hparams.yaml").symlink_to("nowhere")
     Path("run/loop").symlink_to("loop")
@@ -781,7 +785,7 @@ def test_a_broken_link_beside_a_run_ends_no_training() -> None:
     assert steps(read(folder), "val/angles") == [8]
 
 
-def test_angles_of_training_are_bounded_without_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_stored_training_angles_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.MAX_TRAIN_ANGLES", 50)
     monkeypatch.setattr("lsoftmax_lightning.dashboard.dashboard.MAX_TRAIN_BATCHES", 4)
     angles: list[float] = []

@@ -1,4 +1,4 @@
-"""Figures on loggers of other services, by fakes that record the calls of their public interfaces."""
+"""Figures on loggers of other services, with fakes that record the calls of their public interfaces."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
 
 class FakeLogger(Logger):
-    """Records what a service gets."""
+    """Logger that records the figures it receives."""
 
     run_id = "run"
 
@@ -65,11 +65,11 @@ class NeptuneLogger(FakeLogger):
         self.figures.append((f"{self.key} at {step}", value))
 
 
-class OwnWandb(WandbLogger):
-    """A subclass of a user."""
+class CustomWandb(WandbLogger):
+    """Subclass of a user."""
 
 
-@pytest.mark.parametrize("kind", [WandbLogger, MLFlowLogger, CometLogger, NeptuneLogger, OwnWandb])
+@pytest.mark.parametrize("kind", [WandbLogger, MLFlowLogger, CometLogger, NeptuneLogger, CustomWandb])
 def test_figures_reach_the_logger(kind: type[FakeLogger]) -> None:
     logger = kind()
     make_trainer(logger=logger, callbacks=[Dashboard()]).fit(make_model(), BlobsDataModule())
@@ -80,7 +80,7 @@ def test_figures_reach_the_logger(kind: type[FakeLogger]) -> None:
     assert not list(Path().rglob("*.png"))
 
 
-def test_a_logger_without_figures_gets_none() -> None:
+def test_logger_without_figure_support_receives_none() -> None:
     logger = FakeLogger()
     make_trainer(logger=logger, callbacks=[Dashboard()]).fit(make_model(), BlobsDataModule())
     assert not logger.figures

@@ -1,4 +1,4 @@
-"""The scalars of a training with a margin, on whatever logger, and their place on TensorBoard."""
+"""Scalars of a training with a margin, on any logger, and their charts on TensorBoard."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lsoftmax_lightning.schedules import AccuracyFeedback, Constant, PowerLaw
 from ..helpers.formats import write_lfw
 from ..helpers.training import BlobsDataModule, make_model, make_trainer, num_hooks
 
-FIGURES = {"angle", "feature_norm", "segment_0", "segment_1"}
+METRICS = {"angle", "feature_norm", "segment_0", "segment_1"}
 SEPARATION = {f"{kind}_angle_{what}" for kind in ("weight", "centre") for what in ("mean", "nearest", "min")}
 
 
@@ -41,13 +41,13 @@ def steps(events: EventAccumulator, tag: str) -> list[int]:
 def test_monitor_logs_angles_norms_and_segments() -> None:
     trainer, events = fit(make_model(margin=2), max_epochs=2)  # epochs of 8 steps
     tags = set(events.Tags()["scalars"])
-    assert {f"val/{name}" for name in FIGURES | SEPARATION | {"margin_loss", "loss", "acc"}} <= tags
-    assert {f"train/{name}" for name in FIGURES | {"cross_entropy", "loss", "acc"}} <= tags
+    assert {f"val/{name}" for name in METRICS | SEPARATION | {"margin_loss", "loss", "acc"}} <= tags
+    assert {f"train/{name}" for name in METRICS | {"cross_entropy", "loss", "acc"}} <= tags
     assert {"lambda", "effective_margin", "lr", "images_per_second"} <= tags
     for tag in ("train/loss", "train/angle", "effective_margin", "lr", "images_per_second"):
         assert steps(events, tag) == [3, 7, 11, 15], tag
     for tag in ("val/loss", "val/angle", "val/margin_loss"):
-        assert steps(events, tag) == [7, 15], tag  # and none of the sanity check
+        assert steps(events, tag) == [7, 15], tag  # not in the sanity check
     assert all(event.value > 0 for event in events.Scalars("images_per_second"))
     assert not {"val/angle", "val/margin_loss"} - set(trainer.callback_metrics)
 
@@ -73,14 +73,14 @@ def test_test_logs_the_angles() -> None:
     trainer = make_trainer(callbacks=[MarginMonitor()])
     model, data = make_model(margin=2).eval(), BlobsDataModule()
     (results,) = trainer.test(model, data, verbose=False)
-    assert set(results) == {f"test/{name}" for name in FIGURES | SEPARATION | {"loss", "acc"}}
+    assert set(results) == {f"test/{name}" for name in METRICS | SEPARATION | {"loss", "acc"}}
     images, target = data.test_data
     with torch.inference_mode():
         cosines = torch.cosine_similarity(model.forward_features(data.normalize(images)), model.head.weight[target])
     assert results["test/angle"] == pytest.approx(torch.rad2deg(torch.arccos(cosines)).mean().item(), rel=1e-4)
     (validated,) = trainer.validate(model, data, verbose=False)
     assert "val/angle" in validated
-    assert "val/margin_loss" not in validated  # nobody has set lambda
+    assert "val/margin_loss" not in validated  # lambda is not set outside of training
 
 
 def test_checkpoint_can_monitor_an_angle() -> None:
@@ -94,7 +94,11 @@ def test_custom_scalars_layout_is_written() -> None:
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == [
-        *("Learning", "Annealing", "Compactness", "Separability", "Speed"),
+        "Learning",
+        "Annealing",
+        "Compactness",
+        "Separability",
+        "Speed",
     ]
     patterns = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
     tags = events.Tags()["scalars"]
@@ -102,10 +106,10 @@ def test_custom_scalars_layout_is_written() -> None:
         assert any(tag.startswith(pattern.removesuffix("$")) for tag in tags), pattern
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_run_is_listed_under_hparams(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_callback", [False, True])
+def test_run_is_listed_under_hparams(has_callback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
-    callbacks = [LambdaAnnealing(PowerLaw(base=9.0))] if own else []
+    callbacks = [LambdaAnnealing(PowerLaw(base=9.0))] if has_callback else []
     _, events = fit(make_model(margin=2, label_smoothing=0.1), callbacks=callbacks)
     content = {
         tag: plugin_data_pb2.HParamsPluginData.FromString(events.summary_metadata[tag].plugin_data.content)
@@ -114,20 +118,26 @@ def test_run_is_listed_under_hparams(own: bool, monkeypatch: pytest.MonkeyPatch)
     row = content["_hparams_/session_start_info"].session_start_info.hparams
     assert row["margin"].number_value == 2
     assert row["backbone"].string_value == "digits"
-    schedule = PowerLaw(base=9.0) if own else AccuracyFeedback()
+    schedule = PowerLaw(base=9.0) if has_callback else AccuracyFeedback()
     assert row["lambda"].string_value == repr(schedule)
     assert row["lambda_min"].number_value == 0
     assert row["seed"].string_value == "7"
     assert row["settings/lr"].number_value == 0.1
     assert row["settings/label_smoothing"].number_value == 0.1
-    assert sorted(row)[:5] == ["backbone", "lambda", "lambda_min", "margin", "seed"]  # what TensorBoard shows at once
+    assert sorted(row)[:5] == [
+        "backbone",
+        "lambda",
+        "lambda_min",
+        "margin",
+        "seed",
+    ]  # the columns that TensorBoard shows by default
     metrics = [metric.name.tag for metric in content["_hparams_/experiment"].experiment.metric_infos]
     assert metrics == ["val/acc", "test/acc", "val/angle"]
     assert "hp_metric" not in events.Tags()["scalars"]
-    assert steps(events, "val/acc") == [7]  # no value before there was one
+    assert steps(events, "val/acc") == [7]  # no placeholder before the first value
 
 
-def test_pairs_of_images_have_no_class(tmp_path: Path) -> None:
+def test_pairs_have_no_class_scalars(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4, count=4)
     data = LFWFoldDataModule(str(tmp_path), 4, 3, image_size=8, batch_size=4, num_workers=0)
     model = VerificationModule(data.num_classes, "digits", image_shape=data.image_shape, margin=2)
@@ -148,7 +158,7 @@ def test_other_loggers_get_the_scalars() -> None:
     assert "val/angle" in (Path(logger.log_dir) / "metrics.csv").read_text()
 
 
-def test_module_without_our_head_is_not_observed() -> None:
+def test_module_without_lsoftmax_head_is_not_observed() -> None:
     class Other(ClassificationModule):
         def configure_model_parts(self, backbone: str | nn.Module) -> None:
             super().configure_model_parts(backbone)
@@ -169,7 +179,7 @@ def test_module_without_our_head_is_not_observed() -> None:
     assert not {"val/angle", "train/angle"} & set(events.Tags()["scalars"])
 
 
-def test_a_subclass_may_ask_the_head_for_margin_logits_alone() -> None:
+def test_training_step_with_only_margin_logits_is_monitored() -> None:
     class Bare(ClassificationModule):
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             x, target = batch
@@ -184,7 +194,7 @@ def test_a_subclass_may_ask_the_head_for_margin_logits_alone() -> None:
         assert values[0] == pytest.approx(values[1], rel=1e-4), tag
 
 
-def test_accumulated_steps_are_logged_once_taken() -> None:
+def test_accumulated_batches_are_logged_by_optimiser_step() -> None:
     trainer, events = fit(make_model(), accumulate_grad_batches=2, max_epochs=2)
     assert trainer.global_step == 8
     assert steps(events, "train/angle") == steps(events, "train/loss") == [3, 7]
@@ -192,7 +202,7 @@ def test_accumulated_steps_are_logged_once_taken() -> None:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-def test_a_run_goes_on_from_the_middle_of_an_epoch() -> None:
+def test_monitor_resumes_within_an_epoch() -> None:
     saving = ModelCheckpoint(dirpath=".", filename="middle", every_n_train_steps=5, save_top_k=1)
     make_trainer(callbacks=[MarginMonitor(), saving], enable_checkpointing=True).fit(make_model(), BlobsDataModule())
     logger = TensorBoardLogger(".", name="resumed")

@@ -1,4 +1,4 @@
-"""The plots, from plain tensors, by what matplotlib was given to draw."""
+"""Plots of plain tensors, by their matplotlib artists."""
 
 import pytest
 import torch
@@ -19,26 +19,26 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
-def test_two_features_are_drawn_as_they_are() -> None:
+def test_two_dimensional_features_are_not_projected() -> None:
     features, weight = torch.tensor([[3.0, 4.0], [0.0, -5.0]]), torch.tensor([[2.0, 0.0], [0.0, 9.0], [1.0, 1.0]])
     points, rays = plots.plane(features, weight)
     assert torch.equal(points, features)
     torch.testing.assert_close(rays, 5 * torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5**0.5, 0.5**0.5]]))
 
 
-def test_more_features_are_projected_so_that_classes_keep_their_places() -> None:
+def test_wide_features_are_projected_to_fixed_class_places() -> None:
     weight = torch.diag(torch.tensor([1.0, 5.0, 0.1, 2.0]))
     points, rays = plots.plane(torch.cat([3 * torch.eye(4), torch.ones(1, 4)]), weight)
     circle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     torch.testing.assert_close(rays, circle, atol=1e-6, rtol=0)
     torch.testing.assert_close(points[:4], circle, atol=1e-6, rtol=0)
-    torch.testing.assert_close(points[4], torch.zeros(2), atol=1e-6, rtol=0)  # like all classes alike
+    torch.testing.assert_close(points[4], torch.zeros(2), atol=1e-6, rtol=0)  # equally similar to all classes
     points, _ = plots.plane(torch.tensor([[0.8, 0.6, 0.0, 0.0], [0.8, 0.0, 0.0, -0.6]]), weight)
     torch.testing.assert_close(points, torch.tensor([[0.8**3, 0.6**3], [0.8**3, 0.0]]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("count", [3, 10, 100])
-def test_every_class_is_told_apart_and_named(count: int) -> None:
+def test_every_class_has_its_own_marker_and_label(count: int) -> None:
     target = torch.arange(5 * count) % count
     names = [f"class {number}" for number in range(count)]
     figure = plots.feature_scatter(torch.rand(5 * count, 2), torch.rand(count, 2), target, names, "title")
@@ -54,7 +54,7 @@ def test_every_class_is_told_apart_and_named(count: int) -> None:
     assert axes.get_xlim() == (-1.3, 1.3)
 
 
-def test_names_that_begin_with_an_underscore_are_in_legends() -> None:
+def test_names_with_a_leading_underscore_are_in_legends() -> None:
     names, values = ["_private", "$x$", "y" * 300], torch.tensor([0.1, 0.5, 0.9])
     pairs = {"_run": (values, torch.tensor([True, False, True]))}
     for figure, expected in (
@@ -80,7 +80,9 @@ def test_angle_histogram_shows_fractions_and_boundaries() -> None:
     legend = axes.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == [
-        *("training (mean 68.4°)", "validation (mean 45.0°)", "softmax: 40.0°"),
+        "training (mean 68.4°)",
+        "validation (mean 45.0°)",
+        "softmax: 40.0°",
     ]
 
 
@@ -104,13 +106,13 @@ def test_segments_are_stacked() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["0° to 60°", "60° to 120°", "120° to 180°"]
 
 
-@pytest.mark.parametrize("shares", [False, True])
-def test_the_confusion_matrix_has_counts_or_shares_of_rows(shares: bool) -> None:
+@pytest.mark.parametrize("percent", [False, True])
+def test_confusion_matrix_shows_counts_or_percent_of_rows(percent: bool) -> None:
     counts = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
-    figure = plots.confusion(plots.percent_of_rows(counts) if shares else counts, NAMES)
-    assert texts(figure) == (["80", "20", "25", "75"] if shares else ["8", "2", "1", "3"])
+    figure = plots.confusion(plots.percent_of_rows(counts) if percent else counts, NAMES)
+    assert texts(figure) == (["80", "20", "25", "75"] if percent else ["8", "2", "1", "3"])
     axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", r"\$dog^\$", "fish"]  # drawn as they are
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", r"\$dog^\$", "fish"]  # escaped
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
 
 
@@ -119,7 +121,7 @@ def test_angle_map_shows_the_matrix(count: int) -> None:
     names = [f"class {number}" for number in range(count)]
     figure = plots.angle_map(torch.full((count, count), 90.0).fill_diagonal_(0), names)
     written = texts(figure)
-    assert written == (["90"] * 6 if count == 3 else [])  # a hundred columns leave no room for numbers
+    assert written == (["90"] * 6 if count == 3 else [])  # no room for numbers in a hundred columns
     assert int(figure.axes[0].images[0].get_array().mask.sum()) == count  # the diagonal is blank
     labels = figure.axes[0].get_xticklabels()
     assert [label.get_text() for label in labels] == names
@@ -128,7 +130,7 @@ def test_angle_map_shows_the_matrix(count: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_carry_their_captions(channels: int) -> None:
+def test_images_have_captions(channels: int) -> None:
     figure = plots.image_strip(torch.full((7, channels, 4, 5), 200, dtype=torch.uint8), [str(n) for n in range(7)])
     FigureCanvasAgg(figure).draw()
     assert [axes.get_title() for axes in figure.axes] == [*map(str, range(7)), *[""] * 5]
@@ -136,7 +138,7 @@ def test_images_carry_their_captions(channels: int) -> None:
     assert len(plots.image_strip(torch.zeros(2, channels, 4, 5, dtype=torch.uint8), ["a", "b"]).axes) == 2
 
 
-def test_the_roc_curve_is_that_of_scikit_learn() -> None:
+def test_roc_curve_equals_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     same = torch.arange(300) % 2 == 0
     cosines = (0.4 * torch.randn(300, generator=generator) + 0.3 * same).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""The record of a test, which shares the collection with the dashboard."""
+"""Record of a test, which shares the collection with the dashboard."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def record(callbacks: list[Any]) -> dict[str, Any]:
         (Dashboard(), True, 1),
         (Dashboard(), False, 1),
         (Dashboard(every_n_epochs=0), True, 1),
-        (Dashboard(max_samples=10), False, 2),  # the record keeps all of its samples
+        (Dashboard(max_samples=10), False, 2),  # the record keeps more samples
     ],
 )
 def test_a_test_is_collected_once_and_always_recorded(

@@ -1,4 +1,4 @@
-"""Scalars of the monitor, against their definition, and the charts that show them."""
+"""Scalars of the monitor against their definition, and their charts."""
 
 import re
 
@@ -15,7 +15,7 @@ def make_head() -> LSoftmaxLinear:
     return LSoftmaxLinear(8, 5, margin=3, lambda_=2.0)
 
 
-def test_training_scalars_are_those_of_the_batch() -> None:
+def test_training_scalars_equal_their_definition() -> None:
     head, features, target = make_head().requires_grad_(False), torch.randn(20, 8), torch.arange(20) % 5
     values = {tag: float(value) for tag, value in training_scalars(head, features, target).items()}
     theta = torch.cosine_similarity(features, head.weight[target]).arccos().rad2deg()
@@ -56,4 +56,4 @@ def test_every_scalar_has_a_chart(has_pairs: bool) -> None:
         *(f"val/{name}" for name in weight_scalars(head)),
     ]
     for tag in tags:
-        assert "/segment_" in tag or any(re.match(pattern, tag) for pattern in patterns), tag  # those are one picture
+        assert "/segment_" in tag or any(re.match(pattern, tag) for pattern in patterns), tag  # segments have a plot

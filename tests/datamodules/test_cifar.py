@@ -1,4 +1,4 @@
-"""CIFAR10 and CIFAR100 in their own format, and what is said about bad files."""
+"""CIFAR10 and CIFAR100 in their original format, and errors for damaged files."""
 
 import urllib.error
 from pathlib import Path
@@ -37,13 +37,13 @@ def test_cifar_reads_its_format(
     assert torch.equal(data.test_data.images[7], pil_to_tensor(image))
 
 
-def test_the_names_are_in_the_order_of_the_labels() -> None:
-    # both sets number their classes by name
+def test_class_names_are_in_label_order() -> None:
+    # both datasets index their classes alphabetically
     assert list(CIFAR10DataModule.class_names) == sorted(CIFAR10DataModule.class_names)
     assert list(CIFAR100DataModule.class_names) == sorted(CIFAR100DataModule.class_names)
 
 
-def test_cifar10plus_augments_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10plus_augments_only_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, monkeypatch)
     data = CIFAR10DataModule(str(tmp_path), batch_size=20, crop_padding=4, flip=True)
     seen: dict[str, list[torch.Tensor]] = {"train": [], "other": []}
@@ -65,7 +65,9 @@ def test_cifar10plus_augments_training_alone(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("damage", ["wrong checksum", "truncated", "missing", "no folder"])
-def test_damage_is_one_error(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_or_missing_cifar10_raises_data_error(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fetch(*args: Any, **kwargs: Any) -> None:
         raise urllib.error.URLError("no network")
 
@@ -86,7 +88,9 @@ def test_damage_is_one_error(damage: str, tmp_path: Path, monkeypatch: pytest.Mo
             assert part in str(caught.value)
 
 
-def test_other_content_with_the_right_checksum_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_content_with_the_right_checksum_raises_data_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_cifar(tmp_path, monkeypatch)
     monkeypatch.setattr(CIFAR10, "train_list", CIFAR10.test_list * 2 + [["batches.meta", CIFAR10.meta["md5"]]])
     with pytest.raises(DataError, match="cannot read CIFAR10"):

@@ -1,4 +1,4 @@
-"""Files that a disk, or somebody, has made a mess of are read, or named in one error."""
+"""Files with random damage are read or raise a DataError that names them."""
 
 import shutil
 from collections.abc import Callable
@@ -22,7 +22,7 @@ FORMATS = ["bmp", "gif", "jpg", "png", "ppm", "tga", "tiff", "webp"]
 
 @st.composite
 def mess(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Some bytes of a file changed, lost or put in; more often at its beginning."""
+    """Change, remove or insert some bytes of a file, more often at its beginning."""
     content = whole
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.one_of(st.integers(0, 40), st.integers(0, len(whole))))
@@ -34,8 +34,8 @@ def mess(draw: st.DrawFn, whole: bytes) -> bytes:
     return content
 
 
-def said(read: Callable[[], object]) -> str:
-    """What is said of bad data; nothing where they are read."""
+def message(read: Callable[[], object]) -> str:
+    """Return the message of a DataError, empty if there is none."""
     try:
         read()
     except DataError as error:
@@ -49,10 +49,10 @@ def examples(test: Callable[..., None]) -> Callable[..., None]:
     )(test)
 
 
-@pytest.mark.filterwarnings("ignore")  # what Pillow says of files that it reads nevertheless
+@pytest.mark.filterwarnings("ignore")  # warnings of Pillow about files that it reads
 @examples
 @given(data=st.data())
-def test_damaged_images_are_one_error(data: st.DataObject, tmp_path: Path) -> None:
+def test_damaged_images_raise_data_error(data: st.DataObject, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "images", ignore_errors=True)
     write_folder(tmp_path / "images", ("train", "val", "test"), count=1)
     kind = data.draw(st.sampled_from(FORMATS))
@@ -60,16 +60,16 @@ def test_damaged_images_are_one_error(data: st.DataObject, tmp_path: Path) -> No
     Image.linear_gradient("L").resize((12, 10)).convert("RGB").save(path)
     path.write_bytes(data.draw(mess(path.read_bytes())))
     module = ImageFolderDataModule(str(tmp_path / "images"), image_size=8, batch_size=2, num_workers=0)
-    problem = said(lambda: module.setup("fit"))
+    problem = message(lambda: module.setup("fit"))
     assert str(path) in problem if problem else len(module.train_data.images) == 3
 
 
 @examples
 @given(data=st.data())
-def test_damaged_lists_of_pairs_are_one_error(data: st.DataObject, tmp_path: Path) -> None:
+def test_damaged_lists_of_pairs_raise_data_error(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "pairs.txt"
     path.write_bytes(data.draw(mess(pairs_text().encode())))
-    problem = said(lambda: read_pairs(path))
+    problem = message(lambda: read_pairs(path))
     if problem:
         assert str(path) in problem
         return
@@ -79,11 +79,11 @@ def test_damaged_lists_of_pairs_are_one_error(data: st.DataObject, tmp_path: Pat
     assert all(person in path.read_text() for pair in pairs for person in pair.people)
 
 
-def refuses(module: Any, path: Path, content: bytes) -> bool:
-    """Whether a datamodule refuses a file with that content; the file is mended afterwards."""
+def rejects(module: Any, path: Path, content: bytes) -> bool:
+    """Return whether a datamodule rejects a file with this content; the file is restored afterwards."""
     whole = path.read_bytes()
     path.write_bytes(content)
-    problem = said(lambda: module.setup("fit")) or said(lambda: module.setup("test"))
+    problem = message(lambda: module.setup("fit")) or message(lambda: module.setup("test"))
     path.write_bytes(whole)
     assert not problem or problem.startswith(("cannot read", f"{type(module).__name__}: "))
     return bool(problem)
@@ -91,12 +91,12 @@ def refuses(module: Any, path: Path, content: bytes) -> bool:
 
 @examples
 @given(data=st.data())
-def test_damaged_mnist_files_are_one_error(data: st.DataObject, tmp_path: Path) -> None:
+def test_damaged_mnist_files_raise_data_error(data: st.DataObject, tmp_path: Path) -> None:
     if not (tmp_path / "MNIST").exists():
         write_mnist(tmp_path, train=100, test=10)
     path = data.draw(st.sampled_from(sorted((tmp_path / "MNIST" / "raw").iterdir())))
     module = MNISTDataModule(str(tmp_path), batch_size=4)
-    if not refuses(module, path, data.draw(mess(path.read_bytes()))):
+    if not rejects(module, path, data.draw(mess(path.read_bytes()))):
         assert (len(module.train_data.images), len(module.val_data.images), len(module.test_data.images)) == (
             90,
             10,
@@ -106,7 +106,7 @@ def test_damaged_mnist_files_are_one_error(data: st.DataObject, tmp_path: Path) 
 
 @examples
 @given(data=st.data())
-def test_damaged_cifar_files_are_one_error(
+def test_damaged_cifar_files_raise_data_error(
     data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / CIFAR10.base_folder
@@ -115,4 +115,4 @@ def test_damaged_cifar_files_are_one_error(
     path = data.draw(st.sampled_from(sorted(folder.iterdir())))
     content = data.draw(mess(path.read_bytes()))
     changed = content != path.read_bytes()
-    assert refuses(CIFAR10DataModule(str(tmp_path), batch_size=4), path, content) == changed  # by its checksum
+    assert rejects(CIFAR10DataModule(str(tmp_path), batch_size=4), path, content) == changed  # detected by the checksum

@@ -1,4 +1,4 @@
-"""Split, batches, normalisation, and what is said about bad files."""
+"""Split, batches, normalisation, and errors for invalid settings and damaged files."""
 
 import gzip
 import urllib.error
@@ -36,7 +36,7 @@ def test_digits_splits_are_stratified_and_disjoint() -> None:
     assert not rows[0] & rows[1]
 
 
-def test_stated_mean_and_std_are_those_of_the_training_images() -> None:
+def test_mean_and_std_equal_those_of_the_training_images() -> None:
     data = DigitsDataModule()
     images = data.load(train=True).images
     normalised = data.normalize(images)
@@ -80,7 +80,7 @@ def batches(**settings: Any) -> list[list[int]]:
     return found
 
 
-def test_training_batches_are_whole_shuffled_by_seed_and_epoch() -> None:
+def test_training_batches_are_complete_and_shuffled_by_seed_and_epoch() -> None:
     first = batches()
     assert [len(batch) for batch in first] == [4, 4]
     assert len({index for batch in first for index in batch}) == 8
@@ -94,15 +94,15 @@ def test_training_batches_are_whole_shuffled_by_seed_and_epoch() -> None:
 def test_ranks_share_the_batches_of_one_rank(train: bool, world_size: int) -> None:
     kind = {"shuffle": train, "drop_last": train}
     alone = batches(**kind)
-    shares = [batches(**kind, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for number, whole in enumerate(alone):
-        parts = [share[number] for share in shares if number < len(share)]
-        assert sorted(index for part in parts for index in part) == sorted(whole)
-    assert sum(len(batch) for share in shares for batch in share) == (8 if train else 10)  # none twice
+    by_rank = [batches(**kind, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for index, whole in enumerate(alone):
+        parts = [batches_of_rank[index] for batches_of_rank in by_rank if index < len(batches_of_rank)]
+        assert sorted(sample for part in parts for sample in part) == sorted(whole)
+    assert sum(len(batch) for batches_of_rank in by_rank for batch in batches_of_rank) == (8 if train else 10)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"batch_size": 5, "world_size": 2}, r"divisible by the number of devices \(2\), got 5; use 4"),
         ({"batch_size": 1, "world_size": 2}, r"divisible by the number of devices \(2\), got 1; use 2"),
@@ -114,8 +114,8 @@ def test_ranks_share_the_batches_of_one_rank(train: bool, world_size: int) -> No
         ),
     ],
 )
-def test_invalid_batch_sizes_are_refused(settings: dict[str, int], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_batch_sizes_are_rejected(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         batches(**settings)
 
 
@@ -165,7 +165,7 @@ def test_crops_do_not_depend_on_precision(precision: Any) -> None:
     )
 
 
-def test_an_augmentation_without_draws_is_applied_to_training_alone() -> None:
+def test_augmentation_without_draws_is_applied_only_in_training() -> None:
     class Invert:
         num_draws = 0
 
@@ -183,7 +183,7 @@ def test_an_augmentation_without_draws_is_applied_to_training_alone() -> None:
         assert torch.equal(images, 255 - batch[0] if inverted else batch[0])
 
 
-def test_overfitting_one_batch_sees_one_batch() -> None:
+def test_overfit_batches_repeats_one_batch() -> None:
     seen = []
 
     class Spy(BlobsDataModule):
@@ -208,7 +208,7 @@ def test_loaders_work_without_a_trainer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size"),
         ({"val_size": 0}, "val_size"),
@@ -216,19 +216,19 @@ def test_loaders_work_without_a_trainer() -> None:
         ({"val_size": -3}, "val_size"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         BlobsDataModule(**settings)
 
 
 @pytest.mark.parametrize("val_size", [2, 198, 500])  # fewer than one of each class, on either side
-def test_impossible_split_is_refused(val_size: int) -> None:
+def test_impossible_split_is_rejected(val_size: int) -> None:
     with pytest.raises(InputError, match=f"val_size: must leave .* of every class, got {val_size} for 200 images: "):
         BlobsDataModule(val_size=val_size).setup("fit")
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (
             Images(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 4])),
@@ -242,9 +242,9 @@ def test_impossible_split_is_refused(val_size: int) -> None:
         (Images(torch.zeros(0, 1, 8, 8), torch.zeros(0)), "0 images"),
     ],
 )
-def test_bad_labels_are_refused(data: Images, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_labels_are_rejected(data: Images, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlobsDataModule, "load", lambda self, train: data)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         BlobsDataModule().setup("test")
 
 
@@ -257,7 +257,7 @@ def test_mnist_reads_its_format(tmp_path: Path) -> None:
     assert data.train_data.images.shape[1:] == (1, 28, 28)
 
 
-def test_mnist_downloads_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mnist_downloads_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mnist(tmp_path / "source")
 
     def fetch(url: str, root: str, filename: str, md5: str) -> None:
@@ -272,7 +272,7 @@ def test_mnist_downloads_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(data.test_data.targets) == 100
 
 
-def test_missing_data_without_network_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_without_network_raises_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(*args: Any, **kwargs: Any) -> None:
         raise urllib.error.URLError("no network")
 
@@ -284,7 +284,7 @@ def test_missing_data_without_network_is_one_error(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "labels missing", "other magic"])
-def test_damaged_mnist_is_one_error(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_mnist_raises_data_error(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mnist(tmp_path)
     images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     if damage == "truncated":
@@ -313,7 +313,7 @@ def test_the_shuffle_follows_seed_everything(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("settings", [{}, {"val_check_interval": 0.5}, {"limit_train_batches": 5}])
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_resumed_at_any_step_sees_the_batches_that_were_left(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_run_resumed_at_any_step_sees_the_remaining_batches(settings: dict[str, Any], tmp_path: Path) -> None:
     class Seen(Callback):
         def __init__(self) -> None:
             self.batches: list[Any] = []
@@ -335,10 +335,10 @@ def test_a_run_resumed_at_any_step_sees_the_batches_that_were_left(settings: dic
         assert torch.equal(resumed, weight)
 
 
-def test_an_epoch_is_not_resumed_with_batches_of_another_size(tmp_path: Path) -> None:
+def test_resume_within_an_epoch_rejects_another_batch_size(tmp_path: Path) -> None:
     def train(batch_size: int, ckpt_path: Path | None = None) -> None:
-        amid = ModelCheckpoint(tmp_path, filename="amid", every_n_train_steps=3)
-        trainer = make_trainer(callbacks=[amid], enable_checkpointing=True, max_epochs=2)
+        within = ModelCheckpoint(tmp_path, filename="within", every_n_train_steps=3)
+        trainer = make_trainer(callbacks=[within], enable_checkpointing=True, max_epochs=2)
         trainer.fit(make_model(), BlobsDataModule(batch_size), ckpt_path=ckpt_path)
 
     train(32)  # five batches an epoch
@@ -346,4 +346,4 @@ def test_an_epoch_is_not_resumed_with_batches_of_another_size(tmp_path: Path) ->
         pytest.warns(UserWarning, match="not empty"),
         pytest.raises(InputError, match="batch_size: must be 32 to resume this run within an epoch, got 20"),
     ):
-        train(20, tmp_path / "amid.ckpt")
+        train(20, tmp_path / "within.ckpt")

@@ -1,4 +1,4 @@
-"""Folders of images: what is read, what is refused, and that memory and files give the same."""
+"""Folders of images: reading, errors, and equality of images in memory and in files."""
 
 import io
 import multiprocessing
@@ -50,7 +50,7 @@ def test_val_folder_is_used(tmp_path: Path) -> None:
     assert [len(part.targets) for part in (data.train_data, data.val_data, data.test_data)] == [20, 6, 20]
 
 
-def test_folder_config_trains(tmp_path: Path) -> None:
+def test_training_on_a_folder_learns(tmp_path: Path) -> None:
     write_folder(tmp_path)
     data = make(tmp_path, crop_padding=1, flip=True)
     trainer = make_trainer(max_epochs=3)
@@ -135,7 +135,7 @@ def test_every_image_mode_becomes_rgb(tmp_path: Path) -> None:
     assert (read_image(cmyk, (8, 6))[:, 4, 3] - torch.tensor([200, 100, 50])).abs().max() < 5
 
 
-def test_an_image_is_scaled_to_cover_and_its_middle_kept(tmp_path: Path) -> None:
+def test_image_is_scaled_to_cover_and_cropped_at_the_centre(tmp_path: Path) -> None:
     wide = np.zeros((10, 40, 3), dtype=np.uint8)
     wide[:, 15:25] = 255  # the middle square
     path = saved(tmp_path / "wide.png", Image.fromarray(wide))
@@ -143,7 +143,7 @@ def test_an_image_is_scaled_to_cover_and_its_middle_kept(tmp_path: Path) -> None
     assert torch.equal(read_image(path, (10, 40)), torch.from_numpy(wide).permute(2, 0, 1))
 
 
-def test_a_large_photograph_comes_out_as_if_decoded_whole(tmp_path: Path) -> None:
+def test_large_photograph_is_read_as_if_fully_decoded(tmp_path: Path) -> None:
     rows, columns = np.mgrid[:900, :1200]
     scene = np.stack([rows % 256, columns // 5, (rows + columns) // 9], axis=2).astype(np.uint8)
     path = saved(tmp_path / "large.jpg", Image.fromarray(scene), quality=95)
@@ -165,7 +165,7 @@ def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", range(9))
 @pytest.mark.parametrize("suffix", ["png", "webp", "tiff", "jpg"])
-def test_every_orientation_is_that_of_pillow(orientation: int, suffix: str, tmp_path: Path) -> None:
+def test_every_exif_orientation_equals_pillow(orientation: int, suffix: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     scene = np.zeros((16, 16, 3), dtype=np.uint8)
@@ -178,7 +178,7 @@ def test_every_orientation_is_that_of_pillow(orientation: int, suffix: str, tmp_
 
 
 def exif_data(*tags: bytes, end: bytes = b"") -> bytes:
-    """The EXIF data of a camera, little-endian, with tags of 12 bytes and whatever follows them."""
+    """Return little-endian EXIF data with tags of 12 bytes each, followed by ``end``."""
     return b"Exif\x00\x00II*\x00" + struct.pack("<LH", 8, len(tags)) + b"".join(tags) + end
 
 
@@ -242,7 +242,9 @@ DAMAGES = ("truncated", "broken", "text", "empty", "deep")
 
 @pytest.mark.parametrize("memory_gib", [1, 0])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_files_of_all_parts_are_named_in_one_error(memory_gib: float, num_workers: int, tmp_path: Path) -> None:
+def test_unreadable_files_of_all_parts_are_reported_in_one_error(
+    memory_gib: float, num_workers: int, tmp_path: Path
+) -> None:
     write_folder(tmp_path)
     for part in ("train", "test"):
         for kind in DAMAGES:
@@ -255,7 +257,7 @@ def test_bad_files_of_all_parts_are_named_in_one_error(memory_gib: float, num_wo
     assert len(str(caught.value).splitlines()) < 20
 
 
-def test_workers_end_with_an_error_of_the_reading(tmp_path: Path) -> None:
+def test_workers_end_after_a_reading_error(tmp_path: Path) -> None:
     write_folder(tmp_path)
     (tmp_path / "train" / "red" / "bad.jpg").write_bytes(b"")
     others = set(multiprocessing.active_children())
@@ -266,7 +268,7 @@ def test_workers_end_with_an_error_of_the_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("memory_gib", [1, 0])
-def test_bad_files_are_skipped_with_a_count_when_asked(memory_gib: float, tmp_path: Path) -> None:
+def test_skip_unreadable_skips_files_with_a_warning(memory_gib: float, tmp_path: Path) -> None:
     write_folder(tmp_path)
     for kind in DAMAGES:
         (tmp_path / "train" / "red" / f"{kind}.jpg").write_bytes(damaged(kind))
@@ -283,7 +285,7 @@ def test_bad_files_are_skipped_with_a_count_when_asked(memory_gib: float, tmp_pa
         assert len(batch[0]) == 4
 
 
-def test_the_layout_is_checked_before_any_work(tmp_path: Path) -> None:
+def test_folder_layout_is_checked_before_reading(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone/train: the folder does not exist"):
         make(tmp_path / "gone")
     write_folder(tmp_path, ("train",))
@@ -330,7 +332,7 @@ def test_skipping_must_leave_an_image_of_each_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"image_size": 0}, "image_size"),
         ({"image_size": (8, -1)}, "image_size"),
@@ -349,9 +351,9 @@ def test_skipping_must_leave_an_image_of_each_class(tmp_path: Path) -> None:
         ({"val_size": 0}, "val_size"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_folder(tmp_path)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         make(tmp_path, **settings)
 
 
@@ -386,7 +388,7 @@ def link_device(path: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "create"), [("a FIFO", os.mkfifo), ("a device", link_device), ("a socket", bind_socket)]
 )
-def test_special_files_are_refused_by_name_before_any_reading(kind: str, create: Callable[[str], None]) -> None:
+def test_special_files_are_rejected_before_reading(kind: str, create: Callable[[str], None]) -> None:
     write_folder(Path("images"))
     write_lfw(Path("lfw"))
     person = "Person_0A"
@@ -412,14 +414,14 @@ def test_special_files_are_refused_by_name_before_any_reading(kind: str, create:
 
 
 @pytest.mark.parametrize("path", [b"train/caf\xe9", b"train/red/caf\xe9.png", b"test/blue/caf\xe9.png"])
-def test_names_that_are_not_utf8_are_refused_before_any_work(path: bytes) -> None:
+def test_names_that_are_not_utf8_are_rejected_before_reading(path: bytes) -> None:
     write_folder(Path("images"))
     Path("images", os.fsdecode(path)).mkdir()
     with pytest.raises(DataError, match=r"^the name of 'images/.*caf\\udce9.*' is not UTF-8: rename it\.$"):
         make(Path("images"))
 
 
-def test_a_link_to_itself_is_refused_by_name() -> None:
+def test_link_to_itself_is_rejected() -> None:
     write_folder(Path("images"))
     Path("images/train/red/loop").symlink_to("loop")
     for read in (lambda: make(Path("images")), lambda: files_in("images")):

@@ -1,4 +1,4 @@
-"""LFW's pairs: what is read, who is trained on, and what is said about bad files."""
+"""Pairs of LFW: parsing, people to train on, and errors for damaged files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +16,14 @@ from ..helpers.formats import pairs_text, write_image, write_lfw
 SMALL: dict[str, Any] = {"image_size": 8, "batch_size": 4, "num_workers": 0}
 
 
-def told(data: PairsDataModule, part: str) -> list[tuple[str, str, bool, int]]:
-    """Pairs as their images' names."""
+def named_pairs(data: PairsDataModule, part: str) -> list[tuple[str, str, bool, int]]:
+    """Return pairs with the names of their images."""
     files, pairs = {"val": (data.val_files, data.val_pairs), "test": (data.test_files, data.test_pairs)}[part]
     rows = zip(*(column.tolist() for column in (pairs.first, pairs.second, pairs.same, pairs.fold)), strict=True)
     return [(files.paths[a].stem, files.paths[b].stem, same, fold) for a, b, same, fold in rows]
 
 
-def test_the_pairs_are_those_of_the_file(tmp_path: Path) -> None:
+def test_pairs_equal_those_of_the_file(tmp_path: Path) -> None:
     write_lfw(tmp_path / "lfw", folds=2)
     for number in range(5):
         write_image(tmp_path / "faces" / f"identity {number % 2}" / f"{number}.jpg")
@@ -39,30 +39,30 @@ def test_the_pairs_are_those_of_the_file(tmp_path: Path) -> None:
         ("Person_1A_0001", "Person_1B_0002", False, 2),
         ("Person_1C_0001", "Person_1D_0002", False, 2),
     ]
-    assert told(data, "test") == told(data, "val") == expected
+    assert named_pairs(data, "test") == named_pairs(data, "val") == expected
     data.setup("fit")
     assert data.train_data.targets.tolist() == [0, 0, 0, 1, 1]
-    assert data.val_data.targets.tolist() == list(range(12))  # 16 places in the pairs, 12 images: each comes once
+    assert data.val_data.targets.tolist() == list(range(12))  # the pairs name 12 distinct images
     assert torch.equal(torch.cat([numbers for _, numbers in data.test_dataloader()]), torch.arange(12))
 
 
 @pytest.mark.parametrize(("fold", "val_fold"), [(1, None), (4, None), (2, 1), (4, 2)])
-def test_the_people_of_a_fold_are_held_out(fold: int, val_fold: int | None, tmp_path: Path) -> None:
+def test_people_of_a_fold_are_held_out(fold: int, val_fold: int | None, tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4, count=3)
-    write_image(tmp_path / "images" / "Person_2A" / "Person_2A_0003.jpg")  # in no pair, and trained on all the same
-    write_image(tmp_path / "images" / "Nobody" / "Nobody_0001.jpg")  # of no fold known, so not trained on
+    write_image(tmp_path / "images" / "Person_2A" / "Person_2A_0003.jpg")  # in no pair, and still used for training
+    write_image(tmp_path / "images" / "Nobody" / "Nobody_0001.jpg")  # of no known fold, and not used for training
     data = LFWFoldDataModule(str(tmp_path), fold, val_fold, **SMALL)
     trained_on = {number for name in data.class_names for number in (int(name[7]) + 1,)}
     assert trained_on == {1, 2, 3, 4} - {fold, val_fold}
     paths = {path for person in data.class_names for path in (tmp_path / "images" / person).iterdir()}
     assert set(data.train_files.paths) == paths
 
-    # the name of a person says of which fold they are
-    for first, second, _, number in told(data, "test"):
+    # the name of a person contains the index of their fold
+    for first, second, _, number in named_pairs(data, "test"):
         assert int(first[7]) + 1 == int(second[7]) + 1 == (number or int(first[7]) + 1)
         assert (number == 0) == (int(first[7]) + 1 != fold)
         assert number or val_fold in (None, int(first[7]) + 1)
-    validated = {(int(name[7]) + 1, number) for *pair, _, number in told(data, "val") for name in pair}
+    validated = {(int(name[7]) + 1, number) for *pair, _, number in named_pairs(data, "val") for name in pair}
     if val_fold is None:
         assert validated == {(number, number) for number in trained_on}
     else:
@@ -71,19 +71,19 @@ def test_the_people_of_a_fold_are_held_out(fold: int, val_fold: int | None, tmp_
     data.setup("fit")
     assert len(data.val_data.targets) == len(data.val_files.paths)
     assert len(data.test_data.targets) == len(data.test_files.paths)
-    # the parts share images, which are in memory once
+    # the parts share one store of images
     assert data.train_data.images.store is data.val_data.images.store is data.test_data.images.store
     assert len(data.train_data.images.store) == len(paths | set(data.test_files.paths))
 
 
-def test_the_pairs_of_a_test_keep_their_fold(tmp_path: Path) -> None:
+def test_test_pairs_keep_their_fold(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4)
     for val_fold, fitted in ((None, 12), (3, 4)):
         folds = LFWFoldDataModule(str(tmp_path), 2, val_fold, **SMALL).test_pairs.fold
         assert ((folds == 0).sum(), (folds == 2).sum(), len(folds)) == (fitted, 4, fitted + 4)
 
 
-def test_a_person_of_two_folds_is_not_trained_on(tmp_path: Path) -> None:
+def test_person_of_two_folds_is_not_used_for_training(tmp_path: Path) -> None:
     write_lfw(tmp_path, folds=4)
     text = (tmp_path / "pairs.txt").read_text()
     (tmp_path / "pairs.txt").write_text(text.replace("Person_0A\t1\tPerson_0B\t2", "Person_3A\t1\tPerson_0B\t2"))
@@ -91,7 +91,7 @@ def test_a_person_of_two_folds_is_not_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fold", [0, 4, -1])
-def test_the_folds_must_be_there(fold: int, tmp_path: Path) -> None:
+def test_invalid_folds_are_rejected(fold: int, tmp_path: Path) -> None:
     write_lfw(tmp_path)
     with pytest.raises(InputError, match=f"^fold: must be one of the 3 folds of pairs.txt, got {fold}"):
         LFWFoldDataModule(str(tmp_path), fold, **SMALL)
@@ -101,7 +101,7 @@ def test_the_folds_must_be_there(fold: int, tmp_path: Path) -> None:
         LFWFoldDataModule(str(tmp_path), 2, 2, **SMALL)
 
 
-def test_people_of_lfw_among_those_trained_on_are_reported(tmp_path: Path) -> None:
+def test_training_identities_that_are_in_lfw_are_reported(tmp_path: Path) -> None:
     write_lfw(tmp_path / "lfw")
     for name in ("person 1a", "Person_2B", "Somebody"):
         write_image(tmp_path / "faces" / name / "0.jpg")
@@ -124,7 +124,7 @@ def test_pairs_may_be_separated_by_spaces(tmp_path: Path) -> None:
     expected = read_pairs(path)
     path.write_text(pairs_text().replace("\t", "  "))
     assert read_pairs(path) == expected
-    for separator in ("\t", " "):  # and names may have spaces
+    for separator in ("\t", " "):  # names may contain spaces
         path.write_text(pairs_text().replace("Person_", "A Person ").replace("\t", separator))
         assert [pair[:2] for pair in read_pairs(path)] == [
             tuple((name.replace("Person_", "A Person "), image) for name, image in pair[:2]) for pair in expected
@@ -163,7 +163,7 @@ def replace(old: str, new: str) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda text: "", "the first line must be the number of folds"),
         (replace("3\t2\n", ""), r"the first line must be .* got 'Person_0A\\t1\\t2'"),
@@ -185,14 +185,14 @@ def replace(old: str, new: str) -> Callable[[str], str]:
         (lambda text: text.rsplit("\n", 2)[0], "announces 3 x 2 x 2 pairs, but 11 follow"),
     ],
 )
-def test_a_damaged_list_is_one_error(change: Callable[[str], str], said: str, tmp_path: Path) -> None:
+def test_damaged_pairs_txt_raises_data_error(change: Callable[[str], str], message: str, tmp_path: Path) -> None:
     write_lfw(tmp_path)
     (tmp_path / "pairs.txt").write_text(change(pairs_text()))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         LFWFoldDataModule(str(tmp_path), 1, **SMALL)
 
 
-def test_missing_and_unreadable_images_are_named(tmp_path: Path) -> None:
+def test_missing_and_unreadable_images_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lfw/pairs.txt: the file does not exist"):
         LFWFoldDataModule(str(tmp_path / "lfw"), 1, **SMALL)
     write_lfw(tmp_path)

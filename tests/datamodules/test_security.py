@@ -1,4 +1,4 @@
-"""What comes from outside is checked before it is opened."""
+"""Downloads and pickles are checked before they are opened."""
 
 import pickle
 import tarfile

@@ -54,21 +54,21 @@ def indices(images: Any) -> Tensor:
 
 
 def draw(**settings: Any) -> tuple[list[int], Tensor]:
-    """Indices and labels of the training images."""
+    """Return indices and labels of the training images."""
     data = ManyDataModule(**settings)
     data.setup("fit")
     return indices(data.train_data.images).tolist(), data.train_data.targets
 
 
 @pytest.mark.parametrize("train_size", [400, 0.25])
-def test_the_classes_keep_their_proportions(train_size: float) -> None:
+def test_subset_keeps_class_proportions(train_size: float) -> None:
     index, targets = draw(train_size=train_size)
     assert len(set(index)) == 400
     assert targets.bincount().tolist() == [100] * 4
     assert targets.tolist() == [i % 4 for i in index]
 
 
-def test_uneven_classes_keep_their_proportions_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subset_of_uneven_classes_keeps_proportions_and_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [1000, 600, 398, 2]
     targets = torch.arange(4).repeat_interleave(torch.tensor(sizes))
     images = torch.zeros(2000, 1, 8, 8, dtype=torch.uint8)
@@ -102,7 +102,7 @@ def test_subsets_are_nested_by_seed() -> None:
     assert set(large) != set(other)
 
 
-def test_the_seed_is_that_of_seed_everything_unless_one_is_given() -> None:
+def test_train_seed_defaults_to_seed_everything() -> None:
     settings = {"train_size": 400, "label_noise": 0.5}
     found = []
     for seed, given in ((1, None), (1, None), (2, None), (1, 3), (2, 3)):
@@ -155,7 +155,9 @@ def test_label_noise_is_uniform_and_only_in_training() -> None:
     data.setup("test")
     true = indices(data.train_data.images) % 4
     wrong = (data.train_data.targets != true).sum().item()
-    assert wrong == pytest.approx(0.75 * 640, abs=5 * (640 * 0.75 * 0.25) ** 0.5)  # a quarter draws its own class
+    assert wrong == pytest.approx(
+        0.75 * 640, abs=5 * (640 * 0.75 * 0.25) ** 0.5
+    )  # a quarter of the draws gives the true class
     counts = data.train_data.targets[data.train_data.targets != true].bincount(minlength=4)
     assert counts.min() > 0.7 * counts.max()
     for part in (data.val_data, data.test_data):
@@ -163,7 +165,7 @@ def test_label_noise_is_uniform_and_only_in_training() -> None:
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.001, 2), (0.2, 320), (0.9999, 1600), (1, 1600)])
-def test_exactly_the_stated_fraction_of_the_labels_is_drawn(
+def test_label_noise_draws_exactly_the_stated_fraction(
     fraction: float, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ManyDataModule, "num_classes", 2**40)  # no drawn label equals the one it replaces
@@ -173,16 +175,16 @@ def test_exactly_the_stated_fraction_of_the_labels_is_drawn(
 
 def test_full_label_noise_draws_every_label() -> None:
     index, targets = draw(label_noise=1.0)
-    share = sum(int(target) == i % 4 for i, target in zip(index, targets, strict=True)) / len(index)
-    assert share == pytest.approx(0.25, abs=0.05)
+    correct = sum(int(target) == i % 4 for i, target in zip(index, targets, strict=True)) / len(index)
+    assert correct == pytest.approx(0.25, abs=0.05)
 
 
-def test_the_noise_does_not_depend_on_the_images_drawn() -> None:
+def test_subset_does_not_depend_on_label_noise() -> None:
     assert draw(train_size=400, label_noise=0.2)[0] == draw(train_size=400)[0]
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"train_size": 0}, "train_size: must be a number of images or a fraction between 0 and 1, got 0"),
         ({"train_size": -5}, "got -5"),
@@ -195,21 +197,21 @@ def test_the_noise_does_not_depend_on_the_images_drawn() -> None:
         ({"train_size": 3}, "cannot cover 4 classes, got 3; use at least 4"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         draw(**settings)
 
 
-def test_a_batch_larger_than_the_subset_is_refused() -> None:
+def test_a_batch_larger_than_the_subset_is_rejected() -> None:
     data = ManyDataModule(train_size=16)
     with pytest.raises(InputError, match="16 samples are too few for batch_size 20"):
         make_trainer().fit(make_model(), data)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "subset", "files", "own"])
+@pytest.mark.parametrize("kind", ["tensor", "subset", "files", "custom"])
 def test_images_and_labels_stay_paired_in_every_store(kind: str, tmp_path: Path) -> None:
-    class Own:
-        """A user's store, which reads by index alone."""
+    class CustomStore:
+        """Store of a user, which supports only indexing."""
 
         def __len__(self) -> int:
             return 6
@@ -221,7 +223,7 @@ def test_images_and_labels_stay_paired_in_every_store(kind: str, tmp_path: Path)
     stores: dict[str, Any] = {
         "tensor": pixels,
         "subset": ImageSubset(pixels.flip(0), torch.arange(5, -1, -1), [f"{i}" for i in range(6)]),
-        "own": Own(),
+        "custom": CustomStore(),
     }
     if kind == "files":
         for i in range(6):
@@ -246,7 +248,7 @@ def test_images_and_labels_stay_paired_in_every_store(kind: str, tmp_path: Path)
         LFWFoldDataModule,
     ],
 )
-def test_every_datamodule_takes_subset_arguments(
+def test_every_datamodule_accepts_subset_arguments(
     kind: type[BatchDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {} if kind is DigitsDataModule else {"root": str(tmp_path)}
@@ -301,7 +303,7 @@ def from_command_line(kind: type[BatchDataModule], **settings: Any) -> BatchData
 
 
 def labelled(data: Images) -> list[tuple[bytes, int]]:
-    """Each image as bytes, with its label."""
+    """Return each image as bytes, with its label."""
     images = data.images[torch.arange(len(data.images))]
     return [(image.numpy().tobytes(), int(target)) for image, target in zip(images, data.targets, strict=True)]
 
@@ -315,15 +317,15 @@ def test_fashion_mnist_states_its_classes(tmp_path: Path) -> None:
     assert (data.num_classes, data.class_names[0], data.class_names[9]) == (10, "T-shirt/top", "Ankle boot")
 
 
-def test_fit_says_what_is_trained_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_fit_reports_train_size_and_label_noise(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         data = ManyDataModule(train_size=100, label_noise=0.2, train_seed=3)
         make_trainer().fit(make_model(), data)
-    said = "Training on 100 of 1,600 images; 20 of 100 training labels drawn at random (label_noise 0.2); seed 3."
-    assert caplog.messages.count(said) == 1
+    message = "Training on 100 of 1,600 images; 20 of 100 training labels drawn at random (label_noise 0.2); seed 3."
+    assert caplog.messages.count(message) == 1
 
 
-def test_command_line_takes_subset_arguments() -> None:
+def test_command_line_accepts_subset_arguments() -> None:
     settings = ["--data.train_size=200", "--data.label_noise=0.1", "--data.train_seed=4"]
     cli = main(["fit", "--config=digits.yaml", *QUIET, "--trainer.fast_dev_run=true", *settings])
     assert cli is not None
@@ -336,7 +338,7 @@ def print_labels() -> None:
     print("labels", *indices(data.train_data.images).tolist(), *data.train_data.targets.tolist())
 
 
-def test_every_rank_draws_the_same() -> None:
+def test_every_rank_draws_the_same_subset() -> None:
     done = run_on(2, partial(print_labels))
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("labels")]

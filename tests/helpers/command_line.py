@@ -1,4 +1,4 @@
-"""Arguments of short runs, and what the command line prints."""
+"""Arguments of short runs, and output of failing commands."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "-
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """What a failing command prints; it must fit a screen and hold no traceback."""
+    """Return the output of a failing command, which must be short and without a traceback."""
     with pytest.raises(SystemExit) as caught:
         main(list(args))
     assert caught.value.code not in (0, None)
@@ -32,7 +32,7 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 def small_data(config: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Writes a little of a config's data in its own format; the arguments that point to it."""
+    """Write small data for a config in their original format, and return the arguments that use them."""
     if config.startswith("mnist"):
         write_mnist(root)
     elif config == "fashion_mnist.yaml":

@@ -1,4 +1,4 @@
-"""Programs in processes of their own, by forks: importing torch and Lightning takes longer than most tests run."""
+"""Programs in forked processes, because importing torch and Lightning takes longer than most tests."""
 
 import multiprocessing.util
 import os
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 
 def torchrun(rank: int, count: int, port: int, nodes: int = 1) -> dict[str, object]:
-    """The environment that it makes."""
+    """Return the environment that torchrun sets."""
     node, local = divmod(rank, count // nodes)
     ranks = {"RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node}
     sizes = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count // nodes}
@@ -24,7 +24,7 @@ def torchrun(rank: int, count: int, port: int, nodes: int = 1) -> dict[str, obje
 
 
 def srun(rank: int, count: int, port: int, nodes: int = 1) -> dict[str, object]:
-    """The environment that it makes."""
+    """Return the environment that srun sets."""
     node, local = divmod(rank, count // nodes)
     ranks = {"SLURM_PROCID": rank, "SLURM_LOCALID": local, "SLURM_NODEID": node}
     sizes = {"SLURM_NTASKS": count, "SLURM_NTASKS_PER_NODE": count // nodes}
@@ -45,7 +45,7 @@ def run_on(
         count: Number of processes.
         task: Called in each of them.
         environment: Environment variables of a process as a function of its rank, the count and a port.
-        kill_others: Whether the failure of one process ends the others, which may wait for it.
+        kill_others: Whether to kill the other processes, which may wait, when one fails.
 
     Returns:
         The output of all of them, and the exit code of the first that failed, or 0.
@@ -64,12 +64,12 @@ def run_on(
             if failed and kill_others:
                 for other in ranks:
                     os.kill(other, signal.SIGKILL)
-    stdout, stderr = ("".join(pair[at].read_text() for pair in paths) for at in (0, 1))
+    stdout, stderr = ("".join(pair[stream].read_text() for pair in paths) for stream in (0, 1))
     return CompletedProcess([], failed, stdout, stderr)
 
 
 def launch(task: Callable[[], object], *args: str, program: ModuleType | None = None) -> CompletedProcess[str]:
-    """Run a task as the program that a user starts, from whose command line Lightning launches the other ranks.
+    """Run a task as the program of a user, with the command line from which Lightning launches other ranks.
 
     Args:
         task: The program.
@@ -86,7 +86,7 @@ def launch(task: Callable[[], object], *args: str, program: ModuleType | None = 
 
 
 def fork(environment: dict[str, object], task: Callable[[], object], stdout: Path, stderr: Path) -> int:
-    """Return the process id."""
+    """Run a task in a fork, and return its process ID."""
     pid = os.fork()
     if pid:
         return pid
@@ -95,8 +95,8 @@ def fork(environment: dict[str, object], task: Callable[[], object], stdout: Pat
         for number, path in ((1, stdout), (2, stderr)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-        # as in a process that begins
-        multiprocessing.util._run_after_forkers()  # or tensors of workers go to the parent
+        # reset state that a new process does not have
+        multiprocessing.util._run_after_forkers()  # otherwise tensors of workers go to the parent
         warnings.resetwarnings()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Runs of a comparison in forks of the test's process: importing torch and Lightning takes longer than a short run."""
+"""Runs of a comparison in forked processes, because importing torch and Lightning takes longer than a short run."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from .forked import fork
 
 
 class ForkedRun:
-    """Replaces the ``subprocess.Popen`` of a run by a fork with the same folder, environment, log and session."""
+    """Replacement for ``subprocess.Popen``: a fork with the same folder, environment, log and session."""
 
     def __init__(self, args: list[str], stdout: IO[bytes], env: dict[str, str], **kwargs: Any) -> None:
         assert args[:3] == [sys.executable, "-m", worker.__name__]
@@ -30,7 +30,7 @@ class ForkedRun:
                 os.dup2(stdout.fileno(), descriptor)
             os.environ.clear()
             os.environ.update(env)
-            sys.modules["__main__"], sys.argv = worker, args[2:]  # with which Lightning starts other ranks
+            sys.modules["__main__"], sys.argv = worker, args[2:]  # Lightning starts other ranks with these
             worker.main(args[3], int(args[4]))
 
         self.pid = fork({}, run, Path(os.devnull), Path(os.devnull))
@@ -58,5 +58,5 @@ class ForkedRun:
 def forked_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train the runs of comparisons in forks."""
     names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
-    forking = SimpleNamespace(Popen=ForkedRun, **names)  # libraries call the true module
+    forking = SimpleNamespace(Popen=ForkedRun, **names)  # libraries use the real module
     monkeypatch.setattr("lsoftmax_lightning.compare.training.subprocess", forking)

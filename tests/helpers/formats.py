@@ -1,4 +1,4 @@
-"""Small generated data in the true formats on disk."""
+"""Small generated data in their original formats."""
 
 import hashlib
 import pickle
@@ -27,7 +27,7 @@ def write_mnist(root: Path, train: int = 400, test: int = 100, folder: str = "MN
 
 
 def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, reader: Any = CIFAR10) -> None:
-    """Writes the pickles of CIFAR-10 or CIFAR-100, and has torchvision expect their checksums."""
+    """Write pickles of CIFAR-10 or CIFAR-100, and patch their checksums in torchvision."""
     folder = root / reader.base_folder
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -53,13 +53,13 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, reader: Any = CIFAR
 
 
 def write_image(path: Path, colour: tuple[int, ...] = (200, 100, 50), size: tuple[int, int] = (12, 10)) -> None:
-    """One image of one colour, width and height as given; of as many channels as the colour."""
+    """Write an image of one colour and (width, height); the colour defines the number of channels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new({1: "L", 3: "RGB", 4: "RGBA"}[len(colour)], size, colour if len(colour) > 1 else colour[0]).save(path)
 
 
 def write_folder(root: Path, parts: tuple[str, ...] = ("train", "test"), count: int = 10) -> None:
-    """Two classes, of red and of blue images."""
+    """Write two classes of red and blue images."""
     for part in parts:
         for name, colour in (("blue", (0, 0, 250)), ("red", (250, 0, 0))):
             for number in range(count):
@@ -67,7 +67,7 @@ def write_folder(root: Path, parts: tuple[str, ...] = ("train", "test"), count: 
 
 
 def pairs_text(folds: int = 3, count: int = 2) -> str:
-    """Each fold has its own people, of two images each."""
+    """Return a list of pairs in which each fold has its own people with two images each."""
     lines = [f"{folds}\t{count}"]
     for fold in range(folds):
         people = [f"Person_{fold}{letter}" for letter in string.ascii_uppercase[: 2 * count]]
@@ -77,7 +77,7 @@ def pairs_text(folds: int = 3, count: int = 2) -> str:
 
 
 def write_lfw(root: Path, folds: int = 3, count: int = 2) -> None:
-    """Two images of each person, of a colour that is theirs."""
+    """Write two images of each person, all in one colour, and the list of pairs."""
     text = pairs_text(folds, count)
     people = sorted({field for line in text.splitlines() for field in line.split("\t") if field.startswith("Person")})
     for number, person in enumerate(people):
@@ -88,7 +88,7 @@ def write_lfw(root: Path, folds: int = 3, count: int = 2) -> None:
 
 
 class Call:
-    """What a malicious file would have Python call when it is loaded."""
+    """Payload of a malicious pickle: creates a file when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("called"),)

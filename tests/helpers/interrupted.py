@@ -1,4 +1,4 @@
-"""Training with `fit` that stops itself at a random moment, by a backbone and data that draw from all generators."""
+"""Training with `fit` that stops itself at a random moment, with a backbone and data that draw from all generators."""
 
 import os
 import random
@@ -85,7 +85,7 @@ class TerminateAt(Callback):
 
 
 def kill_in_a_checkpoint(countdown: int) -> None:
-    """Kill the process when half of a file is written: the ``countdown``-th one that is synchronised."""
+    """Kill the process when half of a file is written, at the ``countdown``-th call of fsync."""
     fsync = os.fsync
 
     def half_written(descriptor: int) -> None:
@@ -100,12 +100,12 @@ def kill_in_a_checkpoint(countdown: int) -> None:
 
 
 def train(args: list[str], how: str, seed: int) -> None:
-    """Run the command line until it is stopped; in a process of its own.
+    """Run the command line until it is stopped; call it in a separate process.
 
     Args:
         args: Arguments of the command line.
-        how: As of :class:`Stop`, or ``checkpoint``.
-        seed: Seed of the moment.
+        how: See :class:`Stop`, or ``checkpoint``.
+        seed: Seed of the moment to stop.
     """
     draw = random.Random(seed)
     if how == "checkpoint":

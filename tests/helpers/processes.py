@@ -1,4 +1,4 @@
-"""What each of 1, 2 and 4 processes does: it trains networks for 50 steps, and tests one on sets of many sizes."""
+"""Task of each of 1, 2 and 4 processes: train networks for 50 steps, and test one on datasets of many sizes."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from lsoftmax_lightning.transforms import RandomCropFlip
 
 from .training import BlobsDataModule, make_model, make_trainer
 
-SIZES = (1, 2, 5, 8, 9, 12, 15, 16)  # batches of 8: a part of one, a whole one, and one with a part of the next
+SIZES = (1, 2, 5, 8, 9, 12, 15, 16)  # incomplete, one complete, and several batches of 8
 
 
 class Sum(torch.autograd.Function):
-    """Over all processes, of values and of gradients."""
+    """Sum of values and gradients over all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Sum(torch.autograd.Function):
 
 
 class SyncedNorm(nn.BatchNorm1d):
-    """What SyncBatchNorm does; torch has that on GPUs alone."""
+    """SyncBatchNorm on CPUs, where torch does not support it."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -57,7 +57,7 @@ class Net(nn.Sequential):
 
 
 class OfSize(BlobsDataModule):
-    """With as many images to test on as are asked for."""
+    """Blobs with a given number of test images."""
 
     def __init__(self, size: int) -> None:
         super().__init__(batch_size=8)
@@ -74,7 +74,7 @@ def trainer(**settings: Any) -> Trainer:
 
 
 def train(precision: Any, *norm: nn.Module) -> dict[str, Tensor]:
-    """The weights after 50 steps, and the losses of a validation of 37 images."""
+    """Return the weights after 50 steps, and the losses of a validation on 37 images."""
     seed_everything(0)
     data = BlobsDataModule(batch_size=16, val_size=37)
     data.augment = RandomCropFlip(padding=1, flip=True)
@@ -86,7 +86,7 @@ def train(precision: Any, *norm: nn.Module) -> dict[str, Tensor]:
 
 
 def test(size: int) -> dict[str, float] | str:
-    """The figures of a test set of that many images."""
+    """Return the metrics of a test on this number of images, or the error message."""
     try:
         tested = trainer()
         tested.test(make_model(), OfSize(size), verbose=False)
@@ -96,14 +96,14 @@ def test(size: int) -> dict[str, float] | str:
 
 
 def work(folder: Path) -> None:
-    """Leaves weights and figures in the folder."""
+    """Save weights and metrics in the folder."""
     weights = {
         f"{name}{precision}": train(precision, *norms)
         for precision in ("32-true", "64-true")
         for name, norms in (("", []), ("synced-norm-", [SyncedNorm(32)]))
     }
-    figures = {size: test(size) for size in SIZES}
+    metrics = {size: test(size) for size in SIZES}
     if os.environ["RANK"] == "0":
         count = os.environ["WORLD_SIZE"]
         torch.save(weights, folder / f"weights_{count}.pt")
-        (folder / f"figures_{count}.json").write_text(json.dumps(figures))
+        (folder / f"metrics_{count}.json").write_text(json.dumps(metrics))

@@ -1,4 +1,4 @@
-"""What each of 1, 2 and 4 processes does with a head that is divided by class; on 1 it is in one piece."""
+"""Task of each of 1, 2 and 4 processes with a head that is sharded by class; on 1 it is not sharded."""
 
 import os
 from functools import partial
@@ -28,7 +28,7 @@ from .processes import Net, OfSize
 from .training import BlobsDataModule, make_model, make_trainer
 
 COUNTS = (1, 2, 4)
-CLASSES = (2, 3, 5, 8, 37)  # on four processes some have none, or fewer than others
+CLASSES = (2, 3, 5, 8, 37)  # on four processes, some have no class or fewer than others
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped and accumulated": {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2},
@@ -37,7 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def compare_losses() -> float:
-    """The largest difference of loss, gradients and predictions to a head in one piece, in float64."""
+    """Return the largest difference of loss and gradients to an unsharded head, in float64; check predictions."""
     if not dist.is_initialized():  # on one process
         dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
@@ -57,26 +57,31 @@ def compare_losses() -> float:
                 assert weight.grad is not None
 
                 each = -(-classes // count)
-                share, own = slice(80 * rank, 80 * (rank + 1)), slice(each * rank, each * (rank + 1))
-                part, rows = (of.detach()[at].requires_grad_() for of, at in ((x, share), (weight, own)))
+                rows, classes_of_rank = slice(80 * rank, 80 * (rank + 1)), slice(each * rank, each * (rank + 1))
+                local_x = x.detach()[rows].requires_grad_()
+                local_weight = weight.detach()[classes_of_rank].requires_grad_()
                 shard = ClassShard(dist.group.WORLD, each * rank, classes)
-                divided = chunked_cross_entropy(part, rows, target[share], margin, 0.3, smoothing, shard)
-                divided.loss.backward()
-                assert part.grad is not None
-                assert rows.grad is not None
-                assert torch.equal(divided.prediction, F.linear(x, weight)[share].argmax(1))
-                assert torch.equal(divided.correct, (logits.argmax(1) == target)[share])
-                pairs = [(divided.loss, loss), (part.grad / count, x.grad[share]), (rows.grad, weight.grad[own])]
+                sharded = chunked_cross_entropy(local_x, local_weight, target[rows], margin, 0.3, smoothing, shard)
+                sharded.loss.backward()
+                assert local_x.grad is not None
+                assert local_weight.grad is not None
+                assert torch.equal(sharded.prediction, F.linear(x, weight)[rows].argmax(1))
+                assert torch.equal(sharded.correct, (logits.argmax(1) == target)[rows])
+                pairs = [
+                    (sharded.loss, loss),
+                    (local_x.grad / count, x.grad[rows]),
+                    (local_weight.grad, weight.grad[classes_of_rank]),
+                ]
                 differences += [(a - b).abs().max() for a, b in pairs if b.numel()]
     return float(torch.stack(differences).max().detach())
 
 
 def train(folder: Path, checkpoint: str | None = None, **settings: Any) -> tuple[Any, ClassificationModule]:
-    """For 30 steps, on as many processes as there are, divided if they are several."""
+    """Train for 30 steps on all processes, with a sharded head if there are several."""
     seed_everything(0)
-    data = BlobsDataModule(batch_size=16, val_size=37)  # of whose last batch some processes get nothing
+    data = BlobsDataModule(batch_size=16, val_size=37)  # in the last batch, some processes have no sample
     data.augment = RandomCropFlip(padding=1, flip=True)
-    schedule = PowerLaw(base=100, gamma=0.05, power=2)  # of the step alone
+    schedule = PowerLaw(base=100, gamma=0.05, power=2)  # depends only on the step
     model = make_model(
         backbone=Net(),
         margin=4,
@@ -112,13 +117,13 @@ def work(folder: Path, names: list[str]) -> None:
     count = os.environ["WORLD_SIZE"]
     for name in names:
         trainer, model = train(folder / name, **RUNS[name])
-        figures = dict(trainer.callback_metrics)
+        metrics = dict(trainer.callback_metrics)
         if name == "plain":
-            figures |= trainer.test(model, BlobsDataModule(), verbose=False)[0]
+            metrics |= trainer.test(model, BlobsDataModule(), verbose=False)[0]
         with torch.inference_mode():  # as Lightning evaluates, but over gloo
             wanted = torch.tensor([4, 0])
             assert torch.equal(model.head.class_weights(wanted), model.head.full_weight[wanted])
-        content = {"weights": whole(model), "figures": {key: float(value) for key, value in figures.items()}}
+        content = {"weights": whole(model), "metrics": {key: float(value) for key, value in metrics.items()}}
         if os.environ["RANK"] == "0":
             torch.save(content, folder / f"{name} {count}.pt")
     difference = compare_losses()
@@ -127,7 +132,7 @@ def work(folder: Path, names: list[str]) -> None:
 
 
 class Normed(ClassificationModule):
-    """With a child that has buffers, and no parameters."""
+    """Module with a child that has buffers but no parameters."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(5, Net(), image_shape=(1, 8, 8), **settings)
@@ -138,7 +143,7 @@ class Normed(ClassificationModule):
 
 
 class Blocks(Normed):
-    """Shards itself, each layer on its own."""
+    """Module that shards each layer separately."""
 
     def configure_model(self) -> None:
         assert self.device_mesh is not None
@@ -150,7 +155,7 @@ class Blocks(Normed):
 
 
 def evaluate(folder: Path) -> None:
-    """Evaluates the network of the first process on all, of which some have fewer batches."""
+    """Test the network of the first process on all; some processes have fewer batches."""
     for kind in (Normed, Blocks):
         torch.manual_seed(0)
         model, data = kind(), OfSize(9)
@@ -160,8 +165,8 @@ def evaluate(folder: Path) -> None:
         assert model.norm.running_mean == 0
 
 
-def refusals(folder: Path) -> None:
-    """What is refused before any work, and how."""
+def rejections(folder: Path) -> None:
+    """Save the error messages of unsupported settings."""
     messages, version = {}, torch.__version__
     for name in ("criterion", "parameter", "torch", "logits"):
         model = make_model(backbone=Net())
@@ -179,11 +184,11 @@ def refusals(folder: Path) -> None:
         except InputError as error:
             messages[name] = str(error)
     if os.environ["RANK"] == "0":
-        torch.save(messages, folder / "refusals.pt")
+        torch.save(messages, folder / "rejections.pt")
 
 
-def go_on(folder: Path, counts: list[int]) -> None:
-    """Resume from the checkpoints of these numbers of processes."""
+def resume(folder: Path, counts: list[int]) -> None:
+    """Resume from the checkpoints of runs on other numbers of processes."""
     for before in counts:
         _, model = train(folder / "again", str(folder / f"plain/{before} after step=12.ckpt"))
         weights = whole(model)

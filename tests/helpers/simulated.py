@@ -1,6 +1,6 @@
-"""A simulated accelerator: numbers computed on the CPU, devices checked as on a GPU, waits recorded with their lines.
+"""Simulated accelerator: computes on the CPU, checks devices as a GPU does, and records waits with their lines.
 
-Importing it registers a device type ``sim`` with torch, for good: import it in a process of its own.
+Importing it registers a device type ``sim`` with torch permanently, so import it only in a separate process.
 """
 
 import traceback
@@ -15,14 +15,36 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map
 
 WAITS: Counter[str] = Counter()
-"""What made the host wait, and where."""
+"""Operations that make the host wait, with their lines."""
 KERNELS: Counter[str] = Counter()
-"""Operations that would start a kernel."""
+"""Operations that start a kernel."""
 
 _NO_KERNEL = (
-    *("view", "t", "detach", "unsqueeze", "squeeze", "expand", "slice", "select", "transpose", "alias", "split"),
-    *("as_strided", "permute", "_unsafe_view", "diagonal", "unbind", "empty", "empty_like", "new_empty", "lift_fresh"),
-    *("_reshape_alias", "empty_strided", "split_with_sizes", "record_stream", "set_"),
+    "view",
+    "t",
+    "detach",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "slice",
+    "select",
+    "transpose",
+    "alias",
+    "split",
+    "as_strided",
+    "permute",
+    "_unsafe_view",
+    "diagonal",
+    "unbind",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "lift_fresh",
+    "_reshape_alias",
+    "empty_strided",
+    "split_with_sizes",
+    "record_stream",
+    "set_",
 )
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "bincount")
 
@@ -53,7 +75,7 @@ SIM = torch.device("sim", 0)
 
 
 def _autocast_as_cuda() -> list[torch.library.Library]:
-    """Cast the inputs of matrix products and convolutions as autocast does on CUDA; leave the rest as it is."""
+    """Cast the inputs of matrix products and convolutions as autocast does on CUDA; change nothing else."""
     fallthrough = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
     fallthrough.fallback(torch.library.fallthrough_kernel)
     casts = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
@@ -77,11 +99,11 @@ def _autocast_as_cuda() -> list[torch.library.Library]:
     return [fallthrough, casts]
 
 
-_LIBRARIES = _autocast_as_cuda()  # which end with what they registered
+_LIBRARIES = _autocast_as_cuda()  # kept alive, because they unregister when they are deleted
 
 
 class Event:
-    """Replaces ``torch.Event``: the device has always finished."""
+    """Replacement for ``torch.Event``: the device has always finished."""
 
     def __init__(self, *args: Any) -> None: ...
 
@@ -92,7 +114,7 @@ torch.Event = Event  # type: ignore[misc,assignment]
 
 
 class Simulated(torch.Tensor):
-    """A tensor that says it is on the device; its numbers are in ``raw``, on the CPU."""
+    """Tensor on the simulated device; its values are in ``raw``, on the CPU."""
 
     raw: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -123,7 +145,7 @@ class Simulated(torch.Tensor):
 
 
 class Mode(TorchDispatchMode):
-    """Lets tensors be made on the device."""
+    """Mode in which tensors can be created on the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         flat, _ = tree_flatten((args, kwargs or {}))
@@ -136,7 +158,7 @@ def _is_sim(value: Any) -> bool:
 
 
 def _where() -> str:
-    """Return the innermost line of the product, or else of a library, that is at work."""
+    """Return the innermost line of this package, or else of a library, on the stack."""
     frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
     for package in ("lsoftmax_lightning/", "torchmetrics/", "lightning/"):
         for frame in reversed(frames):
@@ -181,7 +203,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
         kwargs.pop("pin_memory", None)
     raw_args, raw_kwargs = tree_map(unwrapped, (args, kwargs))
-    if moves:  # never into the same memory
+    if moves:  # never shares memory
         raw_kwargs.pop("device", None)
         found = func(*raw_args, **raw_kwargs).clone()
     else:
@@ -193,7 +215,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class SimulatedAccelerator(Accelerator):
-    """The device for a Trainer."""
+    """Accelerator of the simulated device for a Trainer."""
 
     def setup_device(self, device: torch.device) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Trains on a simulated accelerator; prints what waits for it in steps that are not logged, as JSON."""
+"""Train on a simulated accelerator, and print the waits in steps that are not logged, as JSON."""
 
 import json
 import tempfile
@@ -26,21 +26,21 @@ EVERY = 4
 
 
 class Wait(Callback):
-    """Waits for the device in each step, as a progress bar does."""
+    """Wait for the device in each step, as a progress bar does."""
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
         loss.item()
 
 
 class Watch(Callback):
-    """Waits of the steps that are not logged, of all but the first of an epoch."""
+    """Record the waits of steps that are neither logged nor the first of an epoch."""
 
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
         self.steps = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # the end of a step, which Lightning's own logging follows, belongs to the next one
+        # the end of a step, after which Lightning logs, belongs to the next step
         if batch_idx > 1 and trainer.global_step % EVERY not in (0, 1):
             self.waits += WAITS
             self.steps += 1
@@ -48,7 +48,7 @@ class Watch(Callback):
 
 
 def fit(kind: str, precision: Any, *callbacks: Callback) -> dict[str, Any]:
-    """Return the steps that were watched, and what waited in them."""
+    """Return the number of watched steps, and the waits in them."""
     heads.CHUNKED_FROM = 2 if kind == "chunked" else 4000
     data, watch = BlobsDataModule(batch_size=8), Watch()
     data.augment = RandomCropFlip(2, flip=True)
@@ -80,7 +80,7 @@ def fit(kind: str, precision: Any, *callbacks: Callback) -> dict[str, Any]:
 
 
 def kernels(samples: int, length: int) -> int:
-    """Return how many kernels the chunked loss starts, forward and backward, with chunks of that length."""
+    """Return the number of kernels of the chunked loss, forward and backward, with chunks of a given length."""
     chunked_loss.CHUNK_LOGITS_ACCELERATOR = 0
     width = 2 * length
     x = torch.randn(samples, width).to(SIM).requires_grad_()

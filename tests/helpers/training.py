@@ -1,4 +1,4 @@
-"""Small data, models and Trainers that the tests share."""
+"""Small data, models and Trainers for tests."""
 
 import resource
 import signal
@@ -13,14 +13,14 @@ from lsoftmax_lightning import ClassificationModule, LSoftmaxModule
 from lsoftmax_lightning.datamodules import ImageDataModule
 from lsoftmax_lightning.datamodules.base import Images
 
-# with torch 2.6 no release of onnxscript writes batch normalisation and pooling
+# with torch 2.6, no release of onnxscript exports batch normalisation and pooling
 WRITES_ONNX = torch.__version__ >= "2.7"
 # earlier releases sum gradients over gloo, which ClassShardedStrategy refuses
 SHARDS_ON_CPUS = torch.__version__ >= "2.9"
 
 
 class BlobsDataModule(ImageDataModule):
-    """Four classes of 8x8 images, each a bright quarter under noise; 200 to train on, 50 to test on."""
+    """Four classes of noisy 8x8 images with a bright quarter; 200 to train and 50 to test."""
 
     class_names = ("nw", "ne", "sw", "se")
     image_shape = (1, 8, 8)

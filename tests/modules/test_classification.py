@@ -1,4 +1,4 @@
-"""The classification module: what it logs, what it optimises, what a subclass may change."""
+"""Classification module: logging, optimisation and subclassing."""
 
 import copy
 import pickle
@@ -36,7 +36,7 @@ class Flat(nn.Module):
 
 
 class LazyModule(ClassificationModule):
-    """A network whose layers find out their input shapes."""
+    """Module whose layers infer their input shapes."""
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         layers = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(16))
@@ -85,7 +85,7 @@ def test_metrics_use_plain_logits_and_are_exact_for_a_smaller_last_batch() -> No
 
 
 @pytest.mark.parametrize("margin", [1, 4])
-def test_the_margin_acts_in_training(margin: int) -> None:
+def test_margin_increases_the_training_loss(margin: int) -> None:
     model = make_model(margin=margin, backbone=Flat(), lambda_schedule=Constant(0.0))
     trainer = make_trainer(limit_train_batches=1, log_every_n_steps=1)
     data = BlobsDataModule()
@@ -98,7 +98,7 @@ def test_the_margin_acts_in_training(margin: int) -> None:
 
 
 class Losses(Callback):
-    """Records the loss of each step, and what is logged of it; may stop the run or monitor the loss."""
+    """Record the computed and the logged loss of each step; can stop the run or monitor the loss."""
 
     def __init__(self, stop_at: int = -1, monitor: str | None = None) -> None:
         self.stop_at, self.monitor = stop_at, monitor
@@ -132,7 +132,7 @@ def test_a_monitored_loss_is_logged_at_each_step() -> None:
     assert losses.seen == losses.computed
 
 
-def test_weight_decay_is_kept_off_biases_and_normalisation() -> None:
+def test_weight_decay_excludes_biases_and_normalisation() -> None:
     model = make_model()
     optimizer = model.configure_optimizers()
     assert isinstance(optimizer, SGD)
@@ -146,7 +146,7 @@ def test_weight_decay_is_kept_off_biases_and_normalisation() -> None:
 
 
 @pytest.mark.parametrize(("interval", "steps"), [("step", 8), ("epoch", 1)])
-def test_the_scheduler_moves_by_step_or_by_epoch(interval: Any, steps: int) -> None:
+def test_scheduler_steps_by_step_or_epoch(interval: Any, steps: int) -> None:
     model = make_model(lr_scheduler=lambda o: StepLR(o, 1, gamma=0.5), lr_scheduler_interval=interval)
     trainer = make_trainer()
     trainer.fit(model, BlobsDataModule())
@@ -154,7 +154,7 @@ def test_the_scheduler_moves_by_step_or_by_epoch(interval: Any, steps: int) -> N
 
 
 @pytest.mark.parametrize(("interval", "every"), [("epoch", 1), ("step", 1), ("step", 2)])
-def test_a_plateau_scheduler_watches_the_validation_loss(interval: Any, every: int) -> None:
+def test_plateau_scheduler_monitors_the_validation_loss(interval: Any, every: int) -> None:
     model = make_model(
         lr_scheduler=lambda o: ReduceLROnPlateau(o, "val/loss", patience=0, threshold=1e9),
         lr_scheduler_interval=interval,
@@ -164,7 +164,7 @@ def test_a_plateau_scheduler_watches_the_validation_loss(interval: Any, every: i
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)  # no epoch was good enough
 
 
-def test_a_plateau_scheduler_of_the_training_loss_moves_by_step() -> None:
+def test_plateau_scheduler_of_the_training_loss_steps_with_the_optimiser() -> None:
     model = make_model(lr_scheduler=lambda o: ReduceLROnPlateau(o, "train/loss", patience=0, threshold=1e9))
     trainer = make_trainer(limit_train_batches=3)
     trainer.fit(model, BlobsDataModule())
@@ -180,7 +180,7 @@ ONE_CYCLES: dict[str, Callable[[SGD, int], Any]] = {
 @pytest.mark.parametrize("kind", ONE_CYCLES)
 @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'")
 @pytest.mark.parametrize(("interval", "steps"), [("step", 16), ("epoch", 2)])
-def test_a_cycle_shorter_than_the_run_is_refused_before_it(interval: Any, steps: int, kind: str) -> None:
+def test_one_cycle_shorter_than_the_run_is_rejected(interval: Any, steps: int, kind: str) -> None:
     def fit(total_steps: int) -> Trainer:
         make = ONE_CYCLES[kind]
         model = make_model(lr_scheduler=lambda o: make(o, total_steps), lr_scheduler_interval=interval)
@@ -195,7 +195,7 @@ def test_a_cycle_shorter_than_the_run_is_refused_before_it(interval: Any, steps:
     assert fit(steps).global_step == 16
 
 
-def test_a_cycle_of_a_checkpoint_that_is_too_short_is_refused(tmp_path: Path) -> None:
+def test_too_short_one_cycle_of_a_checkpoint_is_rejected(tmp_path: Path) -> None:
     def fit(total_steps: int, ckpt_path: Path | None = None) -> Trainer:
         trainer = make_trainer(max_epochs=-1, max_steps=total_steps)
         model = make_model(lr_scheduler=lambda o: OneCycleLR(o, 0.1, total_steps))
@@ -219,7 +219,7 @@ def test_a_checkpoint_is_plain_and_rebuilds_the_module(tmp_path: Path) -> None:
     assert loaded.head.margin == 3
 
 
-def test_a_backbone_handed_over_must_be_handed_over_again(tmp_path: Path) -> None:
+def test_loading_a_checkpoint_requires_the_backbone_module(tmp_path: Path) -> None:
     model = make_model(backbone=Flat(), image_shape=None)
     trainer = make_trainer()
     trainer.fit(model, BlobsDataModule())
@@ -239,7 +239,7 @@ def test_a_deep_copy_is_independent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"margin": 0}, "margin"),
         ({"num_classes": 1}, "num_classes"),
@@ -251,12 +251,12 @@ def test_a_deep_copy_is_independent() -> None:
         ({"backbone_args": {"width": 3}}, "cannot be made with"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         make_model(**settings)
 
 
-def test_labels_beyond_the_head_are_refused() -> None:
+def test_labels_out_of_range_are_rejected() -> None:
     model, data = make_model(num_classes=3), BlobsDataModule()
     with pytest.raises(InputError, match="classes 0 to 2, got 0 to 3"):
         make_trainer(num_sanity_val_steps=0).fit(model, data)
@@ -274,7 +274,7 @@ def test_plain_dataloaders_are_accepted() -> None:
     assert trainer.callback_metrics["val/acc"] > 0.5
 
 
-def test_labels_of_any_integer_type_are_taken() -> None:
+def test_labels_of_any_integer_type_are_accepted() -> None:
     class Short(BlobsDataModule):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             images, targets = super().on_after_batch_transfer(batch, dataloader_idx)
@@ -283,7 +283,7 @@ def test_labels_of_any_integer_type_are_taken() -> None:
     make_trainer(fast_dev_run=True).fit(make_model(), Short())
 
 
-def test_a_subclass_overrides_a_part_never_a_step() -> None:
+def test_subclass_can_override_parts_without_overriding_steps() -> None:
     class Other(ClassificationModule):
         def configure_model_parts(self, backbone: str | nn.Module) -> None:
             self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
@@ -307,11 +307,11 @@ def test_predict_gives_classes_and_probabilities_in_order() -> None:
     batches = make_trainer().predict(model, data)
     assert batches is not None
     predicted = torch.cat([batch["prediction"] for batch in batches])
-    shares = torch.cat([batch["probability"] for batch in batches])
+    probabilities = torch.cat([batch["probability"] for batch in batches])
     with torch.inference_mode():
         expected = model(data.normalize(data.test_data.images)).softmax(1).max(1)
     assert torch.equal(predicted, expected.indices)
-    torch.testing.assert_close(shares, expected.values)
+    torch.testing.assert_close(probabilities, expected.values)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
@@ -335,7 +335,7 @@ def test_a_checkpoint_classifies_raw_images_as_the_test_does(precision: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda images: images.float(), r"images: must be uint8 \(N, 1, 8, 8\).* got float32 \(50, 1, 8, 8\)"),
         (lambda images: images[0], r"got uint8 \(1, 8, 8\)"),
@@ -343,21 +343,21 @@ def test_a_checkpoint_classifies_raw_images_as_the_test_does(precision: Any) -> 
         (lambda images: images.repeat(1, 3, 1, 1), r"got uint8 \(50, 3, 8, 8\)"),
     ],
 )
-def test_only_raw_images_are_classified(change: Any, said: str) -> None:
+def test_only_raw_images_are_classified(change: Any, message: str) -> None:
     model, data = make_model(), BlobsDataModule()
     images = data.load(train=False).images
     with pytest.raises(InputError, match="data_spec: must have class_names, image_shape, mean, std"):
         model.classify(images)
     model.data_spec = DataSpec.from_datamodule(data)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         model.classify(change(images))
 
 
-def test_lazy_layers_have_their_shapes_before_training() -> None:
+def test_lazy_layers_are_initialised_before_training() -> None:
     model, data = LazyModule(4, image_shape=(1, 8, 8)), BlobsDataModule()
     assert all(part.training for part in model.modules())
     shapes = {tuple(weight.shape) for weight in model.configure_optimizers().param_groups[0]["params"]}  # type: ignore[union-attr]
-    assert shapes == {(4, 1, 3, 3), (16, 144), (4, 16)}  # those with weight decay
+    assert shapes == {(4, 1, 3, 3), (16, 144), (4, 16)}  # the parameters with weight decay
     trainer = make_trainer()
     trainer.fit(model, data)
     (results,) = trainer.test(model, data, verbose=False)
@@ -366,7 +366,7 @@ def test_lazy_layers_have_their_shapes_before_training() -> None:
     assert make_trainer().test(loaded, data, verbose=False)[0] == pytest.approx(results)
 
 
-def test_lazy_layers_without_an_image_shape_are_refused_before_training() -> None:
+def test_lazy_layers_without_image_shape_are_rejected_before_training() -> None:
     with pytest.raises(InputError, match="image_shape: is needed by the lazy layers of Sequential, got None; pass"):
         make_trainer().fit(LazyModule(4), BlobsDataModule())
     with pytest.raises(InputError, match=r"the backbone Sequential does not take images of \(1, 2, 2\): Calculated"):
@@ -378,7 +378,7 @@ def test_lazy_layers_without_an_image_shape_are_refused_before_training() -> Non
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_a_network_with_lazy_layers_takes_part_in_every_command() -> None:
+def test_network_with_lazy_layers_works_in_every_command() -> None:
     lazy = ["--config=digits.yaml", "--model=tests.modules.test_classification.LazyModule", "--model.margin=2"]
     main(["fit", *lazy, *SHORT])
     last = "--ckpt_path=runs/digits/m2-s0/checkpoints/last.ckpt"
@@ -395,7 +395,7 @@ def test_bf16_training_learns() -> None:
     assert model.head.weight.dtype == torch.float32
 
 
-def test_weight_averaging_leaves_lambda_alone() -> None:
+def test_weight_averaging_keeps_lambda() -> None:
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
     model = make_model(lambda_schedule=Constant(5.0))
@@ -403,14 +403,14 @@ def test_weight_averaging_leaves_lambda_alone() -> None:
     assert model.head.lambda_ == 5.0
 
 
-def test_channels_last_changes_the_layout_and_nothing_else() -> None:
+def test_channels_last_changes_only_the_layout() -> None:
     plain, last = make_model(), make_model(channels_last=True)
     x = torch.rand(4, 1, 8, 8)
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in last.backbone.parameters() if w.ndim == 4)
     torch.testing.assert_close(last.eval()(x), plain.eval()(x))
 
 
-def test_a_compiled_backbone_is_compiled_once_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backbone_is_compiled_once_without_changing_the_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     modes, graphs = [], []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -420,7 +420,7 @@ def test_a_compiled_backbone_is_compiled_once_and_leaves_no_trace(monkeypatch: p
     compile = torch.compile
     monkeypatch.setattr("torch.compile", lambda call, mode: modes.append(mode) or compile(call, backend=backend))
     model = make_model(compile="reduce-overhead")
-    data = BlobsDataModule(batch_size=20, val_size=30)  # the last batch of the validation is smaller
+    data = BlobsDataModule(batch_size=20, val_size=30)  # the last validation batch is smaller
     trainer = make_trainer(max_epochs=2)
     trainer.fit(model, data)
     trainer.test(model, data)

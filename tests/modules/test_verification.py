@@ -1,4 +1,4 @@
-"""The verification module: each image embedded once, metrics of pairs of people never seen."""
+"""Verification module: each image is embedded once, and metrics are those of pairs of unseen people."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from lsoftmax_lightning.metrics import PairVerification
 from ..helpers.formats import write_lfw
 from ..helpers.training import BlobsDataModule, make_model, make_trainer
 
-FIGURES = {"acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3"}
+METRICS = {"acc", "acc_stderr", "auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3"}
 
 
 @pytest.fixture
@@ -32,20 +32,20 @@ def make(data: LFWFoldDataModule, **settings: Any) -> VerificationModule:
     return VerificationModule(data.num_classes, image_shape=data.image_shape, **defaults | settings)
 
 
-def test_it_trains_and_logs_metrics_of_pairs(data: LFWFoldDataModule) -> None:
+def test_training_logs_metrics_of_pairs(data: LFWFoldDataModule) -> None:
     trainer, model = make_trainer(max_epochs=2), make(data)
     trainer.fit(model, data)
     logged = set(trainer.callback_metrics)
-    assert {"train/loss", "train/acc", "lambda"} | {f"val/{name}" for name in FIGURES} <= logged
+    assert {"train/loss", "train/acc", "lambda"} | {f"val/{name}" for name in METRICS} <= logged
     (results,) = trainer.test(model, data, verbose=False)
-    assert set(results) == {f"test/{name}" for name in FIGURES}
-    assert results["test/acc"] > 0.7  # two images of a person are the same, but for JPEG
+    assert set(results) == {f"test/{name}" for name in METRICS}
+    assert results["test/acc"] > 0.7  # both images of a person are equal except for JPEG
     (validated,) = trainer.validate(model, data, verbose=False)
-    assert set(validated) == {f"val/{name}" for name in FIGURES}
+    assert set(validated) == {f"val/{name}" for name in METRICS}
 
 
 @pytest.mark.parametrize("settings", [{}, {"pca_components": 5, "mirror": True}])
-def test_the_metrics_are_those_of_the_embeddings(settings: dict[str, Any], data: LFWFoldDataModule) -> None:
+def test_logged_metrics_equal_those_of_the_embeddings(settings: dict[str, Any], data: LFWFoldDataModule) -> None:
     model, trainer = make(data, **settings).eval(), make_trainer()
     (results,) = trainer.test(model, data, verbose=False)
     metric = PairVerification(data.test_pairs, settings.get("pca_components"))
@@ -87,14 +87,14 @@ def test_data_without_pairs_is_an_error() -> None:
         make_trainer().test(model, BlobsDataModule())
 
 
-def test_pairs_of_an_earlier_run_are_not_taken(data: LFWFoldDataModule) -> None:
+def test_pairs_of_an_earlier_run_are_not_used(data: LFWFoldDataModule) -> None:
     trainer, model = make_trainer(), make(data)
     trainer.test(model, data, verbose=False)
     with pytest.raises(InputError, match="has test_pairs, as LFWDataModule does; got NoneType"):
         trainer.test(model, DataLoader(TensorDataset(torch.ones(4, *data.image_shape), torch.arange(4))))
 
 
-def test_a_classifier_does_not_take_pairs_for_classes(data: LFWFoldDataModule) -> None:
+def test_classification_module_rejects_pairs(data: LFWFoldDataModule) -> None:
     model = make_model(num_classes=data.num_classes, image_shape=data.image_shape)
     with pytest.raises(InputError, match="train a VerificationModule"):
         make_trainer().fit(model, data)

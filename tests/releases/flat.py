@@ -1,4 +1,4 @@
-"""What the checkpoints beside this are of. For a new FORMAT, add the last.ckpt that this leaves, run in this folder:
+"""Module of the checkpoints in this folder. For a new FORMAT, add the last.ckpt of this command, run in this folder:
 
 python -m lsoftmax_lightning fit --config digits.yaml --model flat.Module --model.margin 3 --trainer.max_epochs 2
 """
