@@ -93,7 +93,7 @@ def test_a_run_stopped_at_random_moments_resumes_exactly(epochs: int, stops: lis
 
     # a run that is stopped before its first checkpoint starts again, in a new folder
     folders = [
-        Path("runs/whole/m2-s0"),
+        Path("runs/whole/m4-s0"),
         max(Path("runs/stopped").iterdir(), key=lambda path: (path / "config.yaml").stat().st_mtime_ns),
     ]
     one, other = map(last, folders)
@@ -120,9 +120,9 @@ def test_metrics_before_a_stop_are_logged(at: int, lines: dict[str, list[int]], 
     with pytest.raises(SystemExit) as caught:
         LSoftmaxCLI(["fit", "--config=digits.yaml", *QUIET], callbacks=[Signal()])
     assert caught.value.code == 143
-    events = EventAccumulator("runs/digits/m2-s0").Reload()
+    events = EventAccumulator("runs/digits/m4-s0").Reload()
     assert {name: [event.step for event in events.Scalars(name)] for name in lines} == lines
-    assert last("runs/digits/m2-s0")["global_step"] == end
+    assert last("runs/digits/m4-s0")["global_step"] == end
 
 
 class Send(Callback):
@@ -209,7 +209,7 @@ def test_workers_survive_a_signal_to_the_process_group() -> None:
     main([*args, "--ckpt_path=last"])
     one = last(path.parents[1])
     main([*args, "--trainer.logger.name=whole"])
-    assert_same(one["state_dict"], last("runs/whole/m2-s0")["state_dict"])
+    assert_same(one["state_dict"], last("runs/whole/m4-s0")["state_dict"])
 
 
 @pytest.mark.parametrize("content", ["", "seed_everything: 0\nmodel:\n  class", "model: [", "\udcff"])
