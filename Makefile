@@ -1,5 +1,5 @@
 # What a maintainer does; in an environment of `make install`.
-.PHONY: install check test test-slow test-oldest test-3.12 test-3.13 docs package
+.PHONY: install check test test-slow test-oldest test-3.12 test-3.13 docs linkcheck package
 
 install: ## the package, editable, with all that the rest takes
 	pip install -e '.[dev]'
@@ -26,6 +26,10 @@ test-3.12 test-3.13: test-%: ## on this Python, with the newest releases
 docs: ## into docs/_build; a warning is an error, and the examples in docstrings are run
 	sphinx-build -qW --keep-going docs docs/_build/html
 	sphinx-build -qW -b doctest docs docs/_build/doctest
+
+linkcheck: docs ## links within the site and to other sites; needs a network
+	pytest -n 0 -m slow tests/test_site.py
+	sphinx-build -q -b linkcheck docs docs/_build/linkcheck
 
 package: ## wheel and sdist into dist
 	rm -rf dist

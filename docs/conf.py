@@ -1,5 +1,6 @@
 """Sphinx: `make docs`."""
 
+import re
 import sys
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -33,6 +34,8 @@ html_title = "lsoftmax_lightning"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_math_renderer = "mathml"
+html_copy_source = False
+html_show_sourcelink = False
 html_show_search_summary = False  # it would fetch the pages, which a browser refuses for files
 
 myst_enable_extensions = ["dollarmath"]
@@ -67,15 +70,31 @@ def keep_colon(app: Sphinx, kind: str, name: str, member: Any, options: Any, lin
 
 def use_types_of_init(app: Sphinx, kind: str, name: str, member: Any, *rest: Any) -> None:
     """Use the type of an argument, where autodoc would use that of the attribute of the same name."""
-    if kind == "class" and name in app.env.current_document.autodoc_annotations:
-        attributes = {key for base in member.__mro__ for key in vars(base).get("__annotations__", {})}
-        types = {key: kind for key, kind in get_type_hints(member.__init__).items() if key in attributes}
-        texts = {key: stringify_annotation(kind, "smart") for key, kind in types.items()}
-        app.env.current_document.autodoc_annotations[name].update(texts)
+    if kind != "class" or not member.__module__.startswith(project):
+        return
+    recorded = app.env.temp_data.get("annotations", {}).get(name, {})
+    attributes = {key for base in member.__mro__ for key in vars(base).get("__annotations__", {})}
+    for key, kind in get_type_hints(member.__init__).items():
+        if key in recorded and key in attributes:
+            recorded[key] = stringify_annotation(kind, "smart")
+
+
+def mend_back_links(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """Correct the links from source code to the reference: viewcode assumes one module name for all of a file."""
+
+    def anchor(match: re.Match[str]) -> str:
+        names, parts = app.env.domains["py"].objects, match[1].split(".")
+        suffixes = ["." + ".".join(parts[start:]) for start in range(1, len(parts))]
+        found = (name for suffix in suffixes for name in names if name.endswith(suffix) and not names[name].aliased)
+        return f"#{match[1] if match[1] in names else next(found, match[1])}"
+
+    if page.startswith("_modules/"):
+        context["body"] = re.sub(r"#(lsoftmax_lightning[\w.]+)", anchor, context["body"])
 
 
 def setup(app: Sphinx) -> None:
-    """Register the handlers of autodoc."""
+    """Register the handlers."""
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-docstring", keep_colon, priority=400)  # napoleon has 500
+    app.connect("html-page-context", mend_back_links)
     app.connect("autodoc-process-signature", use_types_of_init, priority=600)
