@@ -26,7 +26,10 @@ _BEFORE = (  # what latex2mathml does not read
     (r"\\arg\b", r"\\operatorname{arg}"),
 )
 _OPENING = r'(<mo stretchy="false">[(\[]</mo>|<mo>[=,]</mo>)'
-_FUNCTION = r"(?<!<msub>)(?<!<msup>)(?<!<munder>)(?<!<msubsup>)(?<!<munderover>)<mi>(?:arccos|arg|cos|exp|log|max|min|sin|tan)</mi>"
+_FUNCTION = (
+    r"(?<!<msub>)(?<!<msup>)(?<!<munder>)(?<!<msubsup>)(?<!<munderover>)"
+    r"<mi>(?:arccos|arg|cos|exp|log|max|min|sin|tan)</mi>"
+)
 _AFTER = (  # spaces and sizes as LaTeX has them
     (r"<mo>‖</mo>", '<mo stretchy="false">‖</mo>'),
     (_OPENING + r"<mo>\N{MINUS SIGN}</mo>", r'\1<mo form="prefix">&minus;</mo>'),
