@@ -1,5 +1,5 @@
 # Tasks of maintainers, in an environment from `make install`.
-.PHONY: install check test test-slow test-oldest test-3.12 test-3.13 docs package
+.PHONY: install check test test-slow test-oldest test-3.12 test-3.13 docs linkcheck package
 
 install: ## the package, editable, with the dependencies of all other targets
 	pip install -e '.[dev]'
@@ -26,6 +26,10 @@ test-3.12 test-3.13: test-%: ## tests on this Python with the newest releases
 docs: ## pages in docs/_build; warnings are errors, and docstring examples are run
 	sphinx-build -qW --keep-going docs docs/_build/html
 	sphinx-build -qW -b doctest docs docs/_build/doctest
+
+linkcheck: docs ## links within the site and to other sites; needs a network
+	pytest -n 0 -m slow tests/test_site.py
+	sphinx-build -q -b linkcheck docs docs/_build/linkcheck
 
 package: ## wheel and sdist in dist
 	rm -rf dist
