@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from sphinx.cmd.build import main as build
 from torchvision.datasets import CIFAR10
@@ -284,10 +285,13 @@ def test_programs_on_the_pages_run() -> None:
         "my_data.yaml",
         "my_metrics.py",
         "my_metrics.yaml",
+        "resume.py",
     }
     for name, text in FILES.items():
         Path(name).write_text(text)
     program("bare.py")
+    program("resume.py")
+    assert torch.load("my_run/last.ckpt", weights_only=True)["epoch"] == 1
     assert accuracy_in(program("train.py")) > 0.9
     assert accuracy_in(program("existing_module.py")) > 0.95
     for split in ("train", "test"):
