@@ -18,6 +18,7 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
+import torch
 import yaml
 from nbclient import NotebookClient
 from sphinx.cmd.build import main as build
@@ -26,6 +27,7 @@ from torchvision.datasets import CIFAR10
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare.paper import paper_accuracy, paper_experiment
 from lsoftmax_lightning.compare.planning import Run, plan
+from lsoftmax_lightning.datamodules import DigitsDataModule
 
 from .helpers.forked import run_on, srun, torchrun
 from .helpers.formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
@@ -124,6 +126,7 @@ def run_ours(args: list[str], starter: str, planned: list[int]) -> None:
         return
     if args[0] in ("fit", "validate", "test", "predict"):
         args = [*args, *SMALL, *(["--data.image_size=32"] if "lfw.yaml" in args else [])]
+        args += ["--dashboard.every_n_epochs=1"] if "--dashboard.html" in args else []  # a page needs plots
     if "--trainer.devices" in args:
         nodes = 2 if "--trainer.num_nodes" in args else 1
         args[args.index("--trainer.devices") + 1] = str(2 // nodes)
@@ -301,15 +304,33 @@ def test_programs_on_the_pages_run() -> None:
         "predict.py",
         "use_onnx.py",
         "existing_module.py",
+        "my_schedule.py",
+        "my_data.py",
+        "my_data.yaml",
+        "my_metrics.py",
+        "my_metrics.yaml",
+        "resume.py",
     }
     for name, text in FILES.items():
         Path(name).write_text(text)
     program("bare.py")
+    program("resume.py")
+    assert torch.load("my_run/last.ckpt", weights_only=True)["epoch"] == 1
     assert accuracy_in(program("train.py")) > 0.9
     assert accuracy_in(program("existing_module.py")) > 0.95
-    done = run_on(1, partial(main, ["fit", "--config", "my.yaml"]))
+    for split in ("train", "test"):
+        digits = DigitsDataModule().load(train=split == "train")
+        np.savez(f"{split}.npz", images=digits.images.numpy(), labels=digits.targets.numpy())
+    printed = {}
+    for config in ("my.yaml", "my_data.yaml", "my_metrics.yaml"):
+        done = run_on(1, partial(main, ["fit", "--config", config]))
+        assert done.returncode == 0, done.stderr
+        printed[config] = done.stdout
+        assert accuracy_in(done.stdout) > 0.9
+    assert "chosen by val/f1" in printed["my_metrics.yaml"]
+    schedule = ["--model.lambda_schedule", "my_schedule.Cosine", "--model.lambda_schedule.lambda_min", "10"]
+    done = run_on(1, partial(main, ["fit", "--config", "digits.yaml", *schedule, "--trainer.logger=false", *SMALL]))
     assert done.returncode == 0, done.stderr
-    assert accuracy_in(done.stdout) > 0.9
 
     main(["fit", "--config", "digits.yaml", *SMALL])
     checkpoint = "runs/digits/m4-s0/checkpoints/best.ckpt"
