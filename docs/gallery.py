@@ -24,12 +24,12 @@ def write_faces(folder: Path) -> None:
 
 
 def shrink(picture: Path, output: Path) -> None:
-    """Write a picture as a PNG of at most 900 pixels in width and 256 colours, named after its run and its file."""
-    run = next((part for part in picture.parts if part.startswith("compare-")), "")
+    """Write a picture as a PNG of at most 900 pixels in width and 256 colours, named after its comparison and file."""
+    comparison = "".join(f"{part}_" for part in picture.parts if part.startswith("compare-"))
     with Image.open(picture) as image:
         height = round(image.height * min(1, WIDTH / image.width))
         small = image.convert("RGB").resize((min(image.width, WIDTH), height), Image.Resampling.LANCZOS)
-    path = output / f"{run and run + '_'}{picture.stem}.png"
+    path = output / f"{comparison}{picture.stem}.png"
     small.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
