@@ -95,7 +95,7 @@ def draw_psi(axes: Axes) -> None:
 def main(output: str) -> None:
     """Draw three planes and psi."""
     figure = Figure(figsize=(10, 5.8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.3))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.3)).flat
     for margin, axes in zip((1, 2, 4), top.subplots(1, 3), strict=True):
         draw_plane(axes, margin)
     draw_psi(bottom.subplots())
