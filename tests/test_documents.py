@@ -90,6 +90,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(Path(), ("casia-webface",))
     shutil.copytree(ROOT / "docs" / "results", "docs/results")
     write_lfw(Path("lfw"), folds=10, count=5)
+    write_lfw(Path("faces"), folds=10, count=5)
     for name in ("casia-webface", "lfw"):
         Path("data", name).symlink_to(Path(name).absolute())
     main(["fit", "--config", "digits.yaml", *SMALL])
