@@ -277,10 +277,15 @@ def test_programs_on_the_pages_run() -> None:
         "predict.py",
         "use_onnx.py",
         "existing_module.py",
+        "from_pml.py",
+        "from_caffe.py",
+        "from_port.py",
     }
     for name, text in FILES.items():
         Path(name).write_text(text)
-    program("bare.py")
+    for name in ("bare.py", "from_pml.py", "from_port.py"):
+        program(name)
+    assert accuracy_in(program("from_caffe.py")) > 0.9
     assert accuracy_in(program("train.py")) > 0.9
     assert accuracy_in(program("existing_module.py")) > 0.95
     done = run_on(1, partial(main, ["fit", "--config", "my.yaml"]))
