@@ -1,7 +1,7 @@
-"""Face verification on a folder of people: train on some, tell whether two images are of one person for others.
+"""Face verification: train on a folder of people, then decide whether two images show the same new person.
 
-Run: python faces.py          (on faces that it makes up)
- or: python faces.py FOLDER   (images/<Person>/<Person>_<nnnn>.jpg and pairs.txt, as LFW has them)
+Run: python faces.py          (on generated faces)
+ or: python faces.py FOLDER   (with images/<Person>/<Person>_<nnnn>.jpg and pairs.txt, the layout of LFW)
 """
 
 import sys
@@ -15,15 +15,18 @@ from PIL import Image
 from lsoftmax_lightning import VerificationModule
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
 
-FOLDS, COUNT = 10, 8  # folds, of as many pairs of a kind
+FOLDS, COUNT = 10, 8  # folds, and pairs of each kind in a fold
 
 
-def make_up(root: Path) -> None:
-    """People of six coarse features each, eight images of everyone, and pairs; those of a fold are in no other."""
+def write_faces(root: Path) -> None:
+    """Write eight images of each person, and the pairs; no person is in two folds.
+
+    A face is a grid of 3x2 colours. Noise on the colours makes the images of a person differ.
+    """
     random = np.random.default_rng(0)
     lines = [f"{FOLDS}\t{COUNT}"]
     for fold in range(FOLDS):
-        people = [f"Person_{fold}_{number}" for number in range(2 * COUNT)]
+        people = [f"Person_{fold}_{index}" for index in range(2 * COUNT)]
         for person in people:
             face = random.integers(40, 216, size=(3, 2, 3))
             (root / "images" / person).mkdir(parents=True)
@@ -37,12 +40,12 @@ def make_up(root: Path) -> None:
 
 
 def main(root: str) -> None:
-    """Trains on the people of nine folds, and verifies the pairs of the tenth."""
+    """Train on the people of nine folds and verify the pairs of the tenth."""
     seed_everything(0)
     data = LFWFoldDataModule(root, image_size=24, batch_size=32, flip=True)
     model = VerificationModule(
         data.num_classes,
-        backbone="digits",  # small as these faces are; "lfw" is the paper's, and torchvision's are there by name
+        backbone="digits",  # small, as the images are; use "lfw" or a torchvision model for real faces
         image_shape=data.image_shape,
         margin=2,
         mirror=True,
@@ -57,5 +60,5 @@ if __name__ == "__main__":
         main(sys.argv[1])
     else:
         with tempfile.TemporaryDirectory() as folder:
-            make_up(Path(folder))
+            write_faces(Path(folder))
             main(folder)

@@ -1,7 +1,7 @@
-"""Another project: its own images, a network from elsewhere, and our module with one part of it changed.
+"""Your own project: a datamodule, a network and a subclass of ClassificationModule, each in a few lines.
 
 Run: python shapes.py
- or: python -m lsoftmax_lightning fit --config shapes.yaml   (which finds the classes below by their class_path)
+ or: python -m lsoftmax_lightning fit --config shapes.yaml   (the config names the classes below by class_path)
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from lsoftmax_lightning.datamodules.base import Images
 
 
 class ShapesDataModule(ImageDataModule):
-    """Squares, crosses and frames of 16x16 pixels, anywhere and under noise. Yours would read files."""
+    """Noisy images of 16x16 pixels with a square, a cross or a frame. Your datamodule would read files instead."""
 
     class_names = ("square", "cross", "frame")
     image_shape = (1, 16, 16)
@@ -26,7 +26,7 @@ class ShapesDataModule(ImageDataModule):
     std = (0.2,)
 
     def load(self, train: bool) -> Images:
-        """A thousand images to train on, or three hundred to test on."""
+        """Return 1,000 training images or 300 test images."""
         generator = torch.Generator().manual_seed(int(train))
         shapes = torch.zeros(3, 7, 7)
         shapes[0] = 1
@@ -42,9 +42,9 @@ class ShapesDataModule(ImageDataModule):
 
 
 class TinyNet(nn.Module):
-    """As timm makes them: features under ``num_features``, and no classifier where ``num_classes`` is 0.
+    """A network with the interface of timm: the feature width is ``num_features``; 0 classes mean no classifier.
 
-    ``timm.create_model("resnet18", num_classes=0, in_chans=1)`` may stand in its place.
+    You can use ``timm.create_model("resnet18", num_classes=0, in_chans=1)`` instead.
     """
 
     def __init__(self, num_classes: int = 0, in_chans: int = 1, width: int = 16) -> None:
@@ -57,31 +57,31 @@ class TinyNet(nn.Module):
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Feature maps."""
+        """Return the feature maps, (N, num_features, H, W)."""
         maps: Tensor = self.features(x)
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features, pooled."""
+        """Return the pooled features, (N, num_features)."""
         features: Tensor = self.fc(self.forward_features(x).amax(dim=(2, 3)))
         return features
 
 
 class ShapesModule(ClassificationModule):
-    """Our module with that network, and with F1 beside accuracy."""
+    """ClassificationModule with this network, and with the F1 score as a second metric."""
 
     def __init__(self, num_classes: int, width: int = 16, **kwargs: Any) -> None:
         super().__init__(num_classes, backbone=TinyNet(width=width), **kwargs)
 
     def configure_metrics(self) -> None:
-        """Adds a figure to each of the three stages."""
+        """Add the F1 score to training, validation and test."""
         super().configure_metrics()
         for metrics in (self.train_metrics, self.val_metrics, self.test_metrics):
             metrics.add_metrics({"f1": MulticlassF1Score(self.num_classes)})
 
 
 def main() -> None:
-    """Trains and tests."""
+    """Train and test."""
     seed_everything(0)
     data = ShapesDataModule(batch_size=50)
     model = ShapesModule(data.num_classes, margin=3)

@@ -311,12 +311,16 @@ def test_programs_on_the_pages_run() -> None:
         "my_metrics.py",
         "my_metrics.yaml",
         "resume.py",
+        "from_pml.py",
+        "from_caffe.py",
+        "from_port.py",
     }
     for name, text in FILES.items():
         Path(name).write_text(text)
-    program("bare.py")
-    program("resume.py")
+    for name in ("bare.py", "resume.py", "from_pml.py", "from_port.py"):
+        program(name)
     assert torch.load("my_run/last.ckpt", weights_only=True)["epoch"] == 1
+    assert accuracy_in(program("from_caffe.py")) > 0.9
     assert accuracy_in(program("train.py")) > 0.9
     assert accuracy_in(program("existing_module.py")) > 0.95
     for split in ("train", "test"):
