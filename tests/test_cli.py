@@ -562,7 +562,7 @@ def test_testing_random_weights_warns() -> None:
         (["fit", "--config", "digits.yaml", "--model", "Nope"], ["Nope"]),
         (["fit", "--config", "digits.yaml", "--model.margni", "2"], ["margni"]),
         (["fit", "--config", "digits.yaml", "--trainer.epochs", "2"], ["trainer.epochs"]),
-        (["fit", "--config", "digits.yaml", "--model.margin", "0"], ["integer >= 1", "got 0"]),
+        (["fit", "--config", "digits.yaml", "--model.margin", "0"], ["integer from 1", "got 0"]),
         (["fit", "--config", "digits.yaml", "--model.margin", "2.5"], ["2.5"]),
         (["fit", "--config", "digits.yaml", "--model.backbone", "resnet"], ["no backbone is named 'resnet'"]),
         (["fit", "--config", "digits.yaml", "--model.lambda_schedule.gain", "-2"], ["gain", "got -2"]),
