@@ -183,10 +183,13 @@ def test_missing_images_give_nan_and_a_warning() -> None:
         (torch.tensor([[0, 1, 1, 1], [-1, 1, 0, 2]]), "none below 0"),
         (torch.tensor([[0, 1, 1, 1], [2, 3, 1, 2]]), "both same and different"),
         (torch.tensor([[0, 1, 1, 1], [2, 3, 2, 2]]), "same .* and different"),
-        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 1]]), "another fold to fit"),
+        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 1]]), "of other folds"),
         (torch.tensor([[0, 1, 1, 0], [2, 3, 0, 0]]), "both same and different"),
-        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2]]), "fold 1 needs both same and different .* got 0 same ones of 1"),
-        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2], [4, 5, 0, 1]]), "fold 1 needs both same and different pairs"),
+        (
+            torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2]]),
+            "fold 1 must be fitted on both same and different .* got 0 same pairs of 1",
+        ),
+        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2], [4, 5, 0, 1]]), "fold 1 must be fitted on both same and different pairs"),
     ],
 )
 def test_bad_pairs_are_refused(pairs: Tensor, said: str) -> None:
