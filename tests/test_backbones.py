@@ -119,7 +119,7 @@ def test_models_of_one_image_size_are_made_for_that_of_the_images(name: str, sha
 @pytest.mark.parametrize(
     ("name", "shape", "settings", "said"),
     [
-        ("vit_b_16", (3, 64, 48), {}, r"'vit_b_16' does not take images of \(3, 64, 48\): Wrong image width!"),
+        ("vit_b_16", (3, 64, 48), {}, r"'vit_b_16' does not accept images of \(3, 64, 48\): Wrong image width!"),
         ("vit_b_16", (3, 30, 30), {}, r"with no arguments for images of \(3, 30, 30\): .* indivisible by patch size"),
         ("vit_b_16", (3, 32, 32), {"image_size": 64}, "Wrong image height! Expected 64 but got 32"),
         ("vit_b_16", (3, 32, 32), {"weights": "DEFAULT"}, "expected value 224 but got 32"),
@@ -144,11 +144,11 @@ def test_images_that_a_model_does_not_take_are_one_line_before_training(
 
 def test_the_command_line_names_the_backbone_and_the_images(capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, "fit", "--config=digits.yaml", "--model.backbone=alexnet")
-    assert "error: backbone 'alexnet' does not take images of (1, 8, 8): " in said
+    assert "error: backbone: 'alexnet' does not accept images of (1, 8, 8): " in said
 
 
 def test_invalid_backbones_are_refused() -> None:
-    with pytest.raises(InputError, match="no backbone is named 'resnet19'"):
+    with pytest.raises(InputError, match="got 'resnet19'"):
         create_backbone("resnet19", (3, 32, 32))
     with pytest.raises(InputError, match="wdith"):
         create_backbone("mnist", (1, 28, 28), wdith=3)

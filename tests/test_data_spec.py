@@ -84,7 +84,7 @@ def test_the_command_line_refuses_other_data(is_full: bool, capsys: pytest.Captu
         for command in commands if is_full or index == 0 else [commands[index % len(commands)]]:
             more = QUIET if command != "fit" else [*SHORT, "--trainer.max_epochs=2"]
             printed = fails(capsys, command, *FOLDER, "--data.image_size=8", change, *more, f"--ckpt_path={BEST}")
-            assert f"error: data: differ from those that the network was trained on, got {said}" in printed
+            assert f"error: data: must match the data that the network was trained on, got {said}" in printed
     # the class names of an export are those of the checkpoint
     assert "got mean" in fails(capsys, "export", f"--ckpt_path={BEST}", "--data.mean=[0.5,0.5,0.5]")
 
@@ -134,7 +134,7 @@ def test_a_trainer_refuses_other_data(data: BlobsDataModule) -> None:
     loaded = ClassificationModule.load_from_checkpoint("some.ckpt", weights_only=True)
     for evaluated, path in ((model, None), (loaded, None), (make_model(), "some.ckpt")):
         for name in ("validate", "test", "predict"):
-            with pytest.raises(InputError, match="data: differ from those that the network was trained on"):
+            with pytest.raises(InputError, match="data: must match the data that the network was trained on"):
                 getattr(make_trainer(), name)(evaluated, data, ckpt_path=path)
             getattr(make_trainer(), name)(evaluated, BlobsDataModule(), ckpt_path=path)
     with pytest.raises(InputError, match="data: differ"):
@@ -190,7 +190,7 @@ def test_class_names_are_stored_as_one_string() -> None:
 
 @pytest.mark.parametrize("text", [3, "", "[1]", "{", "[" * 10_000])
 def test_damaged_specification_is_refused(text: Any) -> None:
-    with pytest.raises(InputError, match="the checkpoint is damaged: its description of the data is not valid"):
+    with pytest.raises(InputError, match="the checkpoint is damaged: its data specification is not valid"):
         saved_data_spec({"lsoftmax_lightning": {"data": text}})
 
 

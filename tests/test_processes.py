@@ -109,7 +109,7 @@ def test_any_number_of_processes_trains_and_tests_as_one(
         # each image of a test set of any size counts once
         for size, one in figures[1].items():
             if int(size) < count:
-                assert figures[count][size] == f"{size} samples are too few for {count} devices; use fewer."
+                assert figures[count][size] == f"devices: must be at most the {size} samples, got {count}; use fewer."
             else:
                 assert figures[count][size] == pytest.approx(one, rel=1e-5, abs=1e-4)
 
