@@ -497,7 +497,7 @@ def test_a_config_in_the_working_directory_comes_first(capsys: pytest.CaptureFix
     config.write_text(config.read_text() + "  logger: {init_args: {name: mine}}\n")
     main(["fit", "--config", "digits.yaml", *SHORT])
     assert Path("runs/mine").is_dir()
-    assert "already in" in fails(capsys, "configs", "--copy", "digits")
+    assert "already exists in" in fails(capsys, "configs", "--copy", "digits")
 
 
 def test_configs_command_lists_each_config_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
 
     main(["export", "--ckpt_path", checkpoint, "--format", "torch_export", "--output", "model.pt2"])
     printed = capsys.readouterr().out
-    assert "Wrote model.pt2. For random images it differs from the module by at most" in printed
+    assert "Wrote model.pt2. On random images, it differs from the module by at most" in printed
     data = DigitsDataModule()
     _, (_, logits) = run("model.pt2", data.load(train=False).images)
     predicted = main(["predict", "--config", "digits.yaml", "--ckpt_path", checkpoint, *QUIET[:3]])
@@ -98,10 +98,10 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
     torch.save(earlier, checkpoint)
     main(["export", "--ckpt_path", checkpoint, "--format", "torch_export", "--output", "model.pt2"])
     printed = capsys.readouterr().out
-    assert "Wrote model.pt2. For test images it differs from the module by at most" in printed
+    assert "Wrote model.pt2. On test images, it differs from the module by at most" in printed
 
     for args, said in (
-        (["--ckpt_path", "nope.ckpt"], "there is no config.yaml, the config of the run that nope.ckpt is of"),
+        (["--ckpt_path", "nope.ckpt"], "--config: the config of the run, config.yaml, does not exist"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),
         (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is of another network than the config"),
         (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "there is no file nope.ckpt"),

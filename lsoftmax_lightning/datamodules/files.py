@@ -234,7 +234,7 @@ class FileDataModule(BatchDataModule):
             if empty:
                 first = split.paths[split.targets.index(min(empty))].parent
                 raise DataError(
-                    f"{first}: has no readable image left, and {len(empty) - 1} more class folders have none; add some."
+                    f"class folders: each must contain a readable image, got {len(empty)} without, such as {first}; add images."
                 )
             images: ImageStore
             if in_memory:

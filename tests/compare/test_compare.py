@@ -109,7 +109,7 @@ class InterruptAt25(ProgressFile):
     ("signum", "target", "code", "message"),
     [
         (signal.SIGKILL, "comparison", -9, ""),
-        (signal.SIGINT, "comparison", 130, "The same command continues from here.\nStopped by SIGINT.\n"),
+        (signal.SIGINT, "comparison", 130, "Repeat the command to resume.\nStopped by SIGINT.\n"),
         pytest.param(
             *(signal.SIGTERM, "worker", 1, "error: 1 of 1 runs failed; the same command tries them again."),
             marks=pytest.mark.slow,
@@ -154,7 +154,7 @@ def test_interrupted_comparison_in_processes_of_its_own_resumes_exactly() -> Non
         time.sleep(0.05)
     comparison.send_signal(signal.SIGINT)
     _, printed = comparison.communicate(timeout=120)
-    assert printed.startswith("The same command continues from here.\nStopped by SIGINT.\n")
+    assert printed.startswith("Repeat the command to resume.\nStopped by SIGINT.\n")
     assert_resumes_exactly(args, 600)
 
 
@@ -201,7 +201,7 @@ def test_failed_run_is_named_and_the_others_finish(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "compare needs a config"),
+        ([], "--config: is required"),
         (["--config=nope.yaml"], "no config 'nope.yaml'"),
         (["--config=digits.yaml", "--margins", "1", "0"], "integer from 1 to 100"),
         (["--config=digits.yaml", "--margins", "1.5"], "1.5"),
@@ -213,7 +213,7 @@ def test_failed_run_is_named_and_the_others_finish(capsys: pytest.CaptureFixture
         (["--config=digits.yaml", "--seed_everything=3"], "by --margins, --seeds and --folder"),
         (["--config=digits.yaml", "--sweep", "model.margin=3,4"], "by --margins, --seeds and --folder"),
         (["--config=digits.yaml", "--sweep", "model.optimizer.lr"], "model.optimizer.lr takes one value or more"),
-        (["--config=digits.yaml", "--sweep", "model.optimizer.lr=[1"], "--sweep takes KEY=V1,V2"),
+        (["--config=digits.yaml", "--sweep", "model.optimizer.lr=[1"], "--sweep: must be KEY=V1,V2"),
         (["--config=digits.yaml", "--sweep", "model.nope=1"], "nope"),
         (["--config=digits.yaml", "--sweep=model.init_args.margin=3,4"], "by --margins, --seeds and --folder"),
         (["--config=digits.yaml", "--model.init_args.margin=3"], "by --margins, --seeds and --folder"),
@@ -224,12 +224,12 @@ def test_failed_run_is_named_and_the_others_finish(capsys: pytest.CaptureFixture
         (["--config=digits.yaml", "--margins", "1000000000"], "margin: must be an integer from 1 to 100"),
         (["--config=digits.yaml", "--sweep=data.val_size=0.1,1e-1"], "would have the same name"),
         (["--config=digits.yaml", "--average", "data.val_size"], "data.val_size takes one value or more"),
-        (["--config=digits.yaml", "--average", "data.val_size=[1"], "--average takes KEY=V1,V2"),
+        (["--config=digits.yaml", "--average", "data.val_size=[1"], "--average: must be KEY=V1,V2"),
         (["--config=digits.yaml", "--average", "a.b=1", "--sweep", "a.b=2"], "--average: must be settings that"),
         (["--config=digits.yaml", "--average", "model.margin=3,4"], "by --margins, --seeds and --folder"),
         (["--report=gone"], "no run in"),
-        (["--report", "gone", "--jobs", "2"], "no other argument than --folder"),
-        (["--report=gone", "--config=digits.yaml"], "no other argument than --folder"),
+        (["--report", "gone", "--jobs", "2"], "accepts only --folder"),
+        (["--report=gone", "--config=digits.yaml"], "accepts only --folder"),
         (["--report=gone", "--margins", "2"], "no other argument"),
     ],
 )
