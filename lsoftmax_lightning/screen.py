@@ -1,4 +1,4 @@
-"""Output of the commands: metrics as a table, and log messages of Lightning except those that users do not need."""
+"""Terminal output: tables of metrics, and a filter for log messages of Lightning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .metric_labels import labelled
 
 @contextmanager
 def quiet_logs() -> Iterator[None]:
-    """Leave out the log messages of Lightning in ``UNNEEDED_MESSAGES`` during the block."""
+    """Suppress Lightning's log messages that match ``UNNEEDED_MESSAGES`` during the block."""
 
     def is_needed(record: logging.LogRecord) -> bool:
         return not re.match(UNNEEDED_MESSAGES, record.getMessage())
@@ -35,7 +35,7 @@ def quiet_logs() -> Iterator[None]:
 
 
 def metrics_table(metrics: Mapping[str, float | Tensor], title: str) -> Table:
-    """Return a table of :func:`~lsoftmax_lightning.metric_labels.labelled` metrics for a terminal."""
+    """Return a table of metrics for a terminal; see :func:`~lsoftmax_lightning.metric_labels.labelled`."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -48,5 +48,5 @@ def metrics_table(metrics: Mapping[str, float | Tensor], title: str) -> Table:
 
 @rank_zero_only
 def print_metrics(metrics: Mapping[str, float | Tensor], title: str) -> None:
-    """Print :func:`metrics_table`, on rank 0."""
+    """Print the :func:`metrics_table` on rank 0."""
     get_console().print(metrics_table(metrics, title))

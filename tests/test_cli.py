@@ -165,13 +165,13 @@ def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> No
     named = [*fit, "--trainer.logger.version=mine"]
     main(named)
     results = Path("runs/digits/mine/results.json").read_text()
-    assert "runs/digits/mine/checkpoints holds another run" in fails(capsys, *named)
+    assert "runs/digits/mine/checkpoints contains another run" in fails(capsys, *named)
     other = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
-    assert "runs/digits/mine/checkpoints holds another run" in fails(capsys, *named, other)
+    assert "runs/digits/mine/checkpoints contains another run" in fails(capsys, *named, other)
     assert Path("runs/digits/mine/results.json").read_text() == results
     main([*named, "--ckpt_path=last"])
     main([*fit, "--checkpoint.dirpath=elsewhere"])
-    assert "elsewhere holds another run" in fails(capsys, *fit, "--checkpoint.dirpath=elsewhere")
+    assert "elsewhere contains another run" in fails(capsys, *fit, "--checkpoint.dirpath=elsewhere")
 
 
 def test_a_folder_is_locked_while_its_run_is_trained(
@@ -182,7 +182,7 @@ def test_a_folder_is_locked_while_its_run_is_trained(
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):
         printed = fails(capsys, "fit", "--config", "digits.yaml", *SHORT, "--trainer.logger.version=0")
-    assert f"another run is at work in {folder}" in printed
+    assert f"another process trains in {folder}" in printed
     assert not (folder / "config.yaml").exists()
 
 
@@ -309,14 +309,14 @@ ALIASES = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" f
 @pytest.mark.parametrize("argument", ["--config=bad.yaml", "--config=digits.yaml --model=bad.yaml"])
 def test_aliases_of_a_config_are_bounded(argument: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.yaml").write_text(text)
-    assert "more than 100,000 values once its aliases are replaced" in fails(capsys, "fit", *argument.split())
+    assert "at most 100,000 values with aliases expanded" in fails(capsys, "fit", *argument.split())
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("seed_everything: 1\nseed_everything: 2\n", "seed_everything: must be in a mapping once, got lines 1 and 2"),
-        ("trainer:\n  logger: {name: a, name: b}\n", "name: must be in a mapping once, got lines 2 and 2"),
+        ("seed_everything: 1\nseed_everything: 2\n", "seed_everything: must be set once, got lines 1 and 2"),
+        ("trainer:\n  logger: {name: a, name: b}\n", "name: must be set once, got lines 2 and 2"),
         ("trainer:\n  callbacks:\n  - {class_path: a, class_path: b}\n", "class_path: must be in a mapping once"),
     ],
 )

@@ -233,7 +233,7 @@ def test_a_mistake_on_the_command_line_gets_one_line(args: str, said: str, capsy
         (WRONG_TYPE, "my.yaml, line 3: trainer.max_steps: must be int, got many."),
         (
             "seed_everything: 1\nseed_everything: 2\n",
-            "my.yaml: seed_everything: must be in a mapping once, got lines 1",
+            "my.yaml: seed_everything: must be set once, got lines 1",
         ),
         ("- 1\n", "my.yaml: must be a mapping of settings, got [1]."),
     ],
@@ -249,7 +249,7 @@ def test_a_mistake_in_a_config_gets_one_line(text: str, said: str, capsys: pytes
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "required, got nothing; name a config that has model and data, as in --config digits.yaml."),
+        ([], "required, got nothing; use a config with model and data, such as --config digits.yaml."),
         (["--model.margin=2"], "--model.margin: has no class yet; give --model CLASS before it, or a config."),
         (
             ["--model=ClassificationModule"],

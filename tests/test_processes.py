@@ -260,5 +260,5 @@ def test_a_rank_that_dies_ends_the_run(
     done = start(2, *dies)
     assert done.returncode != 0
     assert ("this worker gives out" in done.stderr) is not killed
-    assert ("error: another process of the run died" in done.stderr) or not killed
+    assert ("error: another process of the run ended" in done.stderr) or not killed
     assert done.stderr.count("Traceback") == (not killed)

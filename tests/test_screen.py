@@ -56,7 +56,7 @@ def test_a_run_ends_with_its_metrics_and_where_to_look(
     assert "accuracy " in printed
     folder = "runs/digits/version_0"
     assert [message for message in caplog.messages if ":" in message or "run" in message][-3:] == [
-        f"Everything of this run is in {folder}",
+        f"Run folder: {folder}",
         f"Tested checkpoint: {folder}/checkpoints/best.ckpt",
         "Dashboard: tensorboard --logdir runs/digits",
     ]

@@ -234,7 +234,7 @@ class FileDataModule(BatchDataModule):
             if empty:
                 first = split.paths[split.targets.index(min(empty))].parent
                 raise DataError(
-                    f"class folders: each must contain a readable image, got {len(empty)} without, such as {first}; add images."
+                    f"class folders: each must have a readable image, got {len(empty)} without, as {first}; add images."
                 )
             images: ImageStore
             if in_memory:

@@ -327,7 +327,7 @@ def test_skipping_must_leave_an_image_of_each_class(tmp_path: Path) -> None:
     data = make(tmp_path, skip_unreadable=True)
     with (
         pytest.warns(UserWarning, match="Skipping 10"),
-        pytest.raises(DataError, match=r"got 1 without, such as .*test/red"),
+        pytest.raises(DataError, match=r"got 1 without, as .*test/red"),
     ):
         data.setup("fit")
 
