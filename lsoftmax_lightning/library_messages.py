@@ -21,7 +21,7 @@ UNNEEDED_MESSAGES = (
 """Regex of Lightning 2.6.6's log messages about other products and absent devices, and of redundant ones."""
 
 ADVICE = {
-    "Expected more than 1 value per channel": "batch normalisation needs 2 or more images per device; raise batch_size.",
+    "Expected more than 1 value per channel": "batch normalisation needs 2 images or more per device; raise batch_size",
     "Kernel size can't be greater than actual input size": "the images are too small for this backbone; enlarge them.",
     "Output size is too small": "the images are too small for this backbone; enlarge them.",
     "SyncBatchNorm layers only work with GPU": "sync_batchnorm: needs GPUs; set it to false.",

@@ -221,9 +221,12 @@ def test_the_mode_follows_the_metric_of_the_best_checkpoint(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["--checkpoint.monitor=val/acc", "--checkpoint.mode=min"], "the best val/acc is its maximum, got min"),
-        (["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"], "the best val/loss is its minimum, got max"),
-        (["--checkpoint.monitor=val/feature_norm"], "checkpoint.mode: is not known for val/feature_norm; set min if"),
+        (["--checkpoint.monitor=val/acc", "--checkpoint.mode=min"], "must be max for val/acc, got min"),
+        (["--checkpoint.monitor=val/loss", "--checkpoint.mode=max"], "must be min for val/loss, got max"),
+        (
+            ["--checkpoint.monitor=val/feature_norm"],
+            "checkpoint.mode: is unknown for val/feature_norm, got auto; set min if",
+        ),
     ],
 )
 def test_the_worst_checkpoint_is_never_kept(
@@ -252,11 +255,11 @@ def test_only_errors_in_the_users_code_show_a_traceback(
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("purge_step=true", "trainer.logger.purge_step must be a step below 2^63, or null, got True."),
-        ("purge_step=99999999999999999999", "trainer.logger.purge_step must be"),
-        ("filename_suffix=null", "trainer.logger.filename_suffix must be a text, got None."),
-        ("flush_secs=abc", "trainer.logger.flush_secs must be a number of seconds, got 'abc'."),
-        ("max_queue=[1]", "trainer.logger.max_queue must be an integer, got [1]."),
+        ("purge_step=true", "trainer.logger.purge_step: must be a step below 2^63, or null, got True; correct it."),
+        ("purge_step=99999999999999999999", "trainer.logger.purge_step: must be"),
+        ("filename_suffix=null", "trainer.logger.filename_suffix: must be a string, got None; correct it."),
+        ("flush_secs=abc", "trainer.logger.flush_secs: must be a number of seconds, got 'abc'; correct it."),
+        ("max_queue=[1]", "trainer.logger.max_queue: must be an integer, got [1]; correct it."),
     ],
 )
 def test_settings_of_the_event_writer_are_checked(setting: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -445,10 +448,10 @@ def test_checkpoint_of_another_network_is_refused(capsys: pytest.CaptureFixture[
     test = ["test", "--config", "digits.yaml", *QUIET, "--ckpt_path"]
     best = "runs/digits/version_0/checkpoints/best.ckpt"
     printed = fails(capsys, *test, best, "--model.backbone_args={num_features: 32}")
-    assert "another network than the config: backbone.layers." in printed
-    assert "(64, 256) there and (32, 256) here" in printed
+    assert "is from another network: backbone.layers." in printed
+    assert "must be (32, 256), got (64, 256)" in printed
     torch.save({"weight": torch.zeros(1)}, "bare.ckpt")
-    assert "has weights alone: begin with them by --model.warm_start bare.ckpt" in fails(capsys, *test, "bare.ckpt")
+    assert "contains only weights; use --model.warm_start bare.ckpt" in fails(capsys, *test, "bare.ckpt")
     torch.save(Path("unsafe"), "unsafe.ckpt")
     said = fails(capsys, *test, "unsafe.ckpt")
     assert re.search(r"loading it would run code \(pathlib(\._local)?\.PosixPath\)", said)  # its name on Python 3.13

@@ -103,7 +103,7 @@ def test_from_a_checkpoint_by_the_command_line(capsys: pytest.CaptureFixture[str
     for args, said in (
         (["--ckpt_path", "nope.ckpt"], "--config: the config of the run, config.yaml, does not exist"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),
-        (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is of another network than the config"),
+        (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is from another network"),
         (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "there is no file nope.ckpt"),
     ):
         assert said in fails(capsys, "export", *args)

@@ -323,7 +323,7 @@ def test_a_run_without_a_checkpoint_is_not_the_last_one(capsys: pytest.CaptureFi
     assert cli is not None
     assert cli.trainer.global_step == 6
     os.utime("runs/digits/version_1/config.yaml")  # the run that failed is the last one again
-    with pytest.warns(UserWarning, match=r"There is no runs/digits/version_1/checkpoints/last.ckpt to continue from"):
+    with pytest.warns(UserWarning, match=r"There is no runs/digits/version_1/checkpoints/last.ckpt to resume from"):
         fails(capsys, *failing, "--ckpt_path=last")  # not the other run with the settings of this one
 
 
