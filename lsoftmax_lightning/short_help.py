@@ -69,7 +69,7 @@ def print_short_help(command: str, description: str, args: list[str]) -> None:
         prog=f"lsoftmax_lightning {command}",
         usage="%(prog)s --config NAME [--KEY VALUE ...]",
         description=description,
-        epilog="All settings: %(prog)s --full_help. Settings of a class, for example: --model.help ClassificationModule",
+        epilog="All settings: %(prog)s --full_help. Settings of a class, for example: --model.help VerificationModule",
         add_help=False,
     )
     given: dict[str, Any] = {}
