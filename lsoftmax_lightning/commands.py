@@ -16,7 +16,7 @@ from .config_paths import expand_path
 from .errors import InputError
 from .export import Format, Pixels, export
 from .lightning_cli import InstantiatedCLI
-from .settings import is_ours
+from .settings import is_package_class
 from .signals import Stopped
 
 
@@ -157,7 +157,7 @@ def run_export(args: list[str]) -> None:
     # the user's own datamodule may normalise in another way, so its test images are compared
     spec = restored.model.data_spec
     known = spec is not None and spec.class_names and spec.mean and spec.std
-    data = None if known and is_ours(type(restored.datamodule)) else restored.datamodule
+    data = None if known and is_package_class(type(restored.datamodule)) else restored.datamodule
     found = export(restored.model, data, output, given.format, given.pixels)
     differs = " and ".join(f"{difference:.2g} in the {name}" for name, difference in found.items())
     images = "test images" if data else "random images"

@@ -225,8 +225,8 @@ class LSoftmaxCLI(CommandLine):
             kwargs["logger"] = loggers
         if run.trainer.enable_model_summary is None:  # Lightning's summary lists the metrics as layers
             kwargs["enable_model_summary"] = False
-        own_bar = any(isinstance(callback, ProgressBar) for callback in as_list(run.trainer.callbacks))
-        if run.trainer.enable_progress_bar is not False and not own_bar:
+        has_progress_bar = any(isinstance(callback, ProgressBar) for callback in as_list(run.trainer.callbacks))
+        if run.trainer.enable_progress_bar is not False and not has_progress_bar:
             self.trainer_defaults["callbacks"].append(RunProgress())
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.accumulate_grad_batches < 1:  # Lightning divides by it

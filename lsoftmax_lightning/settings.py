@@ -99,7 +99,7 @@ def check_monitor(settings: Any) -> None:
     """
     monitor, model = settings.checkpoint.monitor, settings.model
     callbacks = [each for each in as_list(settings.trainer.callbacks or []) if isinstance(each, Namespace)]
-    if monitor is None or not all(_is_class_of_ours(each) for each in (model, *callbacks)):
+    if monitor is None or not all(_names_package_class(each) for each in (model, *callbacks)):
         return
     names = [*_CLASS_METRICS, *(f"segment_{k}" for k in range(model.init_args.margin))]
     if is_kind(model, VerificationModule):
@@ -111,9 +111,9 @@ def check_monitor(settings: Any) -> None:
         )
 
 
-def _is_class_of_ours(settings: Any) -> bool:
+def _names_package_class(settings: Any) -> bool:
     kind = resolve_name(settings.class_path)
-    return isinstance(kind, type) and is_ours(kind)
+    return isinstance(kind, type) and is_package_class(kind)
 
 
 def checkpoint_mode(monitor: str | None, mode: str) -> str:
@@ -144,11 +144,11 @@ def is_kind(settings: Any, kind: type) -> bool:
     return isinstance(given, type) and issubclass(given, kind)
 
 
-def is_ours(kind: type) -> bool:
+def is_package_class(kind: type) -> bool:
     """Return whether a class is defined in this package."""
     return kind.__module__.startswith(f"{__package__}.")
 
 
 def reads_files(data: Any) -> bool:
     """Return whether settings are those of a datamodule of this package whose constructor lists image files."""
-    return is_kind(data, FileDataModule) and is_ours(resolve_name(data.class_path))
+    return is_kind(data, FileDataModule) and is_package_class(resolve_name(data.class_path))

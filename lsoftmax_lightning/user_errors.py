@@ -97,10 +97,10 @@ def _stopped(error: BaseException | None) -> Stopped | None:
 def _is_in_users_code(error: BaseException) -> bool:
     """Return whether the traceback contains, or may contain, files outside this package, libraries and Python."""
     frames = traceback.extract_tb(error.__traceback__)
-    return _is_of(_SPAWNED_RANK_ERROR, error) or any(not frame.filename.startswith(_LIBRARIES) for frame in frames)
+    return _has_type(_SPAWNED_RANK_ERROR, error) or any(not frame.filename.startswith(_LIBRARIES) for frame in frames)
 
 
-def _is_of(kind: tuple[str, str], error: BaseException) -> bool:
+def _has_type(kind: tuple[str, str], error: BaseException) -> bool:
     """Return whether an error has a class, given by module and name; False if the module is not imported."""
     module, name = kind
     return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
@@ -120,7 +120,7 @@ def user_message(error: BaseException) -> BaseException | str | None:
             return advice
     cause = error
     while cause is not None:
-        if isinstance(cause, OSError) or _is_of(_MISCONFIGURATION, cause):
+        if isinstance(cause, OSError) or _has_type(_MISCONFIGURATION, cause):
             return cause
         cause = cause.__cause__
-    return spawned_rank_message(error, USER_ERRORS) if _is_of(_SPAWNED_RANK_ERROR, error) else None
+    return spawned_rank_message(error, USER_ERRORS) if _has_type(_SPAWNED_RANK_ERROR, error) else None
