@@ -320,7 +320,7 @@ def test_aliases_of_a_config_are_bounded(argument: str, text: str, capsys: pytes
     [
         ("seed_everything: 1\nseed_everything: 2\n", "seed_everything: must be set once, got lines 1 and 2"),
         ("trainer:\n  logger: {name: a, name: b}\n", "name: must be set once, got lines 2 and 2"),
-        ("trainer:\n  callbacks:\n  - {class_path: a, class_path: b}\n", "class_path: must be in a mapping once"),
+        ("trainer:\n  callbacks:\n  - {class_path: a, class_path: b}\n", "class_path: must be set once"),
     ],
 )
 def test_a_key_is_given_once(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,7 +148,7 @@ def test_export_that_differs_from_the_module_is_removed(monkeypatch: pytest.Monk
         export(make_model(), BlobsDataModule(), "model.pt2", "torch_export", "int8")  # type: ignore[arg-type]
     monkeypatch.setattr("lsoftmax_lightning.export.find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match=r"^format: onnx requires the packages onnx, onnxscript, onnxruntime, .*; pip install"
+        InputError, match=r"^format: onnx requires the packages onnx, onnxscript, onnxruntime, .*; run pip install"
     ):
         export(make_model(), BlobsDataModule(), "model.onnx")
 

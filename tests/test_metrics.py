@@ -182,7 +182,7 @@ def test_missing_images_give_nan_and_a_warning() -> None:
         (torch.zeros(4, 4), "float32"),
         (torch.tensor([[0, 1, 1, 1], [-1, 1, 0, 2]]), "not negative"),
         (torch.tensor([[0, 1, 1, 1], [2, 3, 1, 2]]), "both same and different"),
-        (torch.tensor([[0, 1, 1, 1], [2, 3, 2, 2]]), "same .* and different"),
+        (torch.tensor([[0, 1, 1, 1], [2, 3, 2, 2]]), "1 for same and 0 for different"),
         (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 1]]), "of other folds"),
         (torch.tensor([[0, 1, 1, 0], [2, 3, 0, 0]]), "both same and different"),
         (

@@ -194,7 +194,7 @@ WRONG_TYPE = "trainer:\n  max_epochs: 3\n  max_steps: many\n"
         ("--model.lambda_schedule=[{}]", "--model.lambda_schedule: must be LambdaSchedule, got [{}]."),
         ("--trainer.max_epochs many", "--trainer.max_epochs: must be int or null, got many."),
         ("--trainer.max_epochs", "--trainer.max_epochs: needs a value; write --trainer.max_epochs VALUE."),
-        ("--trainer many", "--trainer: is a group of settings, got many; name one of them."),
+        ("--trainer many", "--trainer: is a group of settings, got many; set one of them."),
         ("-model.margin 2", "-model.margin: has one dash; did you mean --model.margin?"),
         ("model.margin=2", "model.margin=2: has no dashes; did you mean --model.margin=2?"),
         ("digits.yaml", "digits.yaml: is not a setting; did you mean --config digits.yaml?"),
