@@ -230,7 +230,7 @@ def test_failed_run_is_named_and_the_others_finish(capsys: pytest.CaptureFixture
         (["--report=gone"], "no run in"),
         (["--report", "gone", "--jobs", "2"], "accepts only --folder"),
         (["--report=gone", "--config=digits.yaml"], "accepts only --folder"),
-        (["--report=gone", "--margins", "2"], "no other argument"),
+        (["--report=gone", "--margins", "2"], "accepts only --folder"),
     ],
 )
 def test_wrong_arguments_fail_before_training(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
