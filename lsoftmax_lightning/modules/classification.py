@@ -24,7 +24,7 @@ class Classification(NamedTuple):
     """Predicted classes of images.
 
     Args:
-        names: Name of the predicted class of each image.
+        names: Name of the predicted class of each image, or its index if the class has no name.
         probabilities: Probability of the predicted class, float32, ``(N,)``.
     """
 
