@@ -11,7 +11,7 @@ __all__ = ["ClassificationModule", "LSoftmaxLinear", "LSoftmaxModule", "Verifica
 if TYPE_CHECKING:
     from .heads import LSoftmaxLinear
     from .modules import ClassificationModule, LSoftmaxModule, VerificationModule
-else:  # hidden from mypy, which would take any name of a module with `__getattr__` for valid
+else:  # hidden from mypy, which accepts any attribute of a module with `__getattr__`
     _HOMES = {
         "ClassificationModule": "modules",
         "LSoftmaxLinear": "heads",
@@ -20,7 +20,7 @@ else:  # hidden from mypy, which would take any name of a module with `__getattr
     }
 
     def __getattr__(name: str) -> Any:
-        """Import a class or a module of the package when it is first used: the package imports without torch."""
+        """Import a class or module of the package at its first use: the package itself does not import torch."""
         if name in _HOMES:
             value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
             globals()[name] = value

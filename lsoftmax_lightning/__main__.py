@@ -1,4 +1,4 @@
-"""``python -m lsoftmax_lightning``, and the command ``lsoftmax_lightning``."""
+"""Entry point of ``python -m lsoftmax_lightning`` and of the command ``lsoftmax_lightning``."""
 
 import os
 import sys
@@ -7,9 +7,9 @@ from .cli import main
 
 
 def run() -> None:
-    """Runs the command line; what :func:`main` returns would be taken for an exit code.
+    """Run the command line, and discard the result of :func:`main`, which would become the exit code.
 
-    The command finds modules in the working directory, as ``python -m`` does.
+    Modules in the working directory can be imported, as with ``python -m``.
     """
     if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

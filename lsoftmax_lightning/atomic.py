@@ -1,4 +1,4 @@
-"""Atomic writing: a file is complete or absent, whenever the process ends."""
+"""Atomic writing: after a crash, a file is either complete or unchanged."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ import torch
 from .errors import RunError
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
-_NAME_LENGTH = 50  # characters of the target's name in a temporary name, whose length a file system limits
-_active: set[str] = set()  # temporary names that this process is writing to
+_NAME_LENGTH = 50  # characters of the name in a temporary name, because file systems limit its length
+_active: set[str] = set()  # temporary names in use by this process
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; move the file or folder there when the block ends without an error.
+    """Yield a temporary path beside ``path``, and move it to ``path`` when the block ends without an error.
 
-    The temporary name is unique, so that two writers never share it. Temporary files of killed writers are removed.
+    The temporary name is unique to a writer. Temporary files of killed writers are removed.
 
     Args:
         path: The file to write. An existing file is replaced; missing parent folders are created.
@@ -45,7 +45,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_path(path: str | Path) -> Iterator[Path]:
-    """Yield a unique path beside ``path`` for a file or folder, which is removed when the block ends.
+    """Yield a unique path beside ``path`` for a file or folder, and remove it when the block ends.
 
     Temporary files of killed writers of ``path`` are removed. Missing parent folders are created.
 
@@ -63,7 +63,7 @@ def temporary_path(path: str | Path) -> Iterator[Path]:
         yield temporary
     except OSError as error:
         if error.errno and (error.filename is None or str(error.filename).startswith(str(temporary))):
-            # a failed write names no file, a failed open the temporary one
+            # the error of a write has no file name, the error of an open has the temporary one
             error.filename, error.filename2 = str(path), None
         raise
     finally:
@@ -98,25 +98,30 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_csv(path: str | Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file by :func:`atomic_path`, with the cells of :func:`csv_safe`."""
+    """Write a CSV file by :func:`atomic_path`, with cells escaped by :func:`csv_safe`."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(map(csv_safe, rows))
 
 
 def csv_safe(row: Iterable[Any]) -> list[Any]:
-    """Return the cells of a CSV row with every formula quoted, so that no spreadsheet runs it.
+    """Return the cells of a CSV row with formulas escaped, so that a spreadsheet does not run them.
 
-    A string that begins like a formula gets a ``'`` in front, as OWASP recommends against CSV injection. Numbers, and
+    A string that begins like a formula is prefixed with ``'``, as OWASP recommends against CSV injection. Numbers, and
     strings that are numbers, do not change.
 
     Args:
-        row: Cells of the row. Only strings change.
+        row: Cells of the row.
+
+    Example:
+        >>> from lsoftmax_lightning.atomic import csv_safe
+        >>> csv_safe(["=1+1", "-2.5", 3])
+        ["'=1+1", '-2.5', 3]
     """
     return [f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell for cell in row]
 
 
 def from_csv_safe(cell: str) -> str:
-    """Return the original string of a cell that :func:`csv_safe` wrote."""
+    """Return the original string of a cell escaped by :func:`csv_safe`."""
     text = cell.removeprefix("'")
     return text if _is_formula(text) else cell
 
@@ -132,7 +137,7 @@ def _is_formula(text: str) -> bool:
 
 
 def torch_save(content: object, path: str | Path) -> None:
-    """Write by :func:`torch.save` and :func:`atomic_path`."""
+    """Write a file by :func:`torch.save` and :func:`atomic_path`."""
     with atomic_path(path) as temporary:
         torch_save_temporary(content, temporary)
 
@@ -140,7 +145,7 @@ def torch_save(content: object, path: str | Path) -> None:
 def torch_save_temporary(content: object, temporary: Path) -> None:
     """Write the temporary file of :func:`atomic_path` by :func:`torch.save`.
 
-    On a full disk, :func:`torch.save` alone may abort the process.
+    On a full disk, :func:`torch.save` itself may abort the process.
 
     Raises:
         OSError: If the file cannot be written.
@@ -153,7 +158,7 @@ def torch_save_temporary(content: object, temporary: Path) -> None:
 
 
 class _DeferredErrorFile:
-    """A file that stores its first error, because an error raised inside :func:`torch.save` would abort the process."""
+    """File that stores its first error, because an error inside :func:`torch.save` may abort the process."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -176,7 +181,7 @@ class _DeferredErrorFile:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove the temporary files of ``path`` that killed processes of this machine left."""
+    """Remove temporary files of ``path`` from killed processes of this machine."""
     pattern = re.compile(re.escape(f"{_prefix(path)}{socket.gethostname()}-") + r"(\d+)-[0-9a-f]{8}\.part")
     if not path.parent.is_dir():
         return
@@ -208,7 +213,7 @@ def _remove(temporary: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Return whether another process has this id; a restarted container reuses the id of its killed process."""
+    """Return whether another process has this id; a restarted container may reuse the id of the killed process."""
     if pid == os.getpid():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic writing, safe reading, and weights for the warm start of another network."""
+"""Checkpoints: atomic writing, safe reading, and warm start from other weights."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _KEY = "lsoftmax_lightning"
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint to a temporary file beside its path, and move it to the path when it is complete.
 
-    A run that is killed, or runs out of disk space, while it writes a checkpoint leaves the previous one unchanged.
-    Lightning writes to the system's temporary folder instead. If that is on another disk, the move is a copy.
+    If a run is killed or the disk is full during the write, the previous checkpoint is unchanged. Lightning writes to
+    the system's temporary folder instead; if that is on another disk, the move is a copy and not atomic.
     """
 
     @override
@@ -44,8 +44,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Args:
             checkpoint: Content of the checkpoint.
-            path: Path of the file. Lightning writes to a URL.
-            storage_options: None, as for Lightning.
+            path: Path of the file, or a URL, to which Lightning's own class writes.
+            storage_options: As for :class:`lightning.fabric.plugins.io.TorchCheckpointIO`.
 
         Raises:
             RunError: If the file cannot be written.
@@ -58,28 +58,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             raise RunError(
                 f"the checkpoint {path} could not be written: {error.strerror}. The previous checkpoint is unchanged; "
-                "free some space and continue from it with --ckpt_path."
+                "free some space and resume from it with --ckpt_path."
             ) from error
 
     @override
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint or bare weights to the CPU, like :func:`read`; the other arguments have no effect.
+        """Read a checkpoint or a state dict to the CPU, as :func:`read` does. The other arguments have no effect.
 
-        Lightning reads a checkpoint at a URL with ``weights_only=False``, which runs code in it.
+        Lightning would read a checkpoint at a URL with ``weights_only=False``, which runs code in it.
         """
         return _read_content(path)
 
 
-WholeCheckpointIO = AtomicCheckpointIO  # this name is in the config.yaml of earlier runs
+WholeCheckpointIO = AtomicCheckpointIO  # the name in config.yaml files of earlier releases
 
 
 def stamp(checkpoint: dict[str, Any], data_spec: DataSpec | None = None) -> None:
     """Add the release, the format and the specification of the training data to a checkpoint.
 
     Args:
-        checkpoint: The checkpoint, in a module's ``on_save_checkpoint``.
+        checkpoint: The checkpoint, as passed to ``on_save_checkpoint``. It is changed in place.
         data_spec: Specification of the training data, if it is known.
     """
     checkpoint[_KEY] = {"format": FORMAT, "version": version("lsoftmax-lightning")}
@@ -88,7 +88,7 @@ def stamp(checkpoint: dict[str, Any], data_spec: DataSpec | None = None) -> None
 
 
 def saved_data_spec(checkpoint: dict[str, Any]) -> DataSpec | None:
-    """Return the specification of the data that a checkpoint was trained on; None if it has no specification.
+    """Return the specification of the training data in a checkpoint; None if there is none.
 
     Args:
         checkpoint: A loaded checkpoint.
@@ -112,8 +112,8 @@ def check_format(checkpoint: dict[str, Any]) -> None:
     stamped = checkpoint.get(_KEY, {"format": 0})
     if stamped["format"] > FORMAT:
         raise InputError(
-            f"the checkpoint was written by lsoftmax-lightning {stamped['version']} in format {stamped['format']}; "
-            f"this is {version('lsoftmax-lightning')}, which reads formats up to {FORMAT}: upgrade lsoftmax-lightning."
+            f"the checkpoint has format {stamped['format']}, written by lsoftmax-lightning {stamped['version']}, but "
+            f"{version('lsoftmax-lightning')} reads formats up to {FORMAT}; upgrade lsoftmax-lightning."
         )
 
 
@@ -125,7 +125,7 @@ def local_file(path: str | Path) -> Iterator[Path]:
         path: A path, or a URL of any protocol that fsspec supports, such as ``https://`` or ``s3://``.
 
     Raises:
-        InputError: If there is no such file.
+        InputError: If the file does not exist or cannot be downloaded.
     """
     if "://" not in str(path):
         if not Path(path).is_file():
@@ -142,13 +142,13 @@ def local_file(path: str | Path) -> Iterator[Path]:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a file of weights from an untrusted source, without running code in it, and detect damage.
+    """Read a file of weights from an untrusted source: detect damage, and run no code in it.
 
     Args:
         path: Path or URL of a Lightning checkpoint, or of a state dict written by :func:`torch.save`.
 
     Returns:
-        Content of the file, always with the key ``state_dict``.
+        Content of the file. It always has the key ``state_dict``.
 
     Raises:
         InputError: If the file is missing, damaged or unsafe, or contains no weights.
@@ -162,19 +162,21 @@ def _read_content(path: str | Path) -> dict[str, Any]:
     with local_file(path) as file:
         content: Any = _load(path, file)
     weights = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else content
-    # get_extra_state of a module may return anything; what is not safe was refused before
+    # get_extra_state of a module may return anything; torch.load rejects what is not safe
     if (
         not isinstance(weights, dict)
         or not weights
         or not all(isinstance(w, Tensor) or str(name).endswith("_extra_state") for name, w in weights.items())
     ):
-        raise InputError(f"{path} has no state_dict, or one that has more than tensors in it.")
+        raise InputError(
+            f"{path} must contain a state_dict of tensors only; use a checkpoint or a state dict of torch.save."
+        )
     check_format(content)
     return content  # type: ignore[no-any-return]
 
 
 def _load(path: str | Path, file: Path) -> Any:
-    """Load a file; messages show ``path``, from which it may have been downloaded."""
+    """Load a file; messages show ``path``, which may be the URL of a downloaded file."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -183,7 +185,7 @@ def _load(path: str | Path, file: Path) -> Any:
         stored = all(e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries)
         if damaged is None and (not stored or len({e.filename for e in entries}) < len(entries)):
             raise InputError(
-                f"{path} was repacked: torch.save writes no compressed files. Use the original checkpoint."
+                f"{path} was repacked, since torch.save does not compress files; use the original checkpoint."
             )
         content = None if damaged else torch.load(file, "cpu", weights_only=True, mmap=True)
     except InputError:
@@ -191,11 +193,13 @@ def _load(path: str | Path, file: Path) -> Any:
     except UnpicklingError as error:
         code = refused_code(error)
         raise InputError(
-            f"{path} is refused: it contains more than weights and plain values, and loading it would run code"
+            f"{path} contains more than weights and plain values: loading it would run code"
             + (f" ({code})." if code else ".")
         ) from error
     except zipfile.BadZipFile as error:
-        raise InputError(f"{path} is not a complete checkpoint: torch.save writes a complete zip file.") from error
+        raise InputError(
+            f"{path} is not a complete checkpoint: it is not a valid zip file, which torch.save writes."
+        ) from error
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise InputError(f"{path} is damaged: {first_line(error)}") from error
     if damaged:
@@ -207,11 +211,11 @@ _INDEX = "index.json"  # file name, beside the checkpoints of a run
 
 
 def update_index(folder: str | Path, **names: str) -> None:
-    """Write which files in a folder of checkpoints are the best and the last.
+    """Write the names of the best and the last checkpoint to the index of their folder.
 
     Args:
-        folder: The folder. Its index holds names only, so the folder can be moved.
-        **names: File names by ``best`` and ``last``. The other entry is kept.
+        folder: The folder. Its index contains file names without folders, so the folder can be moved.
+        **names: File name of ``best`` or ``last``. The entry that is not given is kept.
     """
     write_text(Path(folder, _INDEX), json.dumps(_index(folder) | names) + "\n")
 
@@ -235,19 +239,19 @@ def _index(folder: str | Path) -> dict[str, str]:
 
 
 def warm_start(model: Any, path: str | Path) -> None:
-    """Load the weights of a network that was trained with plain softmax, and log which ones were loaded.
+    """Load the weights of a network that was trained with plain softmax, and log which weights were loaded.
 
-    Prefixes that Lightning, DDP or ``torch.compile`` add to the names of the layers are ignored. The weight of the
-    classifier is the only other matrix with the shape of the head's weight. Its bias is dropped, because L-Softmax has
-    none (section 4 of the paper).
+    Prefixes of the parameter names, as Lightning, DDP and ``torch.compile`` add them, are ignored. A weight that is not
+    of the backbone and has the shape of the head's weight is loaded into the head. Without one, the head keeps its
+    random weight. The bias of the classifier is dropped, because L-Softmax has none.
 
     Args:
         model: Module with a ``backbone`` and a ``head``.
         path: Path or URL of a Lightning checkpoint, or of the state dict of a bare module.
 
     Raises:
-        InputError: If the file cannot be read, contains another backbone, or has several matrices that may be the
-            classifier's weight.
+        InputError: If the file cannot be read, contains another backbone, or contains several weights with the shape of
+            the head's weight.
     """
     saved: dict[str, Any] = read(path)["state_dict"]
     backbone = model.backbone.state_dict()
@@ -260,7 +264,7 @@ def warm_start(model: Any, path: str | Path) -> None:
         name = wrong[0]
         found = f"shape {_shape(loaded[name])}" if name in loaded else "no weight"
         raise InputError(
-            f"warm_start: {path} must have the weights of this backbone, got {found} for {name} of shape "
+            f"warm_start: {path} must contain the weights of this backbone, got {found} for {name} of shape "
             f"{_shape(backbone[name])}"
             + (f" and a mismatch for {len(wrong)} of {len(backbone)} weights" if len(wrong) > 1 else "")
             + "; set the backbone to that of the file."
@@ -269,8 +273,8 @@ def warm_start(model: Any, path: str | Path) -> None:
     classifiers = [name for name, weight in others.items() if _shape(weight) == _shape(model.head.weight)]
     if len(classifiers) > 1:
         raise InputError(
-            f"warm_start: {path} must have one weight with the shape of the head's, got several: "
-            f"{', '.join(classifiers)}; remove all but the classifier's from the file."
+            f"warm_start: {path} must contain one weight with the shape of the head's weight, got several: "
+            f"{', '.join(classifiers)}; remove all but that of the classifier from the file."
         )
     model.backbone.load_state_dict(loaded)
     with torch.no_grad():
@@ -278,7 +282,7 @@ def warm_start(model: Any, path: str | Path) -> None:
             model.head.weight.copy_(others.pop(name))
     names = f"the backbone ({len(backbone)} weights)"
     names += f" and the classifier ({classifiers[0]})" if classifiers else ""
-    initialized = "" if classifiers else f" The head of {tuple(model.head.weight.shape)} is randomly initialized."
+    initialized = "" if classifiers else f" The head of shape {tuple(model.head.weight.shape)} is randomly initialised."
     dropped = f" Dropped: {', '.join(others)}." if others else ""
     rank_zero_info(f"Warm start from {path}: loaded {names}.{initialized}{dropped}")
 

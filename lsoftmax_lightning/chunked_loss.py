@@ -1,4 +1,4 @@
-"""The L-Softmax loss without its (N, C) logits: over chunks of samples, and with classes sharded over ranks."""
+"""The L-Softmax loss in chunks of samples, without the (N, C) logits, and with classes sharded over ranks."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .functional import (
 
 CHUNKED_FROM = 4000
 """Number of classes from which the chunked loss is the default (docs/performance.md)."""
-CHUNK_LOGITS = 2**23  # of a chunk on a CPU, 32 MiB in float32
-CHUNK_LOGITS_ACCELERATOR = 2**27  # 512 MiB
+CHUNK_LOGITS = 2**23  # logits per chunk on a CPU, 32 MiB in float32
+CHUNK_LOGITS_ACCELERATOR = 2**27  # logits per chunk on an accelerator, 512 MiB in float32
 
 
 class ChunkedLoss(NamedTuple):
-    """Loss and predictions of :func:`chunked_cross_entropy`, which keeps no logits."""
+    """Loss and predictions of :func:`chunked_cross_entropy`."""
 
     loss: Tensor
-    """Mean over the batch, a scalar; 0 for an empty batch."""
+    """Mean loss of the batch, 0-d; 0 for an empty batch."""
     prediction: Tensor
-    """Class with the highest plain logit for each sample, int64 (N,)."""
+    """Class with the highest plain logit of each sample, int64 (N,)."""
     correct: Tensor
-    """Whether the target logit with the margin is the highest, ties included, for each sample, bool (N,)."""
+    """Whether the target logit with the margin is the highest of each sample, ties included, bool (N,)."""
 
 
 def is_plain_cross_entropy(criterion: nn.Module) -> TypeGuard[nn.CrossEntropyLoss]:
@@ -60,14 +60,14 @@ def lsoftmax_cross_entropy(
     label_smoothing: float = 0.0,
     shard: ClassShard | None = None,
 ) -> Tensor:
-    """The L-Softmax loss (section 3.2), averaged over the batch.
+    """Compute the L-Softmax loss (section 3.2), averaged over the batch.
 
-    With at least :data:`CHUNKED_FROM` classes, or with sharded classes, it is that of :func:`chunked_cross_entropy`.
-    Otherwise it is computed in float32, with autocast disabled; in float64 if an input is float64.
+    With at least :data:`CHUNKED_FROM` classes, or with sharded classes, :func:`chunked_cross_entropy` computes it.
+    Otherwise it is computed in float32, with autocast disabled, or in float64 if an input is float64.
 
     Args:
         features: x, (N, D).
-        weight: W, (C, D); there is no bias.
+        weight: W, (C, D).
         target: Class of each sample, (N,), an integer type.
         margin: m, an integer >= 1. With 1 this is softmax cross-entropy.
         lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax); a number or a 0-d tensor.
@@ -75,17 +75,24 @@ def lsoftmax_cross_entropy(
         shard: The classes of this rank. Default: all classes.
 
     Returns:
-        The loss, a scalar; 0 for an empty batch.
+        The loss, 0-d; 0 for an empty batch.
 
     Raises:
         InputError: As :func:`~lsoftmax_lightning.functional.margin_logits`.
+
+    Example:
+        >>> import torch
+        >>> from lsoftmax_lightning.chunked_loss import lsoftmax_cross_entropy
+        >>> x, weight = torch.tensor([[0.0, 1.0]]), torch.eye(2)
+        >>> lsoftmax_cross_entropy(x, weight, torch.tensor([0]), margin=2)
+        tensor(2.1269)
     """
     if shard or len(weight) >= CHUNKED_FROM:
         loss: Tensor = chunked_cross_entropy(features, weight, target, margin, lambda_, label_smoothing, shard).loss
         return loss
     logits = margin_logits(plain_logits(features, weight), features, weight, target, margin, lambda_)
     if logits.shape[0] == 0:
-        return logits.sum()  # the mean over nothing would be NaN
+        return logits.sum()  # 0; the mean of an empty batch would be NaN
     return F.cross_entropy(logits, target.long(), label_smoothing=label_smoothing)
 
 
@@ -99,15 +106,15 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     shard: ClassShard | None = None,
 ) -> ChunkedLoss:
-    """The L-Softmax loss over chunks of samples, which holds the logits of one chunk at a time.
+    """Compute the L-Softmax loss in chunks of samples; only the logits of one chunk are in memory at a time.
 
     Loss and gradients equal those of the full logits up to rounding. The gradients are computed together with the loss,
     from the same logits. Backward can run only once and is not differentiable.
 
-    With a ``shard``, each rank passes its own samples, equally many on each rank, and the weight of its own classes.
-    The loss is the mean over the global batch and all classes, and is the same on every rank; scale it equally on
-    every rank. The gradient of the weight is that of all samples. The gradient of the features is multiplied by the
-    number of ranks, because DDP and FSDP2 average gradients over the ranks.
+    With a ``shard``, each rank passes its own samples, the same number on each rank, and the weight of its own classes.
+    The loss is the mean over the global batch, with a softmax over all classes, and is the same on every rank; scale it
+    equally on every rank. The gradient of the weight is that of all samples. The gradient of the features is multiplied
+    by the number of ranks, because DDP and FSDP2 average gradients over the ranks.
 
     Target logits and softmax are computed in float32, or in float64 if an input is float64. The matrix products run in
     the dtype of autocast, or else in the wider of the two input dtypes, with float32 in place of float16. With bfloat16
@@ -115,7 +122,7 @@ def chunked_cross_entropy(
 
     Args:
         features: x, (N, D), of this rank.
-        weight: W, (C, D); with a ``shard`` the rows of this rank, which may be none.
+        weight: W, (C, D); with a ``shard``, the rows of this rank, possibly none.
         target: Class of each sample among all classes, (N,), an integer type.
         margin: m, an integer >= 1.
         lambda_: Weight of the plain logit, as in :func:`lsoftmax_cross_entropy`; it must not require gradients.
@@ -130,7 +137,7 @@ def chunked_cross_entropy(
     if isinstance(lambda_, Tensor) and lambda_.requires_grad:
         raise InputError("lambda_: must not require gradients in the chunked loss; pass lambda_.detach().")
     if not 0 <= label_smoothing <= 1:
-        raise InputError(f"label_smoothing: must be from 0 to 1, got {label_smoothing}.")
+        raise InputError(f"label_smoothing: must be from 0 to 1, got {label_smoothing}; the usual value is 0.1.")
     shard = shard or ClassShard(None, 0, len(weight))
     target = check_target(target, len(features))
     is_valid = is_in_range(target, shard.num_classes).all()
@@ -153,7 +160,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(features.dtype, weight.dtype)
         if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        if dtype == torch.float16:  # in which the gradients of single logits underflow
+        if dtype == torch.float16:  # the gradients of single logits underflow in it
             dtype = torch.float32
         with autocast_disabled(features.device):
             loss, prediction, correct, *gradients = _loss_and_gradients(
@@ -168,13 +175,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "chunked_cross_entropy: has no second derivatives, got create_graph=True; use F.cross_entropy of "
+                "chunked_cross_entropy: has no second derivatives, got create_graph=True; use F.cross_entropy with "
                 "margin_logits."
             )
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("chunked_cross_entropy: backward can run only once; remove retain_graph=True.")
-        # It is usually 1, but to read it an accelerator would have to be waited for.
+        # It is usually 1, but reading it would synchronise an accelerator.
         if grad_loss.device.type != "cpu" or grad_loss != 1:
             for gradient in gradients:
                 gradient.mul_(grad_loss)
@@ -193,9 +200,9 @@ def _loss_and_gradients(
     label_smoothing: float,
     shard: ClassShard,
 ) -> tuple[Tensor, ...]:
-    """Return loss, predictions and correctness of the samples of this rank; with ``needs_grad`` also the gradients.
+    """Return loss, predictions and correctness of the samples of this rank, and the gradients if ``needs_grad``.
 
-    1. Gather the samples of all ranks: below, a row is a sample of the global batch.
+    1. Gather the samples of all ranks. In the following, a row is a sample of the global batch.
     2. Compute the target logits with the margin from (N, D) tensors, under autograd.
     3. For each chunk of rows compute the plain logits, predict, overwrite the target logits, and reduce the rows to
        their maximum and sum of exponentials; from the exponentials compute the gradients of all other logits.
@@ -248,7 +255,7 @@ def _loss_and_gradients(
         if weight.dtype == dtype:
             grad_weight.addmm_(unscaled_grad.T, scaled_x)
         else:
-            unscaled_grad = buffer[: len(column)].copy_(unscaled_grad)  # free: `to` copied its logits
+            unscaled_grad = buffer[: len(column)].copy_(unscaled_grad)  # `to` copied the logits out of the buffer
             grad_weight += unscaled_grad.T @ scaled_x.to(weight.dtype)
         torch.mm(unscaled_grad, weight, out=grad_features[rows])
 
@@ -297,7 +304,7 @@ def _local_target(target: Tensor, num_local: int, shard: ClassShard) -> tuple[Te
 
 
 def chunk_length(features: Tensor, weight: Tensor) -> int:
-    """Return the samples of a chunk: few logits to save memory, enough of them to keep a device busy.
+    """Return the number of samples in a chunk: small enough to save memory, large enough to keep a device busy.
 
     Args:
         features: x, (N, D).
@@ -320,7 +327,7 @@ def _set_column_(logits: Tensor, column: Tensor, is_local: Tensor | None, value:
 
 
 def _global_argmax(max_plain: Tensor, argmax_plain: Tensor, shard: ClassShard) -> Tensor:
-    """Return the class of the highest plain logit over all shards, the lowest class among equals.
+    """Return the class of the highest plain logit over all shards; of equal logits, the lowest class.
 
     Args:
         max_plain: Highest plain logit in this shard, (N,).
@@ -331,4 +338,4 @@ def _global_argmax(max_plain: Tensor, argmax_plain: Tensor, shard: ClassShard) -
         return argmax_plain
     is_highest = max_plain == shard.all_reduce_(max_plain.clone(), dist.ReduceOp.MAX)
     prediction = torch.where(is_highest, argmax_plain + shard.start, shard.num_classes)
-    return shard.all_reduce_(prediction, dist.ReduceOp.MIN).clamp_max(shard.num_classes - 1)  # NaN equals nothing
+    return shard.all_reduce_(prediction, dist.ReduceOp.MIN).clamp_max(shard.num_classes - 1)  # all logits may be NaN

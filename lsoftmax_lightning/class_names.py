@@ -1,4 +1,4 @@
-"""Class names of any datamodule as printable text."""
+"""Class names of any datamodule as printable strings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _NOT_PRINTED = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are no
 
 
 def names_by_index(datamodule: Any) -> dict[int, str]:
-    r"""Return the ``class_names`` of a datamodule by class index, each as printable text on one line.
+    r"""Return the ``class_names`` of a datamodule by class index, each as one printable line.
 
-    A control character is escaped, such as a tab as ``\t``. A class with an empty name is omitted.
+    Control characters are escaped, a tab as ``\t``, for example. Classes with an empty name are omitted.
 
     Args:
         datamodule: Its ``class_names`` may be a sequence, an array, a tensor or a series of names of any type, or a

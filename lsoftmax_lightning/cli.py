@@ -1,7 +1,7 @@
 """The command line: Lightning's commands, and ``compare``, ``export`` and ``configs``.
 
-This module does not import torch before a command needs it, so that ``--help``, ``--version``, ``configs`` and a wrong
-command take no time.
+torch is imported only when a command needs it, so that ``--help``, ``--version``, ``configs`` and an invalid command
+are fast.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ __all__ = ["CONFIGS", "main"]
 
 
 def configs(args: list[str]) -> None:
-    """Lists the shipped configs with a line each, or copies one into the working directory.
+    """List the shipped configs, or copy one to the working directory.
 
     Args:
-        args: Nothing, or ``--copy NAME``.
+        args: Empty, or ``--copy NAME``.
 
     Raises:
-        InputError: If the name is wrong or the copy would overwrite a file.
+        InputError: If there is no config of this name, or the copy would overwrite a file.
     """
-    parser = CommandParser(prog="lsoftmax_lightning configs", description="The shipped configs.")
-    parser.add_argument("--copy", metavar="NAME", help="copy this one into the working directory")
+    parser = CommandParser(prog="lsoftmax_lightning configs", description="List the shipped configs.")
+    parser.add_argument("--copy", metavar="NAME", help="copy this config to the working directory")
     name = parser.parse_args(args).copy
     if name is None:
         for path in sorted(CONFIGS.glob("*.yaml")):
@@ -49,20 +49,20 @@ def configs(args: list[str]) -> None:
         return
     source = find_config(name)
     if Path(source.name).exists():
-        raise InputError(f"{source.name} is already in {Path.cwd()}; move it away first.")
+        raise InputError(f"--copy: {source.name} already exists in {Path.cwd()}; move it first.")
     shutil.copyfile(source, source.name)
     print(f"Copied to {Path(source.name).absolute()}")
 
 
 def compare(args: list[str]) -> None:
-    """Trains a config at several margins and seeds, and compares the runs."""
+    """Train a config with several margins and seeds, and compare the runs."""
     from .commands import run_compare
 
     run_compare(args)
 
 
 def export(args: list[str]) -> None:
-    """Writes the network of a checkpoint to a file for use without this package."""
+    """Write the network of a checkpoint to a file for use without this package."""
     from .commands import run_export
 
     run_export(args)
@@ -72,16 +72,16 @@ OWN_COMMANDS = {"compare": compare, "configs": configs, "export": export}
 """Commands beside those of Lightning: functions of the arguments. The help shows the first line of their docstrings."""
 
 LIGHTNING_COMMANDS = {
-    "fit": "Trains a model, then tests its best checkpoint.",
-    "validate": "Evaluates a model on the validation set.",
-    "test": "Evaluates a model on the test set.",
-    "predict": "Writes predictions for the test set, or for a folder of images, to a file.",
+    "fit": "Train a model, then test its best checkpoint.",
+    "validate": "Evaluate a model on the validation set.",
+    "test": "Evaluate a model on the test set.",
+    "predict": "Write predictions for the test set, or for a folder of images, to a file.",
 }
 COMMANDS = {
     **LIGHTNING_COMMANDS,
     **{name: str(command.__doc__).splitlines()[0] for name, command in OWN_COMMANDS.items()},
 }
-"""All commands, each with a sentence for the help."""
+"""All commands, with their descriptions in the help."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,10 +100,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse(command: str | None) -> NoReturn:
-    """Exit with code 2, as for every wrong argument, and name the command that is meant.
+    """Print an error with the most similar command, and exit with code 2, as for every invalid argument.
 
     Args:
-        command: What was given as the command, or None for nothing.
+        command: The invalid command; None if none was given.
     """
     *names, last_name = COMMANDS
     similar = difflib.get_close_matches(command or "", COMMANDS, n=1)
@@ -115,13 +115,13 @@ def _refuse(command: str | None) -> NoReturn:
 
 @contextmanager
 def _without_garbage_collection(freeze: bool) -> Iterator[None]:
-    """Disable the garbage collector in the block, which is to import torch and Lightning.
+    """Disable the garbage collector in the block, which imports torch and Lightning.
 
-    They create 800,000 objects that live as long as the process. Searching them for garbage takes a fifth of the time
-    of the import, and as long again at the end of the process.
+    They create 800,000 objects that live as long as the process. Collections take a fifth of the time of the import,
+    and the same time again at the end of the process.
 
     Args:
-        freeze: Whether the collector also ignores, from then on, all objects that exist at the end of the block.
+        freeze: Whether to exclude the objects that exist at the end of the block from all later collections.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -135,16 +135,16 @@ def _without_garbage_collection(freeze: bool) -> Iterator[None]:
 
 
 def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
-        args: The arguments, by default those of the process.
+        args: The arguments. Default: those of the process.
 
     Returns:
-        The CLI object, with ``trainer``, ``model`` and ``datamodule``; nothing for the other commands.
+        The CLI object, with ``trainer``, ``model`` and ``datamodule``; None for :data:`OWN_COMMANDS`.
 
     Raises:
-        SystemExit: With a message and no traceback, for whatever the user can mend.
+        SystemExit: After an error that the user can fix, which is printed without a traceback.
     """
     owns_process = args is None
     args = sys.argv[1:] if args is None else args
@@ -164,7 +164,7 @@ def main(args: list[str] | None = None) -> LSoftmaxCLI | None:
                 with _without_garbage_collection(freeze=owns_process):
                     from . import lightning_cli
             finally:
-                stop_if_received()  # an import of the libraries may swallow the exception, or fail because of it
+                stop_if_received()  # an import may swallow the exception of a signal, or fail because of it
         if command in OWN_COMMANDS:
             OWN_COMMANDS[command](args[1:])
             return None

@@ -1,4 +1,4 @@
-"""The parser of the commands ``compare``, ``configs`` and ``export``.
+"""Parser of the commands ``compare``, ``configs`` and ``export``.
 
 This module does not import torch.
 """
@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from typing_extensions import override
+
 from .errors import SettingsError
 
 _MIN_SIMILARITY = 0.75
@@ -17,20 +19,20 @@ _SETTINGS = ("checkpoint", "ckpt_path", "dashboard", "data", "model", "seed_ever
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors take one line, and which names the option that a misspelt one may mean."""
+    """Argument parser with one-line errors and suggestions for misspelt options."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
 
+    @override
     def error(self, message: str) -> NoReturn:
-        """Raise a SettingsError in place of printing the usage."""
         raise SettingsError(f"{message.removeprefix('argument ')}; see {self.prog} --help.")
 
     def parse_options(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Return the options, and the other arguments, which are settings of ``fit``.
+        """Parse the options of the command; return them and the other arguments, which are settings of ``fit``.
 
         Raises:
-            SettingsError: If an option is wrong or misspelt.
+            SettingsError: If an option is invalid or misspelt.
         """
         options, settings = self.parse_known_args(args)
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]

@@ -1,7 +1,6 @@
-"""Private parts of Lightning, jsonargparse and torch that this package needs.
+"""Public names for the private parts of Lightning, jsonargparse and torch that this package needs.
 
-Other modules use the public names below. ``tests/test_compat.py`` fails if a library changes what is relied on here. A
-version in a docstring is one in which it was seen.
+``tests/test_compat.py`` fails if a library changes one of them. The docstrings give versions that have them.
 """
 
 from __future__ import annotations
@@ -35,29 +34,29 @@ MAX_LISTED_CLASSES = 20
 
 
 class CommandLine(LightningCLI):
-    """LightningCLI with public methods in place of the private ones that are overridden or called (Lightning 2.6.6).
+    """LightningCLI with public names for the private methods that are overridden or called (Lightning 2.6.6).
 
-    Models and data take any class. Their optimizers and schedulers copy and pickle: those of jsonargparse hold the
-    parser. The settings in the checkpoint of ``--ckpt_path`` do not replace those of the user. If the first argument is
-    the command, the parsers of the other commands have no arguments: adding them takes a fifth of the start of a run.
+    It differs from LightningCLI in three ways. Optimizer and scheduler callables can be copied and pickled; those of
+    jsonargparse contain the parser. The settings in the checkpoint of ``--ckpt_path`` do not replace those of the user.
+    If the first argument is a command, the other commands get no arguments, which would take a fifth of the start-up.
 
     Args:
-        args: Positional arguments of LightningCLI.
-        kwargs: Its other arguments.
+        *args: Positional arguments of LightningCLI.
+        **kwargs: Keyword arguments of LightningCLI.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         words = kwargs.get("args")
         first = (sys.argv[1:] if words is None else words)[:1]
-        # options before the command, such as a config file, may have settings of all commands
+        # options before the command, such as a config file, may contain settings of all commands
         self._used_commands = self.subcommands().keys() & first or self.subcommands().keys()
         super().__init__(*args, **kwargs)
 
     def add_command_arguments(self, parser: LightningArgumentParser, command: str) -> None:
-        """Add arguments of a single command to its parser."""
+        """Add the arguments of a command to its parser; a hook for subclasses."""
 
     def run_command(self) -> None:
-        """Run the command, with the hooks before and after it."""
+        """Run the command and its hooks, such as ``before_fit``."""
         super()._run_subcommand(str(self.subcommand))
 
     @property
@@ -67,7 +66,7 @@ class CommandLine(LightningCLI):
 
     @property
     def command_parser(self) -> LightningArgumentParser:
-        """Parser of the command."""
+        """Parser of the command in use."""
         return self._parser(self.subcommand)
 
     @override
@@ -88,7 +87,7 @@ class CommandLine(LightningCLI):
 
     @override
     def _dump_config(self) -> None:
-        if not hasattr(self, "config_dump"):  # once, without the second validation of Lightning's
+        if not hasattr(self, "config_dump"):  # once, and without Lightning's second validation
             settings: Any = {"skip_link_targets": False, "skip_none": False, "skip_validation": True, "format": "yaml"}
             self.config_dump = yaml.safe_load(self.parser.dump(self.config, **settings))[self.subcommand]
 
@@ -105,7 +104,7 @@ class _PlainInstantiator(_InstantiatorFn):
 
 
 class ShortClassLists(DefaultHelpFormatter):
-    """Help without long lists of classes, and without the markup of docstrings (jsonargparse 4.40 and 4.53)."""
+    """Help formatter without long lists of classes and without docstring markup (jsonargparse 4.40 and 4.53)."""
 
     @override
     def _get_help_string(self, action: Action) -> str:
@@ -119,9 +118,10 @@ class ShortClassLists(DefaultHelpFormatter):
 
 
 def plain_partial(value: Any) -> Any:
-    """Return the partial of a class in place of that of jsonargparse, whose last argument is the class.
+    """Replace a partial of jsonargparse by a partial of the class; return other values unchanged.
 
-    jsonargparse 4.40 and 4.53 create an optimizer or scheduler by a function of its parser.
+    jsonargparse 4.40 and 4.53 create an optimizer or scheduler by a method of the parser, with the class as its last
+    argument.
     """
     if not isinstance(value, partial) or not str(value.func.__module__).startswith("jsonargparse"):
         return value
@@ -129,9 +129,9 @@ def plain_partial(value: Any) -> Any:
 
 
 def settings_of_parser(parser: ArgumentParser) -> dict[str, Any]:
-    """Return the settings of a parser, with their types, or None for options without one (jsonargparse 4.40 and 4.53).
+    """Return the settings of a parser and their types (jsonargparse 4.40 and 4.53).
 
-    For groups there are only the settings in them.
+    The type is None for an option without one. Groups are omitted; the settings in them are included.
     """
     actions = (action for action in parser._actions if not action.dest.endswith(".help"))
     types = {action.dest: getattr(action, "_typehint", None) for action in actions}
@@ -140,7 +140,7 @@ def settings_of_parser(parser: ArgumentParser) -> dict[str, Any]:
 
 
 def known_subclasses(kind: type) -> list[str]:
-    """Return the import paths of a class and its subclasses that can be created (jsonargparse 4.40 and 4.53)."""
+    """Return the import paths of a class and its subclasses, without abstract ones (jsonargparse 4.40 and 4.53)."""
     return get_all_subclass_paths(kind)
 
 
@@ -150,11 +150,11 @@ def trains_in_other_processes(trainer: Trainer) -> bool:
 
 
 def kill_launched_ranks(trainer: Trainer, seconds: float) -> None:
-    """Kill the ranks that this process launched by commands, if it launched any (Lightning 2.6.6).
+    """Kill the ranks that this process launched as subprocesses, if any (Lightning 2.6.6).
 
     Args:
         trainer: The Trainer.
-        seconds: Time for the ranks to end by themselves.
+        seconds: Seconds to wait for the ranks to end by themselves.
     """
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
@@ -165,9 +165,9 @@ def kill_launched_ranks(trainer: Trainer, seconds: float) -> None:
 
 
 def current_datamodule(trainer: Trainer) -> LightningDataModule | None:
-    """Return the datamodule of the current run, or None if it has plain dataloaders (Lightning 2.6.6).
+    """Return the datamodule of the current run; None if it has plain dataloaders (Lightning 2.6.6).
 
-    ``trainer.datamodule`` is still that of an earlier run then.
+    With plain dataloaders, ``trainer.datamodule`` may be that of an earlier run.
     """
     selector = trainer._data_connector._datahook_selector
     return selector.datamodule if selector else None
@@ -185,28 +185,28 @@ def logs_this_step(trainer: Trainer) -> bool:
 
 
 def shard_over_all_ranks(strategy: ModelParallelStrategy) -> None:
-    """Set the size of data parallelism to the number of ranks, instead of nodes (Lightning 2.6.6).
+    """Set the data parallel size to the number of ranks instead of nodes (Lightning 2.6.6).
 
-    Call it before ``setup_environment``, which makes the device mesh; the number is not known to ``__init__``.
+    Call it before ``setup_environment``, which creates the device mesh. The number of ranks is unknown in ``__init__``.
     """
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
 
 
 def synchronise_batch_norm(strategy: ModelParallelStrategy, module: LightningModule) -> None:
-    """Synchronise the batch normalisation, if the Trainer has ``sync_batchnorm`` (Lightning 2.6.6)."""
+    """Synchronise batch normalisation if the Trainer has ``sync_batchnorm`` (Lightning 2.6.6)."""
     if strategy._layer_sync is not None:
         strategy._layer_sync.apply(module)
 
 
 class CheckpointHooks(ModelCheckpoint, ABC):
-    """ModelCheckpoint with public methods in place of the private ones that are overridden or called (Lightning 2.6.6).
+    """ModelCheckpoint with public names for the private methods that are overridden or called (Lightning 2.6.6).
 
-    It is abstract, so that jsonargparse does not offer it to users.
+    It is abstract, so jsonargparse does not list it.
     """
 
     @abstractmethod
     def after_write(self, trainer: Trainer, filepath: str) -> None:
-        """Do something after a checkpoint was written. It is called on all ranks.
+        """Run after a checkpoint is written, on all ranks; a hook for subclasses.
 
         Args:
             trainer: The Trainer.
@@ -218,11 +218,11 @@ class CheckpointHooks(ModelCheckpoint, ABC):
         self._save_checkpoint(trainer, filepath)
 
     def is_written(self, trainer: Trainer) -> bool:
-        """Return whether the last checkpoint is that of the current step."""
+        """Return whether the current step has a checkpoint."""
         return self._last_global_step_saved == trainer.global_step
 
     def skips_writing(self, trainer: Trainer) -> bool:
-        """Return whether no checkpoint is due: it is written already, or the Trainer does not train."""
+        """Return whether no checkpoint is due, because it is written already or the Trainer does not train."""
         return self._should_skip_saving_checkpoint(trainer)
 
     @override
@@ -232,20 +232,20 @@ class CheckpointHooks(ModelCheckpoint, ABC):
 
 
 class ClosedFormLR(LRScheduler, ABC):
-    """A learning rate scheduler with public names for two private parts of LRScheduler (torch 2.6 and 2.14).
+    """LRScheduler with public names for two of its private members (torch 2.6 and 2.14).
 
-    It is abstract, so that jsonargparse does not offer it to users.
+    It is abstract, so jsonargparse does not list it.
     """
 
     @abstractmethod
     def get_closed_form_lr(self) -> list[Any]:
         """Compute the learning rate of each parameter group from its initial value.
 
-        ``step(epoch)`` uses it, which SequentialLR calls where a scheduler begins.
+        ``step(epoch)`` uses it. SequentialLR calls ``step(epoch)`` when it switches to a scheduler.
         """
 
     def set_last_lr(self, learning_rates: list[Any]) -> None:
-        """Set what ``get_last_lr`` returns."""
+        """Set the result of ``get_last_lr``."""
         self._last_lr = learning_rates
 
     def _get_closed_form_lr(self) -> list[Any]:
@@ -253,17 +253,17 @@ class ClosedFormLR(LRScheduler, ABC):
 
 
 def schedulers_in(scheduler: Any) -> list[Any]:
-    """Return the schedulers in a ChainedScheduler, or the scheduler itself (torch 2.6 and 2.14)."""
+    """Return the schedulers of a ChainedScheduler; for another scheduler, itself (torch 2.6 and 2.14)."""
     return list(scheduler._schedulers) if isinstance(scheduler, ChainedScheduler) else [scheduler]
 
 
 def assert_on_device(condition: Tensor) -> None:
-    """Fail if a condition is false, on an accelerator without waiting for it (torch 2.6 and 2.14)."""
+    """Fail if a condition is false, without synchronising the device (torch 2.6 and 2.14)."""
     torch._assert_async(condition)
 
 
 def disable_default_hp_metric(logger: TensorBoardLogger) -> None:
-    """Prevent the logger from logging ``hp_metric``, which would stay -1 (Lightning 2.6.6)."""
+    """Disable the logger's ``hp_metric``, which would stay at -1 (Lightning 2.6.6)."""
     logger._default_hp_metric = False
 
 
@@ -273,15 +273,15 @@ def add_summary(logger: TensorBoardLogger, summary: Any) -> None:
 
 
 def epoch_progress(checkpoint: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Return the counts of epochs in a checkpoint of the Trainer, to be read or changed (Lightning 2.6.6)."""
+    """Return the epoch counts in a Trainer's checkpoint, which may be changed in place (Lightning 2.6.6)."""
     progress: dict[str, dict[str, int]] = checkpoint["loops"]["fit_loop"]["epoch_progress"]
     return progress
 
 
 def end_workers(batches: Iterator[Any]) -> None:
-    """End the workers of an iterator of a DataLoader, if it has any (torch 2.6 and 2.14).
+    """End the workers of a DataLoader's iterator, if it has any (torch 2.6 and 2.14).
 
-    Without this they run for as long as something, such as the traceback of an error, refers to the iterator.
+    Otherwise they run as long as the iterator is referenced, by the traceback of an error, for example.
     """
     if isinstance(batches, _MultiProcessingDataLoaderIter):
         batches._shutdown_workers()

@@ -1,4 +1,4 @@
-"""Config files: how they are read, and the names of the settings in them."""
+"""Config files: safe reading, paths, and flat names of settings."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .config_paths import expand_path, find_config
 from .errors import InputError, LSoftmaxError
 from .library_messages import missing_settings
 
-_MAX_ERROR = 300  # characters of an error of the parser
-_MAX_NODES = 100_000  # of a YAML text, with each alias replaced by its value
+_MAX_ERROR = 300  # characters of a parser error
+_MAX_NODES = 100_000  # values in a YAML file, with aliases expanded
 _PATH_SETTINGS = {
     "ckpt_path",
     "default_root_dir",
@@ -33,10 +33,10 @@ _load_yaml = get_loader("yaml")
 
 
 def expand_paths(settings: Any) -> None:
-    """Expand the paths in settings: Lightning expands some of them, and writes to two folders.
+    """Expand ``~`` and environment variables in all paths; Lightning expands only some of them.
 
     Args:
-        settings: A Namespace, or a list that may contain some. It is changed in place.
+        settings: A Namespace, or a list that may contain Namespaces. It is changed in place.
     """
     for item in settings if isinstance(settings, list) else []:
         expand_paths(item)
@@ -48,18 +48,18 @@ def expand_paths(settings: Any) -> None:
 
 
 class ParserError(LSoftmaxError):
-    """The parser does not take the settings; it is no ValueError, which jsonargparse would catch."""
+    """The parser rejects the settings. Not a ValueError, which jsonargparse would catch."""
 
 
 class ConfigParser(LightningArgumentParser):
-    """Lightning's parser, whose ``--config`` also takes the names of shipped configs."""
+    """Lightning's parser; ``--config`` also accepts the name of a shipped config."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         defaults: Any = {"prog": "lsoftmax_lightning", "formatter_class": ShortClassLists}
         super().__init__(*args, **defaults | kwargs)
 
+    @override
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument; replace the action of config files."""
         if kwargs.get("action") is ActionConfigFile:
             kwargs["action"] = _ConfigFile
         return super().add_argument(*args, **kwargs)
@@ -73,14 +73,14 @@ class ConfigParser(LightningArgumentParser):
             raise ParserError(f"{', '.join(names)}: required by {owner}, got nothing; set it in init_args.") from ex
         if names:
             names = [name.rpartition(".")[2] for name in names]
-            advice = "name a config that has model and data, as in --config digits.yaml."
+            advice = "use a config with model and data, such as --config digits.yaml."
             raise ParserError(f"{', '.join(names)}: required, got nothing; {advice}") from ex
         text = " ".join(message.split())
         raise ParserError(text if len(text) <= _MAX_ERROR else f"{text[: _MAX_ERROR - 3]}...") from ex
 
 
 class _ConfigFile(ActionConfigFile):
-    """Reads a config; its name is that of the run unless the config has a logger of its own."""
+    """Action that reads a config, and names the run after it unless the config names its logger."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = find_config(values)
@@ -93,8 +93,7 @@ def load_bounded_yaml(text: str) -> Any:
     """Load YAML from an untrusted source.
 
     Raises:
-        InputError: If a mapping has a key twice, or the values would be more than 100,000, or endless, with each alias
-            replaced by its value.
+        InputError: If a mapping has a key twice, or there are more than 100,000 values with aliases expanded.
     """
     content = _load_yaml(text)
     if isinstance(content, dict | list):
@@ -105,17 +104,23 @@ def load_bounded_yaml(text: str) -> Any:
         if not isinstance(node, dict | list):
             return 1
         if id(node) not in counts:
-            counts[id(node)] = math.inf  # until it is counted: a node that contains itself has no end
+            counts[id(node)] = math.inf  # while its values are counted: a node that contains itself is infinite
             counts[id(node)] = 1 + sum(map(count, node.values() if isinstance(node, dict) else node))
         return counts[id(node)]
 
     if count(content) > _MAX_NODES:
-        raise InputError(f"the YAML has more than {_MAX_NODES:,} values once its aliases are replaced; write it out.")
+        raise InputError(
+            f"YAML: must have at most {_MAX_NODES:,} values with aliases expanded, got more; remove aliases."
+        )
     return content
 
 
 def _check_keys(node: Any, seen: set[int]) -> None:
-    """Refuse a mapping that has a key twice: PyYAML drops the first without a word."""
+    """Reject a mapping that has a key twice; PyYAML would silently ignore the first value.
+
+    Raises:
+        InputError: If a key is repeated.
+    """
     if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
         return
     seen.add(id(node))
@@ -127,7 +132,7 @@ def _check_keys(node: Any, seen: set[int]) -> None:
     for key, value in node.value:
         name, line = (key.tag, str(key.value)), key.start_mark.line + 1
         if name in lines and key.tag != "tag:yaml.org,2002:merge":
-            raise InputError(f"{key.value}: must be in a mapping once, got lines {lines[name]} and {line}; remove one.")
+            raise InputError(f"{key.value}: must be set once, got lines {lines[name]} and {line}; remove one.")
         lines[name] = line
         _check_keys(value, seen)
 
@@ -142,13 +147,18 @@ def read_yaml(path: Path) -> dict[str, Any] | None:
 
 
 def flat(settings: Any, path: str = "") -> dict[str, Any]:
-    """Return settings by their names on the command line.
+    """Return nested settings by their names on the command line.
 
     Args:
-        settings: As YAML has them.
-        path: The name of these among others.
+        settings: Settings as loaded from YAML.
+        path: Prefix of the names, for the recursion.
+
+    Example:
+        >>> from lsoftmax_lightning.config_files import flat
+        >>> flat({"model": {"class_path": "Net", "init_args": {"width": 2}}})
+        {'model.class_path': 'Net', 'model.width': 2}
     """
     if not isinstance(settings, dict) or not settings:
         return {path.replace(".init_args", "").removeprefix("."): settings}
-    parts = (flat(value, f"{path}.{key}") for key, value in settings.items())
-    return {name: value for part in parts for name, value in part.items()}
+    groups = (flat(value, f"{path}.{key}") for key, value in settings.items())
+    return {name: value for group in groups for name, value in group.items()}

@@ -1,4 +1,4 @@
-"""Where config files are found. This module imports neither torch nor Lightning."""
+"""Paths of config files. This module imports neither torch nor Lightning."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 from .errors import InputError
 
 _PACKAGE = Path(__file__).parent
-# In the wheel the configs lie inside the package; in a checkout, beside it.
+# inside the package in a wheel, beside it in a checkout
 CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
 
 
 def expand_path(path: str) -> str:
-    """Return a path with ``~`` and environment variables replaced; a variable that is not set stays as it is."""
+    """Return a path with ``~`` and environment variables expanded; unset variables are kept."""
     return os.path.expanduser(os.path.expandvars(path))
 
 
 def find_config(name: str) -> Path:
-    """Find a config by its path, or a shipped one by its bare name.
+    """Find a config by its path, or a shipped config by its name.
 
     Args:
-        name: A path, relative to the working directory; or the name of a shipped config, with or without ``.yaml``.
+        name: Path of a config, or name of a shipped one, with or without ``.yaml``.
 
     Raises:
-        InputError: If there is neither.
+        InputError: If there is no such config.
     """
     for path in (Path(expand_path(name)), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():

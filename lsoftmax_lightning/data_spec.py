@@ -1,4 +1,4 @@
-"""Specification of the training data, stored in a checkpoint."""
+"""Specification of the training data, which is stored in a checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class DataSpec(NamedTuple):
 
     @classmethod
     def from_datamodule(cls, datamodule: Any) -> DataSpec:
-        """Read the attributes of a datamodule; all are empty without one.
+        """Read the attributes of a datamodule; without a datamodule, all are empty.
 
         Class names may have any form that :func:`~lsoftmax_lightning.class_names.names_by_index` reads. If a class has
         no name, ``class_names`` is empty.
@@ -56,21 +56,21 @@ class DataSpec(NamedTuple):
 
     @classmethod
     def from_json(cls, text: Any) -> DataSpec:
-        """Read a text written by :meth:`to_json`.
+        """Read a string written by :meth:`to_json`.
 
         Raises:
-            InputError: If the text is not valid.
+            InputError: If the string is not valid.
         """
         try:
             values = dict(json.loads(text))
         except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"the checkpoint is damaged: its description of the data is not valid: {error}") from error
+            raise InputError(f"the checkpoint is damaged: its data specification is not valid: {error}") from error
         return cls._from_values(values)
 
     def to_json(self) -> str:
-        """Return the specification as one text.
+        """Return the specification as one string.
 
-        torch loads 100,000 separate texts in 0.2 s, and a single text in 1 ms.
+        torch loads 100,000 separate strings in 0.2 s, and a single string in 1 ms.
         """
         return json.dumps(self._asdict())
 
@@ -90,12 +90,12 @@ class DataSpec(NamedTuple):
         """Check that attributes are not empty.
 
         Raises:
-            InputError: If one of them is.
+            InputError: If one of them is empty.
         """
         if missing := [name for name in names if not getattr(self, name)]:
             raise InputError(
-                f"data_spec: must have {', '.join(missing)} of the training data, which checkpoints of earlier "
-                "releases do not; set model.data_spec = DataSpec.from_datamodule(datamodule)."
+                f"data_spec: must have {', '.join(missing)} of the training data, got none, as in a checkpoint of an "
+                "earlier release; set model.data_spec = DataSpec.from_datamodule(datamodule)."
             )
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -113,16 +113,16 @@ class DataSpec(NamedTuple):
         self.require("image_shape", "mean", "std")
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
             raise InputError(
-                f"images: must be uint8 (N, {', '.join(map(str, self.image_shape))}), as the network was trained on, "
-                f"got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}."
+                f"images: must be uint8 (N, {', '.join(map(str, self.image_shape))}) like the training images, got "
+                f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}; convert or resize them."
             )
         return Normalize(self.mean, self.std)(images)
 
     def check(self, data: DataSpec) -> None:
-        """Check that a specification is equal to this one, apart from empty attributes.
+        """Check that the attributes of a specification equal those of this one, unless they are empty.
 
         Args:
-            data: Specification of the data that the network is used on.
+            data: Specification of the data to use the network on.
 
         Raises:
             InputError: If they differ; the message names the differences.
@@ -134,8 +134,8 @@ class DataSpec(NamedTuple):
         ]
         if differences:
             raise InputError(
-                f"data: differ from those that the network was trained on, got {', '.join(differences)}; use the data "
-                "and settings of its run, or train a network on these data (warm_start takes over the weights)."
+                f"data: must match the data that the network was trained on, got {', '.join(differences)}; use the "
+                "data and settings of its run, or train on these data (--model.warm_start loads its weights)."
             )
 
 

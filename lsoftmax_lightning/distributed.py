@@ -1,4 +1,4 @@
-"""Classes that are sharded over the ranks of a process group."""
+"""Classes sharded over the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class ClassShard(NamedTuple):
     group: dist.ProcessGroup | None
     """Group of all ranks; None if one rank has all classes."""
     start: int
-    """Index of the first class of this rank."""
+    """Index of the first class on this rank."""
     num_classes: int
-    """Number of classes of all ranks."""
+    """Number of classes on all ranks."""
 
     @property
     def world_size(self) -> int:
@@ -24,7 +24,7 @@ class ClassShard(NamedTuple):
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """Return the rows of all ranks, which must be equally many on each."""
+        """Gather the rows of all ranks; every rank must pass the same number."""
         if self.group is None:
             return rows
         gathered = rows.new_empty(self.world_size * len(rows), *rows.shape[1:])
@@ -38,7 +38,7 @@ class ClassShard(NamedTuple):
         return x
 
     def local_rows(self, rows: Tensor) -> Tensor:
-        """Return the rows of this rank among those of :meth:`all_gather`."""
+        """Return the rows of this rank from the result of :meth:`all_gather`."""
         if self.group is None:
             return rows
         return rows.chunk(self.world_size)[dist.get_rank(self.group)]

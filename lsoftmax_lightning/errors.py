@@ -1,23 +1,23 @@
-"""What a user can mend. The message says what was given, what was expected and what to do."""
+"""Errors that a user can fix. Messages have the form ``<setting>: <problem>, got <value>; <what to do>``."""
 
 MAX_ERROR_LINES = 30
-"""Lines of a message that the command line prints."""
+"""Maximum number of lines of a message that the command line prints."""
 
 
 class LSoftmaxError(Exception):
-    """Base of every error this package raises on purpose; the command line prints it without a traceback."""
+    """Base class of the errors of this package. The command line prints them without a traceback."""
 
 
 class InputError(LSoftmaxError, ValueError):
-    """An argument, a tensor or a setting is not what the function takes."""
+    """An argument, a tensor or a setting is invalid."""
 
 
 class SettingsError(InputError):
-    """The command line or a config file has a mistake."""
+    """The command line or a config file is invalid."""
 
 
 class DataError(LSoftmaxError, RuntimeError):
-    """Images or labels are missing, damaged, or cannot be fetched."""
+    """Images or labels are missing or damaged, or cannot be downloaded."""
 
 
 class DivergenceError(LSoftmaxError, RuntimeError):
@@ -25,7 +25,7 @@ class DivergenceError(LSoftmaxError, RuntimeError):
 
 
 class RunError(LSoftmaxError, RuntimeError):
-    """Runs of a comparison failed, or a file could not be written."""
+    """A run failed, or a file could not be written."""
 
 
 def first_line(error: BaseException) -> str:

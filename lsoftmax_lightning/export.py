@@ -1,4 +1,4 @@
-"""Export of a trained network, from pixels to embedding and logits, by ONNX or torch.export."""
+"""Export of a trained network, from pixels to embeddings and logits, to ONNX or torch.export."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Format = Literal["onnx", "torch_export", "state_dict"]
 Pixels = Literal["uint8", "float"]
 
 _TOLERANCE = 1e-3  # relative to the largest value; rounding errors are a thousand times smaller
-_NUM_IMAGES = 64  # images that check the exported network
+_NUM_IMAGES = 64  # images to compare the outputs on
 _OUTPUTS = ("embedding", "logits")
 
 
 class ExportWrapper(nn.Module):
-    """The exported network: maps images (N, channels, height, width) to embeddings (N, D) and plain logits (N, C).
+    """The exported network, from images (N, channels, height, width) to embeddings (N, D) and plain logits (N, C).
 
     Args:
         model: A module of this package.
-        mean: Mean of each channel, for pixels from 0 to 1.
-        std: Standard deviation of each channel, for pixels from 0 to 1.
+        mean: Mean of each channel, in 0 .. 1.
+        std: Standard deviation of each channel, in 0 .. 1.
         pixels: ``"uint8"`` for images of uint8, ``"float"`` for images of floats from 0 to 1.
     """
 
@@ -47,7 +47,7 @@ class ExportWrapper(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embeddings (N, D) and the logits (N, C) of images."""
+        """Compute the embeddings (N, D) and the logits (N, C) of images."""
         embedding = self.model.embed((images.float() / self.scale - self.mean) / self.std)
         return embedding, self.model.head(embedding)
 
@@ -57,15 +57,15 @@ def export(
 ) -> dict[str, float]:
     """Write a network to a file, and compare the outputs of the file with those of the module.
 
-    ``onnx`` and ``torch_export`` write an :class:`ExportWrapper` for batches of any size. Its metadata are
-    ``class_names``, ``image_shape``, ``resize``, ``mean``, ``std``, ``pixels`` and ``margin``. The first axis of inputs
-    and outputs is called ``batch``. ONNX stores each as JSON, torch.export stores them in
-    the extra file ``metadata.json``. ``state_dict`` writes the state dict of the backbone only, without a comparison.
+    ``onnx`` and ``torch_export`` write an :class:`ExportWrapper` for batches of any size, with the metadata
+    ``class_names``, ``image_shape``, ``resize``, ``mean``, ``std``, ``pixels`` and ``margin``. ONNX stores each of them
+    as JSON in its metadata, and names the first axis ``batch``. torch.export stores them in the extra file
+    ``metadata.json``. ``state_dict`` writes the state dict of the backbone, and compares nothing.
 
     Args:
         model: A module of this package with its trained weights. It is moved to the CPU and set to evaluation mode.
-        datamodule: Datamodule of the training data; its test images are compared. With None, random images are
-            compared, and class names and normalisation are those of ``model.data_spec``, from the checkpoint.
+        datamodule: Datamodule of the training data, to compare outputs on its test images. None compares them on random
+            images, and takes class names and normalisation from ``model.data_spec``, which a checkpoint contains.
         path: Path of the file.
         format: Format of the file.
         pixels: Input of the exported network: ``"uint8"`` for images of uint8, ``"float"`` for floats from 0 to 1.
@@ -74,23 +74,23 @@ def export(
         The largest absolute difference of the embeddings and of the logits, by ``embedding`` and ``logits``.
 
     Raises:
-        InputError: If class names or normalisation are unknown, the datamodule has other data than the training, or a
+        InputError: If class names or normalisation are unknown, the datamodule does not match the training data, or a
             package is missing.
-        RunError: If the format does not support the network, the outputs differ, or the disk is full or read-only. An
-            existing file is unchanged.
+        RunError: If the format does not support the network, the outputs differ, or the file cannot be written. An
+            existing file is then unchanged.
     """
     for name, value, known in (("format", format, get_args(Format)), ("pixels", pixels, get_args(Pixels))):
         if value not in known:
-            raise InputError(f"{name}: must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}.")
+            raise InputError(f"{name}: must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}; use {known[0]}.")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" and not find_spec(name)]
     if missing:
         raise InputError(
             f"format: onnx requires the packages {', '.join(missing)}, which are not installed; "
-            "pip install 'lsoftmax-lightning[export]'."
+            "run pip install 'lsoftmax-lightning[export]'."
         )
     path = Path(path)
     with disk_errors("output", path), temporary_path(path) as folder:
-        folder.mkdir()  # report an unwritable output before the work
+        folder.mkdir()  # to report an unwritable path before the export
     model = model.cpu().eval()
     if format == "state_dict":
         with disk_errors("output", path), atomic_path(path) as temporary:
@@ -141,7 +141,7 @@ def export(
                 raise RunError(f"{name} of the exported network differs by {difference:.3g} from that of the module.")
             differences[name] = difference
         external_data = [file for file in folder.iterdir() if file.name != path.name]
-        if external_data:  # ONNX stores large weights there; an old model must not read those of the new one
+        if external_data:  # ONNX stores large weights there; the old model must not read the new weights
             path.unlink(missing_ok=True)
         for file in [*external_data, folder / path.name]:
             with atomic_path(path.parent / file.name) as temporary:
@@ -150,14 +150,14 @@ def export(
 
 
 def _random_images(spec: DataSpec) -> tuple[Tensor, Tensor]:
-    """Return random images, and the normalised images."""
+    """Return random images, and the same images normalised."""
     spec.require("class_names", "image_shape")
     images = torch.randint(256, (_NUM_IMAGES, *spec.image_shape), generator=torch.Generator().manual_seed(0))
     return images.byte(), spec.normalize(images.byte())
 
 
 def _test_images(datamodule: Any) -> tuple[Tensor, Tensor]:
-    """Return test images, and the images after the transforms and the normalisation of the datamodule."""
+    """Return test images, and the same images after the datamodule's transforms and normalisation."""
     datamodule.prepare_data()
     datamodule.setup("test")
     images, targets, *_ = (column[:_NUM_IMAGES] for column in next(iter(datamodule.test_dataloader())))
@@ -168,8 +168,8 @@ Runner = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def write_torch_export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
-    """Write a program for :func:`torch.export.load`, and return a function that runs the written one."""
-    buffer = io.BytesIO()  # on a full disk, torch reports no cause
+    """Write a program for :func:`torch.export.load`, and return a function that runs the written file."""
+    buffer = io.BytesIO()  # torch would not report the cause of a full disk
     torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
     path.write_bytes(buffer.getbuffer())
     run: Runner = torch.export.load(path).module()
@@ -177,11 +177,15 @@ def write_torch_export(program: torch.export.ExportedProgram, path: Path, metada
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> Runner:
-    """Write a program as ONNX, and return a function that runs the written one."""
+    """Write a program as ONNX, and return a function that runs the written file.
+
+    Raises:
+        RunError: If ONNX does not support the network.
+    """
     import onnxruntime
 
     try:
-        axes = ({0: "batch"},)  # by its name
+        axes = ({0: "batch"},)  # names the axis
         onnx = torch.onnx.export(
             program,
             input_names=["images"],

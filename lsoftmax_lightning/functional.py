@@ -1,4 +1,4 @@
-r"""The mathematics of Large-Margin Softmax on tensors: no modules, no state.
+r"""Large-Margin Softmax as functions of tensors.
 
 For a sample with feature :math:`x` and class :math:`y`, only the target logit changes:
 
@@ -9,8 +9,8 @@ For a sample with feature :math:`x` and class :math:`y`, only the target logit c
 
     f_y = \frac{\lambda z_y + n\,\psi(\theta_y)}{1 + \lambda}
 
-Source: Liu, Wen, Yu, Yang, "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016, sections 3.2
-and 4 (arXiv 1612.02295).
+Source: Liu, Wen, Yu, Yang, "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016 (arXiv
+1612.02295). Section 3.2 defines psi.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ _MAX_MARGIN = 100
 def check_margin(margin: int) -> int:
     """Return ``margin`` if it is an integer from 1 to 100.
 
-    Rounding errors of psi grow with m^2. At m = 100 the largest one in float32 is 5e-4; from about 150 on it exceeds
-    1e-3. The time to compute psi grows with m.
+    The rounding error of psi grows with m^2. In float32 its maximum is 5e-4 at m = 100, and above 1e-3 from about
+    m = 150. The time to compute psi grows with m, too.
 
     Raises:
-        InputError: For anything else. Nothing is rounded: with 2.5 the paper's psi is not continuous.
+        InputError: If ``margin`` is anything else. cos(m theta) is a polynomial of cos(theta) for integers only.
     """
     if isinstance(margin, bool) or not isinstance(margin, int) or not 1 <= margin <= _MAX_MARGIN:
         raise InputError(
-            f"margin: must be an integer >= 1 and <= {_MAX_MARGIN}, got {margin!r}; 1 is plain softmax and the paper "
-            f"uses 2 to 4. Above {_MAX_MARGIN}, float32 is too inexact."
+            f"margin: must be an integer from 1 to {_MAX_MARGIN}, got {margin!r}; use 1 for plain softmax, or 2 to 4 "
+            "as in the paper."
         )
     return margin
 
 
 def cos_multiple(cosine: Tensor, m: int) -> Tensor:
-    """Return cos(m theta) from cos(theta), by the Chebyshev polynomial T_m.
+    """Compute cos(m theta) from cos(theta) by the Chebyshev polynomial T_m.
 
-    The polynomial has a finite derivative everywhere, m^2 at theta = 0, where ``acos`` gives NaN. The cosine is not
-    clamped: the polynomial extrapolates beyond [-1, 1] after a rounding error, while a clamp would have no gradient.
+    Its derivative is finite everywhere: m^2 at theta = 0, where ``acos`` gives NaN. The cosine is not clamped, because
+    a clamp has no gradient. A cosine just outside [-1, 1], after a rounding error, is extrapolated.
 
     Args:
         cosine: cos(theta), any shape.
@@ -66,9 +66,9 @@ def cos_multiple(cosine: Tensor, m: int) -> Tensor:
 
 
 def psi(cosine: Tensor, margin: int) -> Tensor:
-    """The paper's psi (section 3.2) as a function of cos(theta).
+    """Compute the paper's psi (section 3.2) from cos(theta).
 
-    It falls monotonically from 1 at theta = 0 to -(2m - 1) at theta = pi, with a continuous first derivative in
+    psi falls monotonically from 1 at theta = 0 to -(2m - 1) at theta = pi, with a continuous first derivative in
     ``cosine``. The second derivative jumps at the knots theta = j pi / m.
 
     Args:
@@ -79,12 +79,18 @@ def psi(cosine: Tensor, margin: int) -> Tensor:
         psi, shaped like ``cosine``.
 
     Raises:
-        InputError: If ``margin`` is not an integer >= 1.
+        InputError: If ``margin`` is out of range (:func:`check_margin`).
+
+    Example:
+        >>> import torch
+        >>> from lsoftmax_lightning.functional import psi
+        >>> psi(torch.tensor([1.0, 0.0, -1.0]), margin=2)
+        tensor([ 1., -1., -3.])
     """
     multiple = cos_multiple(cosine, check_margin(margin))
     if margin == 1:
         return multiple
-    # Value and slope agree at the knots, so that a rounding to the neighbouring segment does no harm.
+    # Value and slope are continuous at the knots, so rounding to the neighbouring segment is harmless.
     k = (cosine.detach().clamp(-1, 1).arccos() * (margin / math.pi)).floor().clamp_max(margin - 1)
     return torch.addcmul(-2 * k, 1 - 2 * (k % 2), multiple)
 
@@ -92,9 +98,9 @@ def psi(cosine: Tensor, margin: int) -> Tensor:
 def margin_target_logit(
     plain: Tensor, feature_norm: Tensor, weight_norm: Tensor, margin: int, lambda_: float | Tensor
 ) -> Tensor:
-    """The target logit with the margin, annealed by lambda (section 4).
+    """Compute the target logit with the margin, annealed by lambda.
 
-    It needs no N x C tensor, so that each rank of a sharded head can compute it for its own classes.
+    No (N, C) tensor is needed, so each rank of a sharded head can compute the target logits of its own classes.
 
     Args:
         plain: Plain target logit z_y, (N,), float32 or float64.
@@ -107,14 +113,14 @@ def margin_target_logit(
         f_y, (N,).
     """
     norm = feature_norm * weight_norm
-    # The bound, 1e-14 in float32, is far below the norms of a training, and far above those whose squares underflow.
+    # The bound, 1e-14 in float32, is far below norms in training and far above those whose squares underflow.
     cosine = plain / norm.clamp_min(torch.finfo(norm.dtype).eps ** 2)
     fraction = 1 / (1 + lambda_)
     return plain + fraction * (norm * psi(cosine, margin) - plain)
 
 
 def gather_target_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The logit of each sample's target class, and the checked target.
+    """Check the target, and gather the logit of each sample's target class.
 
     Args:
         logits: Logits, (N, C).
@@ -124,9 +130,9 @@ def gather_target_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor
         Target logits, (N,), and ``target`` as int64.
 
     Raises:
-        InputError: If ``target`` is not (N,) of an integer type, or has a class outside 0 .. C-1. The classes are
-            checked on the CPU outside ``torch.compile``; on a GPU an invalid class fails a device-side assertion, which
-            needs no synchronisation.
+        InputError: If ``target`` is not (N,) of an integer type, or contains a class outside 0 .. C-1. On a GPU, where
+            a check would need a synchronisation, an invalid class fails a device-side assertion instead. In a
+            compiled graph the classes are not checked here.
     """
     target = check_target(target, len(logits))
     if torch.compiler.is_compiling():
@@ -140,7 +146,7 @@ def gather_target_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor
 
 
 def check_target(target: Tensor, size: int) -> Tensor:
-    """Check the type and shape of ``target``, and return it as int64.
+    """Check the dtype and shape of ``target``, and return it as int64.
 
     Args:
         target: Class of each sample, (N,), an integer type.
@@ -150,21 +156,21 @@ def check_target(target: Tensor, size: int) -> Tensor:
         InputError: If ``target`` is not (N,) of an integer type.
     """
     if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise InputError(f"target must hold class indices of an integer type, got {target.dtype}; call target.long().")
+        raise InputError(f"target: must have an integer dtype, got {target.dtype}; call target.long().")
     if target.shape != (size,):
-        raise InputError(f"target must have one class for each of the {size} rows, got shape {tuple(target.shape)}.")
+        raise InputError(f"target: must have shape ({size},), got {tuple(target.shape)}; pass one class per sample.")
     return target.long()
 
 
 def is_in_range(target: Tensor, num_classes: int) -> Tensor:
-    """Return whether each class of ``target`` is one of 0 .. C-1, bool (N,)."""
+    """Return whether each class in ``target`` is one of 0 .. C-1, bool (N,)."""
     return (target >= 0) & (target < num_classes)
 
 
 def out_of_range_error(target: Tensor, num_classes: int) -> InputError:
     """Return the error for a target with a class outside 0 .. C-1."""
     return InputError(
-        f"target must hold classes 0 to {num_classes - 1}, got {int(target.min())} to {int(target.max())}; "
+        f"target: must contain classes 0 to {num_classes - 1}, got {int(target.min())} to {int(target.max())}; "
         "check num_classes and the labels."
     )
 
@@ -177,7 +183,7 @@ def promote(*tensors: Tensor) -> list[Tensor]:
 
 
 def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
-    """Disable autocast for the type of ``device``; a null context, absent from exported graphs, if it is off."""
+    """Disable autocast on the type of ``device``; a null context, absent from exported graphs, if it is disabled."""
     device_type = device.type
     enabled = _autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
@@ -185,14 +191,14 @@ def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _autocast_available(device_type: str) -> bool:
-    """Return whether a type of device has autocast; some releases of ``torch.compile`` cannot trace the call."""
+    """Return whether a device type supports autocast; some releases of ``torch.compile`` cannot trace this call."""
     return torch.amp.is_autocast_available(device_type)
 
 
 def plain_logits(features: Tensor, weight: Tensor) -> Tensor:
-    """Logits without a margin, :func:`torch.nn.functional.linear` of features and weight.
+    """Compute the logits without a margin, by :func:`torch.nn.functional.linear`.
 
-    Computed in float32, with autocast disabled; in float64 if an input is float64.
+    They are computed in float32, with autocast disabled, or in float64 if an input is float64.
 
     Args:
         features: x, (N, D).
@@ -208,32 +214,39 @@ def plain_logits(features: Tensor, weight: Tensor) -> Tensor:
 def margin_logits(
     logits: Tensor, features: Tensor, weight: Tensor, target: Tensor, margin: int, lambda_: float | Tensor = 0.0
 ) -> Tensor:
-    """Logits with the margin on each sample's target class, for any cross-entropy.
+    """Put the margin on the target logit of each sample, for any cross-entropy.
 
     With a margin above 1 the result is computed in float32, or in float64 if an input is float64. The margin amplifies
-    the rounding of the target logit by up to m^2, so that with logits of a lower precision the target logit is computed
-    again from ``features`` and ``weight``.
+    the rounding error of the target logit by up to m^2. If ``logits`` have a lower precision, the target logits are
+    therefore computed again from ``features`` and ``weight``.
 
     Args:
         logits: Plain logits ``features @ weight.T``, (N, C).
         features: x, (N, D).
         weight: W, (C, D).
         target: Class of each sample, (N,), an integer type.
-        margin: m, an integer >= 1. With 1 the logits come back untouched.
+        margin: m, an integer >= 1. With 1, ``logits`` are returned unchanged.
         lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax); a number or a 0-d tensor.
 
     Returns:
         Logits, (N, C); float32 for half-precision input when ``margin`` > 1.
 
     Raises:
-        InputError: If ``margin`` is not an integer >= 1, or as :func:`gather_target_logits`.
+        InputError: If ``margin`` is out of range, or ``target`` is invalid (:func:`gather_target_logits`).
+
+    Example:
+        >>> import torch
+        >>> from lsoftmax_lightning.functional import margin_logits
+        >>> x, weight = torch.tensor([[0.0, 1.0]]), torch.eye(2)
+        >>> margin_logits(x @ weight.T, x, weight, torch.tensor([0]), margin=2)
+        tensor([[-1.,  1.]])
     """
     check_margin(margin)
     plain, target = gather_target_logits(logits, target)
     if margin == 1:
         return logits
     logits, features, weight = promote(logits, features, weight)
-    if plain.dtype != logits.dtype:  # too inexact for the margin
+    if plain.dtype != logits.dtype:  # not precise enough for the margin
         plain = (features * weight[target]).sum(dim=1)
     feature_norm = torch.linalg.vector_norm(features, dim=1)
     if len(weight) <= len(target):  # norms of all C rows, or of the N gathered ones, whichever are fewer

@@ -1,4 +1,4 @@
-"""Angles between features and class weights, segments of psi, and the effective margin: for measurement."""
+"""Angles between features and class weights, segments of psi, and the effective margin, without gradients."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ from torch import Tensor
 
 
 def effective_margin(margin: int, lambda_: float) -> float:
-    """The constant margin m', in general not an integer, to which the annealed loss is equal near theta = 0.
+    """Compute the constant margin m' that is equivalent to the annealed margin near theta = 0.
 
-    To second order in theta, (lambda cos(theta) + psi(theta)) / (1 + lambda) equals cos(m' theta) for
-    m'^2 = (lambda + m^2) / (1 + lambda), which is m at lambda = 0 and tends to 1 as lambda grows.
+    To second order in theta, (lambda cos(theta) + psi(theta)) / (1 + lambda) equals cos(m' theta) with
+    m'^2 = (lambda + m^2) / (1 + lambda). m' is m at lambda = 0, and tends to 1 as lambda grows. It is in general not
+    an integer.
 
     Args:
         margin: m, an integer >= 1.
         lambda_: Weight of the plain logit, 0 to infinity.
+
+    Example:
+        >>> from lsoftmax_lightning.geometry import effective_margin
+        >>> effective_margin(4, lambda_=0.0), effective_margin(4, lambda_=4.0)
+        (4.0, 2.0)
     """
     return math.sqrt(1 + (margin**2 - 1) / (1 + lambda_))
 
 
 def degrees(cosine: Tensor) -> Tensor:
-    """Angles in degrees, 0 to 180, of cosines, clamped to [-1, 1]. For measurement: the gradient is infinite at 1."""
+    """Convert cosines, clamped to [-1, 1], to angles of 0 to 180 degrees; the gradient is infinite at 1."""
     return cosine.clamp(-1, 1).arccos().rad2deg()
 
 
 def target_angles(features: Tensor, weights: Tensor) -> Tensor:
-    """Angle theta_y of each sample to the weight of its class, in degrees.
+    """Compute the angle theta_y between each sample and the weight of its class, in degrees.
 
     Args:
         features: x, (N, D).
@@ -42,33 +48,33 @@ def target_angles(features: Tensor, weights: Tensor) -> Tensor:
 
 
 def evenly_spaced(num_classes: int, limit: int = 10_000) -> Tensor:
-    """Indices of all classes, or of ``limit`` evenly spaced ones; 10,000 suffice to measure their separation."""
+    """Return the indices of all classes, or of ``limit`` evenly spaced ones if there are more; int64."""
     return torch.linspace(0, num_classes - 1, min(num_classes, limit), dtype=torch.float64).round().long()
 
 
 class Separation(NamedTuple):
-    """Angles between directions in degrees, 0-d tensors; NaN for fewer than two directions."""
+    """Angles between directions in degrees, as 0-d tensors; NaN for fewer than two directions."""
 
     mean: Tensor
     """Mean over all pairs."""
     nearest: Tensor
-    """Mean over directions of the angle to the nearest other one."""
+    """Mean over directions of the angle to the nearest other direction."""
     min: Tensor
     """Smallest angle of all pairs."""
 
 
 def separation(directions: Tensor) -> Separation:
-    """Return the angles between directions, such as class weights.
+    """Compute the angles between directions, such as class weights.
 
     Args:
-        directions: (C, D), of any norm but 0. If C is above 10,000, only :func:`evenly_spaced` ones are used.
+        directions: (C, D), with nonzero norms. If C is above 10,000, 10,000 :func:`evenly_spaced` directions are used.
     """
     unit = F.normalize(directions[evenly_spaced(len(directions)).to(directions.device)].float())
     count = len(unit)
     if count < 2:
         return Separation(*unit.new_full((3,), math.nan))
     total, nearest = unit.new_zeros(()), []
-    for start in range(0, count, 1024):  # so that the C x C angles are never held at once
+    for start in range(0, count, 1024):  # in blocks, to keep the (C, C) angles out of memory
         angles = degrees(unit[start : start + 1024] @ unit.T)
         to_itself = angles.diagonal(start)
         to_itself.zero_()
@@ -80,11 +86,14 @@ def separation(directions: Tensor) -> Separation:
 
 
 def segment_counts(angles: Tensor, margin: int) -> Tensor:
-    """Return the number of angles in each segment k of psi (section 3.2), float32 (m,); NaN is in none.
+    """Count the angles in each segment k of psi (section 3.2); NaN is in no segment.
 
     Args:
-        angles: In degrees, (N,).
+        angles: Angles in degrees, (N,).
         margin: m, an integer >= 1.
+
+    Returns:
+        Counts, float32 (m,).
     """
     segment = (angles * (margin / 180)).floor().clamp(max=margin - 1)
     return (segment.unsqueeze(1) == torch.arange(margin, device=angles.device)).float().sum(dim=0)

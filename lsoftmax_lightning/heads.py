@@ -1,4 +1,4 @@
-"""The L-Softmax classifier as a module: ``logits = head(x)``, and ``head(x, target)`` while training."""
+"""The L-Softmax classifier as a module: ``head(x)`` for plain logits, ``head(x, target)`` for margin logits."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ from .functional import check_margin, is_in_range, margin_logits, plain_logits
 
 
 class HeadCall(NamedTuple):
-    """Inputs and outputs of a call of the head, for forward hooks on its ``observed``."""
+    """Inputs and outputs of one call of the head, for forward hooks on :attr:`LSoftmaxLinear.observed`."""
 
     features: Tensor
     """x, (N, D)."""
     plain_logits: Tensor | None
-    """(N, C); None from the chunked loss, which does not hold them."""
+    """Plain logits, (N, C); None from the chunked loss, which does not store them."""
     target: Tensor | None = None
-    """Class of each sample, (N,), in training."""
+    """Class of each sample, (N,); None for plain logits."""
     correct: Tensor | None = None
     """Whether the target logit with the margin is the highest, bool (N,); None if ``margin_logits`` is given."""
     margin_logits: Tensor | None = None
-    """(N, C)."""
+    """Margin logits, (N, C); None for plain logits and from the chunked loss."""
 
 
 class LSoftmaxLinear(nn.Module):
-    """A linear classifier without bias whose training logits carry the large margin (Liu et al., ICML 2016).
+    """Linear classifier without bias, with the large margin on its training logits (Liu et al., ICML 2016).
 
-    ``head(x)`` is ``F.linear(x, head.weight)``, bit for bit in float32: use it to predict and to measure.
-    ``head(x, target)`` has the margin on each sample's target class: feed it to any cross-entropy. With many classes
-    :meth:`cross_entropy` is faster and takes less memory. The state dict holds ``weight`` (num_classes, in_features)
-    and nothing else, as that of ``nn.Linear(bias=False)``.
+    ``head(x)`` returns plain logits, equal to ``F.linear(x, head.weight)`` to the last bit in float32. Use them to
+    predict and to measure. ``head(x, target)`` returns logits with the margin on each sample's target class. Pass them
+    to any cross-entropy. With many classes, :meth:`cross_entropy` is faster and needs less memory. The state dict
+    contains only ``weight``, (num_classes, in_features), like that of ``nn.Linear(bias=False)``.
 
-    Logits are computed in float32 and returned in float32, with autocast disabled and also for half-precision features
-    or weight: the margin amplifies the rounding of the target logit by up to m^2. They are float64 if an input is
-    float64.
+    Logits are computed and returned in float32, or in float64 if an input is float64. Autocast is disabled, and
+    half-precision inputs are converted, because the margin amplifies the rounding error of the target logit by up to
+    m^2.
 
     Args:
         in_features: D, the width of a feature.
         num_classes: C, at least 2.
         margin: m, an integer >= 1; 1 is plain softmax.
         lambda_: Weight of the plain logit, 0 (the pure loss) to infinity (plain softmax). Anneal it by setting the
-            attribute of the same name. None means 0; the first training step then warns, except while compiling.
+            attribute of the same name. None means 0, with a warning at the first training step (none in a compiled
+            graph).
         device: Device of the weight.
-        dtype: Type of the weight.
+        dtype: Dtype of the weight.
 
     Attributes:
-        observed: Identity that gets a :class:`HeadCall` from each call of the head and of :meth:`cross_entropy`.
-            Register a forward hook on it to observe features and logits without computing them twice.
+        observed: Identity module that is called with a :class:`HeadCall` in each call of the head and of
+            :meth:`cross_entropy`. A forward hook on it reads features and logits without computing them again.
 
     Raises:
         InputError: If a size, the margin or lambda is out of range.
@@ -83,13 +84,12 @@ class LSoftmaxLinear(nn.Module):
         super().__init__()
         for name, value, minimum in (("in_features", in_features, 1), ("num_classes", num_classes, 2)):
             if not isinstance(value, int) or value < minimum:
-                raise InputError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+                raise InputError(f"{name}: must be an integer of at least {minimum}, got {value!r}; raise it.")
         self.in_features = in_features
         self.num_classes = num_classes
         self.margin = check_margin(margin)
-        # A plain tensor on the CPU, not a buffer: a compiled graph takes it as an input, without a recompile when its
-        # value changes; a GPU kernel takes it as a number, without a copy; weight averaging, DDP, casts and state dicts
-        # ignore it.
+        # A tensor, so that a new value does not recompile a graph. On the CPU, so that a GPU kernel takes it as a
+        # scalar, without a copy. Not a buffer, so that weight averaging, DDP, casts and state dicts ignore it.
         self._lambda = torch.zeros((), dtype=torch.float64, device="cpu")
         if lambda_ is not None:
             self.lambda_ = lambda_
@@ -100,18 +100,20 @@ class LSoftmaxLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight as the authors do (MSRA: normal with variance 2 / in_features)."""
+        """Initialise the weight as the authors do (MSRA: normal with variance 2 / in_features)."""
         nn.init.kaiming_normal_(self.weight)
 
     @property
     def lambda_(self) -> float:
-        """Weight of the plain logit beside the margin logit, 0 to infinity; set it before each training step."""
+        """Weight of the plain logit against the margin logit, 0 to infinity; set it before each training step."""
         return float(self._lambda)
 
     @lambda_.setter
     def lambda_(self, value: float) -> None:
         if math.isnan(value) or value < 0:
-            raise InputError(f"lambda must be 0 (the pure loss) to infinity (plain softmax), got {value}.")
+            raise InputError(
+                f"lambda_: must be at least 0, got {value}; use 0 for the pure loss, or infinity for plain softmax."
+            )
         self._lambda.fill_(value)
         self._lambda_unset = False
 
@@ -122,17 +124,17 @@ class LSoftmaxLinear(nn.Module):
 
     @property
     def uses_chunked_loss(self) -> bool:
-        """Whether :meth:`cross_entropy` should compute the loss: faster with many classes, and required if sharded."""
+        """Whether to compute the loss by :meth:`cross_entropy`: with many classes, or if the weight is sharded."""
         return self.sharded or self.num_classes >= CHUNKED_FROM
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the weight over ranks by class; a rank may get no class.
 
-        The weight becomes a DTensor, which optimisers, gradient clipping and checkpoints support. Train by
+        The weight becomes a DTensor, which optimizers, gradient clipping and checkpoints support. Compute the loss by
         :meth:`cross_entropy`.
 
         Args:
-            mesh: Mesh of one dimension; the weight must be the same on all its ranks.
+            mesh: One-dimensional mesh. The weight must be the same on all its ranks.
         """
         rows = self._rows_per_rank(mesh)
         start = rows * mesh.get_local_rank()
@@ -142,7 +144,7 @@ class LSoftmaxLinear(nn.Module):
         self.weight = nn.Parameter(sharded, requires_grad=self.weight.requires_grad)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
-        """Plain logits, or with a target the margin logits.
+        """Compute plain logits, or margin logits if ``target`` is given.
 
         Args:
             x: Features, (N, in_features).
@@ -152,8 +154,8 @@ class LSoftmaxLinear(nn.Module):
             Logits, (N, num_classes).
 
         Raises:
-            InputError: If ``target`` does not fit ``x`` and ``num_classes``, or the head is sharded and gradients are
-                enabled.
+            InputError: If ``target`` is invalid (:func:`~lsoftmax_lightning.functional.gather_target_logits`), or the
+                head is sharded and gradients are enabled.
         """
         if target is not None:
             self._check_lambda(stacklevel=5)  # the caller of head(...)
@@ -163,7 +165,7 @@ class LSoftmaxLinear(nn.Module):
         return logits
 
     def margin_and_plain_logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Margin logits to train with, and plain ones to measure with, from one matrix product.
+        """Compute margin logits to train on and plain logits to measure with, by one matrix product.
 
         Args:
             x: Features, (N, in_features).
@@ -186,10 +188,10 @@ class LSoftmaxLinear(nn.Module):
         return logits, plain
 
     def cross_entropy(self, x: Tensor, target: Tensor, label_smoothing: float = 0.0) -> ChunkedLoss:
-        """The loss of the margin logits and the predictions of the plain logits, over chunks of samples.
+        """Compute the loss of the margin logits and the predictions of the plain logits, in chunks of samples.
 
         See :func:`~lsoftmax_lightning.chunked_loss.chunked_cross_entropy`. If the head is sharded, each rank passes its
-        own samples, equally many on each rank.
+        own samples. Every rank must pass the same number.
 
         Args:
             x: Features, (N, in_features).
@@ -197,7 +199,7 @@ class LSoftmaxLinear(nn.Module):
             label_smoothing: As in :func:`torch.nn.functional.cross_entropy`.
 
         Raises:
-            InputError: If ``target`` does not fit ``x`` and ``num_classes``.
+            InputError: If ``target`` or ``label_smoothing`` is invalid.
         """
         self._check_lambda(stacklevel=3)
         self.free_full_weight()  # the weight is about to be updated
@@ -207,7 +209,7 @@ class LSoftmaxLinear(nn.Module):
         return loss
 
     def apply_margin(self, logits: Tensor, x: Tensor, target: Tensor) -> Tensor:
-        """Put the margin on plain logits that were computed before.
+        """Put the margin on plain logits that are already computed.
 
         Args:
             logits: ``head(x)``, (N, num_classes).
@@ -218,7 +220,7 @@ class LSoftmaxLinear(nn.Module):
             Margin logits, (N, num_classes).
 
         Raises:
-            InputError: If ``target`` does not fit ``x`` and ``num_classes``.
+            InputError: As :meth:`forward`.
         """
         self._check_lambda(stacklevel=3)
         return margin_logits(logits, x, self.full_weight, target, self.margin, self._lambda)
@@ -238,10 +240,10 @@ class LSoftmaxLinear(nn.Module):
 
     @property
     def full_weight(self) -> Tensor:
-        """W, (num_classes, in_features); for a sharded head a copy without gradients.
+        """W, (num_classes, in_features); for a sharded head, a gathered copy without gradients.
 
-        For a sharded head it is a collective: read it on all ranks. The copy is kept until the next training step or
-        :meth:`free_full_weight`.
+        Reading it from a sharded head is a collective, so read it on all ranks. The copy is kept until the next
+        training step or :meth:`free_full_weight`.
 
         Raises:
             InputError: If the head is sharded and gradients are enabled.
@@ -249,22 +251,25 @@ class LSoftmaxLinear(nn.Module):
         if not isinstance(self.weight, DTensor):
             return self.weight
         if torch.is_grad_enabled():
-            raise InputError("a sharded head has no logits to train on: use head.cross_entropy(x, target).")
+            raise InputError("head: is sharded, so it has no logits to train on; use head.cross_entropy(x, target).")
         if self._full_weight is None:
             with torch.inference_mode(False), torch.no_grad():  # DTensor does not support inference mode
                 self._full_weight = self.weight.full_tensor()
         return self._full_weight
 
     def free_full_weight(self) -> None:
-        """Free the copy that :attr:`full_weight` made."""
+        """Free the copy that :attr:`full_weight` keeps."""
         self._full_weight = None
 
     @torch.no_grad()
     def class_weights(self, target: Tensor) -> Tensor:
-        """Weight of each sample's class, (N, in_features), without gradients; also for a sharded head.
+        """Gather the weight of each sample's class, without gradients; also for a sharded head.
 
         Args:
-            target: Classes, (N,), int64; equally many on each rank.
+            target: Class of each sample, int64 (N,). If the head is sharded, N must be the same on every rank.
+
+        Returns:
+            Weights, (N, in_features).
         """
         weight, shard = self._local_weight()
         if shard is None:
@@ -277,9 +282,9 @@ class LSoftmaxLinear(nn.Module):
 
     @torch.no_grad()
     def plain_cross_entropy(self, x: Tensor, target: Tensor) -> Tensor:
-        """The loss without a margin and without gradients.
+        """Compute the loss without a margin and without gradients.
 
-        Computed as by :func:`~lsoftmax_lightning.chunked_loss.lsoftmax_cross_entropy`.
+        See :func:`~lsoftmax_lightning.chunked_loss.lsoftmax_cross_entropy`.
 
         Args:
             x: Features, (N, in_features).
@@ -289,7 +294,7 @@ class LSoftmaxLinear(nn.Module):
         return lsoftmax_cross_entropy(x, weight, target, margin=1, shard=shard)
 
     def _local_weight(self) -> tuple[Tensor, ClassShard | None]:
-        """Return the weight of this rank, and its classes if the weight is sharded."""
+        """Return the weight on this rank, and the classes of this rank if the weight is sharded."""
         if not isinstance(self.weight, DTensor):
             return self.weight, None
         mesh = self.weight.device_mesh
@@ -297,7 +302,7 @@ class LSoftmaxLinear(nn.Module):
         return self.weight.to_local(), ClassShard(mesh.get_group(), start, self.num_classes)
 
     def _rows_per_rank(self, mesh: DeviceMesh) -> int:
-        """Return the classes per rank, ceil(C / ranks), as DTensor shards them; the last ranks may have fewer."""
+        """Return ceil(C / ranks), DTensor's number of classes per rank; the last ranks may have fewer."""
         return math.ceil(self.num_classes / mesh.size())
 
     @override

@@ -1,4 +1,4 @@
-"""Pages of HTML in a single file, with their pictures in it."""
+"""HTML pages in a single file, with embedded images."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ pre { overflow-x: auto; background: #8881; padding: .8rem; font-size: .85rem; }
 
 
 class Section(NamedTuple):
-    """A part of a page."""
+    """Section of a page."""
 
     title: str
     content: str
-    """HTML."""
+    """Content as HTML."""
 
 
 def figure_html(figure: Figure, name: str) -> str:
-    """Return a figure as a PNG picture in the page; ``name`` stands where pictures are not shown."""
+    """Return a figure as an embedded PNG image, with ``name`` as its alternative text."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -43,24 +43,24 @@ def figure_html(figure: Figure, name: str) -> str:
 
 
 def table_html(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; without a ``header`` it has rows only."""
+    """Return a table as HTML; an empty ``header`` is omitted."""
     lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in header)}</tr>"] if header else []
     lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
     return f"<table>{''.join(lines)}</table>"
 
 
 def text_html(text: str) -> str:
-    """Return a text as it is, with its line breaks."""
+    """Return preformatted text as HTML."""
     return f"<pre>{html.escape(text)}</pre>"
 
 
 def write_page(path: Path, title: str, sections: Iterable[Section]) -> None:
-    """Write a page to a file, at once as a whole.
+    """Write a page to a file atomically.
 
     Args:
-        path: The file.
+        path: Path of the file.
         title: Title and first heading.
-        sections: Its parts.
+        sections: Sections of the page.
     """
     parts = "".join(f"<h2>{html.escape(section.title)}</h2>{section.content}" for section in sections)
     name = html.escape(title)

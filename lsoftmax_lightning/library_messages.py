@@ -1,7 +1,6 @@
-"""Texts of errors and warnings of Lightning, jsonargparse and torch that this package needs; imports none of them.
+"""Texts of errors and warnings of Lightning, jsonargparse and torch, none of which this module imports.
 
-``tests/test_compat.py`` fails if a library changes what is relied on here. A version in a docstring is one in which it
-was seen.
+``tests/test_compat.py`` fails if a library changes one of them. The docstrings give versions that have them.
 """
 
 from __future__ import annotations
@@ -10,34 +9,34 @@ import re
 from pickle import UnpicklingError
 
 LEAF_SPEC_WARNING = ".*treespec, LeafSpec"
-"""Regex of a deprecation warning of torch 2.14 about Lightning 2.6.6 itself, which a user cannot fix."""
+"""Regex of a deprecation warning of torch 2.14 about code in Lightning 2.6.6, which a user cannot fix."""
 
 USED_FOLDER_WARNING = "Checkpoint directory"
-"""Regex of the warning of Lightning 2.6.6 that a folder of checkpoints is not empty."""
+"""Regex of Lightning 2.6.6's warning that the folder of checkpoints is not empty."""
 
 UNNEEDED_MESSAGES = (
     "💡 Tip|TPU available|GPU available: False|`Trainer.fit` stopped: `max"
     "|Restoring states from|Loaded model weights from"
 )
-"""Regex of log messages of Lightning 2.6.6 about other products, absent devices, or what the commands print anyway."""
+"""Regex of Lightning 2.6.6's log messages about other products and absent devices, and of redundant ones."""
 
 ADVICE = {
-    "Expected more than 1 value per channel": "batch normalisation takes 2 images or more a device: raise batch_size.",
-    "Kernel size can't be greater than actual input size": "the images are too small for this backbone.",
-    "Output size is too small": "the images are too small for this backbone.",
-    "SyncBatchNorm layers only work with GPU": "synchronised batch normalisation works on GPUs alone.",
-    "gloo/transport/tcp/pair.cc": "another process of the run died; above is its own error, or none if it was killed.",
-    "can't allocate memory": "these settings take more memory than there is.",
-    "EADDRINUSE": "the port is in use: set the environment variable MASTER_PORT to another one.",
+    "Expected more than 1 value per channel": "batch normalisation needs 2 images or more per device; raise batch_size",
+    "Kernel size can't be greater than actual input size": "the images are too small for this backbone; enlarge them.",
+    "Output size is too small": "the images are too small for this backbone; enlarge them.",
+    "SyncBatchNorm layers only work with GPU": "sync_batchnorm: needs GPUs; set it to false.",
+    "gloo/transport/tcp/pair.cc": "another process of the run ended; see its error above, if it was not killed.",
+    "can't allocate memory": "out of memory: lower batch_size or the size of images and network.",
+    "EADDRINUSE": "the port is in use; set the environment variable MASTER_PORT to another port.",
 }
-"""Messages of libraries about settings that do not go together, and what a user can do."""
+"""Messages of libraries about invalid combinations of settings, and messages for the user."""
 
 
 def hidden_constructor_message(error: BaseException) -> str | None:
-    """Return the message of a constructor's error that jsonargparse replaced by another; None if it did not.
+    """Return the message of a constructor's error that jsonargparse hides; None if there is none.
 
-    For an optional class jsonargparse 4.40 chains the error of ``None``, and the text of ``error`` has the other; 4.53
-    chains that of the constructor.
+    For an optional class, jsonargparse 4.40 chains only the error of ``None``; the text of ``error`` contains the
+    message of the constructor. jsonargparse 4.53 chains the error of the constructor.
     """
     cause: BaseException | None = error
     while cause is not None and not str(cause).startswith("Expected a <class 'NoneType'>"):
@@ -50,9 +49,9 @@ def hidden_constructor_message(error: BaseException) -> str | None:
 
 
 def missing_settings(message: str) -> tuple[list[str], str | None]:
-    """Return the required settings that a parser misses, and the class that has them, if it is not the parser itself.
+    """Return the missing settings in a parser's message, and the class that requires them, if any.
 
-    jsonargparse 4.53 names all of them, 4.40 the first.
+    jsonargparse 4.53 names all missing settings, 4.40 the first.
     """
     match = re.search(r"arguments are required: (.+)", message)
     names = match[1].split(", ") if match else re.findall(r'Key "([^"]+)" is required', message)[:1]
@@ -61,25 +60,25 @@ def missing_settings(message: str) -> tuple[list[str], str | None]:
 
 
 def refused_code(error: UnpicklingError) -> str | None:
-    """Return the name of the code that ``torch.load(weights_only=True)`` refused to run (torch 2.14)."""
+    """Return the name of the code that ``torch.load(weights_only=True)`` rejected (torch 2.14)."""
     match = re.search(r"GLOBAL (\S+)", str(error))
     return match and match[1]
 
 
 def worker_message(error: Exception) -> str:
-    """Return the message of an error of a DataLoader's worker, which comes with its traceback (torch 2.14).
+    """Return the message of an error in a DataLoader worker without the worker's traceback (torch 2.14).
 
-    An error of this process keeps its message.
+    The message of an error in this process is unchanged.
     """
     return str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
 
 
 def spawned_rank_message(error: BaseException, kinds: str) -> str | None:
-    """Return the message of the error of a spawned rank, which comes as the text of its traceback (torch 2.14).
+    """Return the message of an error in a spawned rank without the rank's traceback (torch 2.14).
 
     Args:
         error: The ``ProcessRaisedException`` in this process.
-        kinds: Regex of full names of classes.
+        kinds: Regex of the full names of error classes.
 
     Returns:
         The message; None for an error of another class.

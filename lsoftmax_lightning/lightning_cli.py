@@ -1,4 +1,4 @@
-"""``fit``, ``validate``, ``test`` and ``predict`` from YAML: Lightning's command line with our configs."""
+"""The commands ``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with the configs of this package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-# the names that a YAML may use without their path
+# a config can name the classes of these modules without their path
 from . import datamodules, lr_schedulers, modules, schedules  # noqa: F401
 from .atomic import write_text
 from .callbacks import (
@@ -58,11 +58,11 @@ from .signals import mark_launcher
 from .strategies import ClassShardedStrategy
 from .user_errors import errors_of_settings
 
-_RANK_SECONDS = 5  # for the other ranks to print their own error
+_RANK_SECONDS = 5  # for other ranks to print their own error
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Write the config of a training run at once as a whole; testing it later does not write it again."""
+    """Write the config of a training run atomically; the test after it does not write it again."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         super().__init__(parser, config, **kwargs)
@@ -73,7 +73,7 @@ class _SaveConfig(SaveConfigCallback):
         return self.__dict__ | {"parser": None, "config": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.loggers:  # without a logger there is no folder of this run
+        if stage != "fit" or not trainer.loggers:  # without a logger, the run has no folder
             return
         folder = str(trainer.log_dir)  # a collective: every rank must read it
         if not trainer.is_global_zero:
@@ -87,21 +87,21 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class LSoftmaxCLI(CommandLine):
-    """Lightning's CLI with our parser: bare config names, data linked to model, a test after fit.
+    """LightningCLI with names of shipped configs, arguments linked from data to model, and a test after ``fit``.
 
-    Any LightningModule and LightningDataModule that can be imported takes part, by its ``class_path``.
+    It accepts any LightningModule and LightningDataModule by its ``class_path``.
 
     Args:
-        args: The arguments, by default those of the process.
-        callbacks: For the Trainer, beside those of the config.
+        args: The arguments. Default: those of the process.
+        callbacks: Callbacks of the Trainer, in addition to those of the config.
     """
 
     def __init__(self, args: list[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
         set_loader("yaml", load_bounded_yaml, (yaml.YAMLError,))
         StrategyRegistry.register("class_sharded", ClassShardedStrategy, override=True)
         mark_launcher()
-        self._callbacks = callbacks  # may log any metric
-        self._resources = ExitStack()  # the lock of the run's folder, and a downloaded checkpoint
+        self._callbacks = callbacks
+        self._resources = ExitStack()  # the lock of the run folder, and a downloaded checkpoint
         with quiet_logs(), self._resources, self._end_launched_ranks():
             self._parse_and_run(args)
 
@@ -118,7 +118,7 @@ class LSoftmaxCLI(CommandLine):
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
                 },
-                # LastCheckpoint is separate: with `save_last` BestCheckpoint writes only what is among the best
+                # not save_last of BestCheckpoint, which would write only checkpoints that are among the best
                 "callbacks": [
                     LastCheckpoint(),
                     ExitOnSignals(),
@@ -136,7 +136,7 @@ class LSoftmaxCLI(CommandLine):
                 "usage": "lsoftmax_lightning",
                 "version": version("lsoftmax-lightning"),
                 "description": "Large-Margin Softmax (Liu et al., ICML 2016). `configs` lists the shipped configs, "
-                "`compare` sets margins against each other, `export` writes ONNX; start with: fit --config digits.yaml",
+                "`compare` compares margins, `export` writes ONNX. Start with: fit --config digits.yaml",
                 **{
                     command: {"usage": f"lsoftmax_lightning {command} --config NAME [--KEY VALUE ...]"}
                     for command in self.subcommands()
@@ -146,7 +146,7 @@ class LSoftmaxCLI(CommandLine):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the best checkpoint and the dashboard; link the number of classes and the image shape to the model."""
+        """Add arguments of checkpoint and dashboard; link ``num_classes`` and ``image_shape`` from data to model."""
         for name in ("num_classes", "image_shape"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
@@ -165,7 +165,7 @@ class LSoftmaxCLI(CommandLine):
             parser.add_lightning_class_args(Predictions, "predictions")
 
     def before_instantiate_classes(self) -> None:
-        """Replace the ``auto`` of ``checkpoint.mode``, and data that a prediction does not need; expand paths."""
+        """Expand paths, resolve ``checkpoint.mode: auto``, and replace data that a prediction does not need."""
         settings = self.config[self.subcommand]
         expand_paths(settings)
         apply_root(settings.trainer)
@@ -176,7 +176,7 @@ class LSoftmaxCLI(CommandLine):
             self._replace_data(settings)
 
     def skips_data_set(self, data: Any) -> bool:
-        """Return whether ``predict`` needs none of the files that a datamodule with these settings would look for."""
+        """Return whether ``predict`` does not need the files of a datamodule with these settings."""
         return reads_files(data) and data.init_args.predict_folder is not None
 
     def _replace_data(self, settings: Namespace) -> None:
@@ -187,7 +187,7 @@ class LSoftmaxCLI(CommandLine):
         elif "://" in settings.ckpt_path:
             settings.ckpt_path = str(self._resources.enter_context(local_file(settings.ckpt_path)))
         spec = saved_data_spec(read(settings.ckpt_path))
-        if spec is None or not spec.class_names:  # of an earlier release, or of a datamodule without them
+        if spec is None or not spec.class_names:  # from an earlier release, or a datamodule without names
             return
         names = ("predict_folder", "image_size", "mean", "std", "batch_size", "num_workers", "skip_unreadable")
         arguments = {name: settings.data.init_args[name] for name in names}
@@ -195,12 +195,16 @@ class LSoftmaxCLI(CommandLine):
         settings.data.init_args = Namespace(checkpoint=settings.ckpt_path, **arguments)  # type: ignore[no-untyped-call]
 
     def instantiate_classes(self) -> None:
-        """Instantiate the classes; report the error of a constructor as an error of its settings."""
+        """Instantiate the classes; turn the error of a constructor into an error of its settings."""
         with errors_of_settings():
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Instantiate the Trainer; leave out the checkpoint callbacks where checkpoints are disabled; resume a run."""
+        """Instantiate the Trainer, with the checkpoint to resume from and without disabled checkpoint callbacks.
+
+        Raises:
+            InputError: If a setting of the Trainer or the checkpoint is invalid.
+        """
         run = self.config_init[self.subcommand]
         if run.trainer.enable_checkpointing is False:
             self.command_parser.callback_keys.remove("checkpoint")
@@ -208,7 +212,7 @@ class LSoftmaxCLI(CommandLine):
             callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LastCheckpoint)]
         check_writer(self.config[self.subcommand].trainer.logger)
         if run.get("weights_only") is False:
-            raise InputError("weights_only: checkpoints are always read without running code in them; leave it out.")
+            raise InputError("weights_only: checkpoints are always read without running code, got false; remove it.")
         loggers = as_list(run.trainer.logger)
         if self.subcommand == "fit":
             self._name_folders(loggers)
@@ -222,42 +226,42 @@ class LSoftmaxCLI(CommandLine):
             kwargs["logger"] = sorted(loggers, key=lambda logger: not isinstance(logger, TensorBoardLogger))
         elif isinstance(run.trainer.logger, TensorBoardLogger):
             kwargs["logger"] = loggers
-        if run.trainer.enable_model_summary is None:  # Lightning's counts no FLOPs, and lists the metrics
+        if run.trainer.enable_model_summary is None:  # Lightning's summary lists the metrics as layers
             kwargs["enable_model_summary"] = False
-        own_bar = any(isinstance(callback, ProgressBar) for callback in as_list(run.trainer.callbacks))
-        if run.trainer.enable_progress_bar is not False and not own_bar:
+        has_progress_bar = any(isinstance(callback, ProgressBar) for callback in as_list(run.trainer.callbacks))
+        if run.trainer.enable_progress_bar is not False and not has_progress_bar:
             self.trainer_defaults["callbacks"].append(RunProgress())
         trainer = super().instantiate_trainer(**kwargs)
-        if trainer.accumulate_grad_batches < 1:  # which Lightning divides by
-            raise InputError(f"accumulate_grad_batches must be 1 or more, got {trainer.accumulate_grad_batches}.")
+        if trainer.accumulate_grad_batches < 1:  # Lightning divides by it
+            raise InputError(
+                f"accumulate_grad_batches: must be at least 1, got {trainer.accumulate_grad_batches}; raise it."
+            )
         return trainer
 
     def _resume_last_run(self, word: str, loggers: list[Any]) -> list[Any]:
         """Replace ``--ckpt_path last`` or ``best`` by a checkpoint of the last run of ``fit``.
-
-        ``fit --ckpt_path last`` continues in that run's folder.
 
         Args:
             word: ``last`` or ``best``.
             loggers: The loggers of this command.
 
         Returns:
-            The loggers for the Trainer, of which one writes there.
+            The loggers for the Trainer. With ``fit --ckpt_path last``, one of them continues in the folder of the run.
         """
         folders = self._run_folders(word)
         settings = flat(self.settings()) if self.subcommand == "fit" and word == "last" else None
         folder = folders.find(settings)
         path = folders.checkpoint(folder)
         if not path.is_file() and settings is None:
-            raise InputError(f"--ckpt_path {word} means the last run of fit, and there is no {path}.")
+            raise InputError(f"--ckpt_path {word}: the last run of fit has no checkpoint {path}; give a file.")
         self.config_init[self.subcommand].ckpt_path = str(path) if path.is_file() else None
-        self.config[self.subcommand].ckpt_path = None  # the saved config tells how to repeat the run
+        self.config[self.subcommand].ckpt_path = None  # the saved config must be able to repeat the run
         if not path.is_file():
-            rank_zero_warn(f"There is no {path} to continue from: this is a new run.")
+            rank_zero_warn(f"There is no {path} to resume from; starting a new run.")
             remove_leftovers(folder)
         elif settings is not None:
             report_changed_settings(folders.config(folder), settings)
-            # Lightning warns of a folder that is used again, as it is here
+            # Lightning warns of a checkpoint folder that is not empty, as it is here
             warnings.filterwarnings("ignore", USED_FOLDER_WARNING)
             resumed = folders.resumed_logger(folder, read(path)["global_step"])
             loggers[folders.index] = type(loggers[folders.index])(**resumed)
@@ -285,19 +289,23 @@ class LSoftmaxCLI(CommandLine):
         return RunFolders(as_list(settings.trainer.logger), word, settings.checkpoint.dirpath)
 
     def settings(self) -> dict[str, Any]:
-        """Return all settings of the command, as the config of its run has them."""
+        """Return all settings of the command, as in the config of its run."""
         text = self.command_parser.dump(self.config[self.subcommand], skip_none=False)
         settings: dict[str, Any] = yaml.safe_load(text)
         return settings
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is missing, or of other data or another network, before any work."""
+        """Reject a checkpoint that is missing, or of other data or another network.
+
+        Raises:
+            InputError: In these cases.
+        """
         path = self.config_init[self.subcommand].ckpt_path
         if not path or path.startswith("registry"):
             return
         checkpoint = read(path)
         if "pytorch-lightning_version" not in checkpoint:
-            raise InputError(f"{path} has weights alone: begin with them by --model.warm_start {path}.")
+            raise InputError(f"--ckpt_path: {path} contains only weights; use --model.warm_start {path}.")
         spec = saved_data_spec(checkpoint)
         if spec is not None and isinstance(self.model, modules.LSoftmaxModule):
             self.model.data_spec = spec
@@ -312,18 +320,22 @@ class LSoftmaxCLI(CommandLine):
         for name in [*saved, *expected]:
             if saved.get(name) != expected.get(name):
                 raise InputError(
-                    f"{path} is of another network than the config: {name} is {saved.get(name, 'missing')} there and "
-                    f"{expected.get(name, 'missing')} here. The config of its run is beside its checkpoints folder."
+                    f"--ckpt_path: {path} is from another network: {name} must be {expected.get(name, 'missing')}, got "
+                    f"{saved.get(name, 'missing')}; use the config of its run, beside its checkpoints folder."
                 )
 
     def before_fit(self) -> None:
-        """Log what the best checkpoint is; lock the folder of the run, and refuse one that holds another run."""
+        """Log the criterion of the best checkpoint, and lock the folder of the run.
+
+        Raises:
+            InputError: If the folder contains another run.
+        """
         trainer, run = self.trainer, self.config_init[self.subcommand]
         if run.checkpoint.monitor and trainer.checkpoint_callbacks:
             highest = run.checkpoint.mode == "max"
             rank_zero_info(f"Best checkpoint: {'highest' if highest else 'lowest'} {run.checkpoint.monitor}")
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad and not is_lazy(p))
-        rank_zero_info(f"Network: {trained:,} trained parameters")
+        rank_zero_info(f"Network: {trained:,} trainable parameters")
         if not trainer.is_global_zero or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         log_dir, sub_dir = (getattr(trainer.loggers[0], name, None) for name in ("log_dir", "sub_dir"))
@@ -332,7 +344,7 @@ class LSoftmaxCLI(CommandLine):
 
     @contextmanager
     def _end_launched_ranks(self) -> Iterator[None]:
-        """End the ranks that Lightning launched when an error ends this process: they may wait for it."""
+        """End the ranks that Lightning launched after an error in this process, for which they might wait forever."""
         try:
             yield
         except Exception:
@@ -341,7 +353,11 @@ class LSoftmaxCLI(CommandLine):
             raise
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse without the warning of Lightning that :func:`main` was called with arguments by Python code."""
+        """Parse the arguments, without Lightning's warning about arguments passed from Python.
+
+        Raises:
+            SettingsError: If a setting is invalid.
+        """
         try:
             with errors_of_settings():
                 self.config = parser.parse_args(args)
@@ -349,10 +365,10 @@ class LSoftmaxCLI(CommandLine):
             raise SettingsError(self._mistake(args) or str(error)) from error
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= (seed or 0) < 2**32:
-            raise InputError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
+            raise InputError(f"seed_everything: must be from 0 to {2**32 - 1}, got {seed}; use 0.")
 
     def _mistake(self, args: Any) -> str | None:
-        """Return a line about the first mistake in the settings, if it is one of names, classes or types."""
+        """Return the message of :func:`~lsoftmax_lightning.mistakes.find_mistake`."""
         from .mistakes import find_mistake
 
         words = sys.argv[1:] if args is None else args
@@ -363,11 +379,11 @@ class LSoftmaxCLI(CommandLine):
         checkpoint: Any = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
         if checkpoint and trains_in_other_processes(self.trainer):
             checkpoint.restore_best(self.trainer)
-            self.trainer.callback_metrics.clear()  # of the training
+            self.trainer.callback_metrics.clear()  # metrics of the training
         best = checkpoint.best_model_path if checkpoint else ""
         chosen_by = {}
         if not Path(best).is_file():
-            rank_zero_info("No validation left a best checkpoint; testing the model as it is.")
+            rank_zero_info("There is no best checkpoint; testing the model as it is after the training.")
             best = None
         elif checkpoint.monitor:
             chosen_by = {checkpoint.monitor: checkpoint.best_model_score}
@@ -394,23 +410,23 @@ class LSoftmaxCLI(CommandLine):
             print_metrics(self.trainer.callback_metrics, "Test")
 
     def after_test(self) -> None:
-        """Write the metrics to ``results.json`` in the folder of the run."""
+        """Write the metrics to ``results.json``."""
         write_results(self.trainer, {})
 
     def predict(self, **kwargs: Any) -> None:
-        """Predict without keeping the results: :class:`~lsoftmax_lightning.callbacks.Predictions` writes them."""
+        """Predict, and discard the results, which :class:`~lsoftmax_lightning.callbacks.Predictions` writes."""
         self.trainer.predict(**kwargs | {"return_predictions": False})
 
     def before_validate(self) -> None:
-        """Warn of random weights if ``--ckpt_path`` is not set."""
+        """Warn about random weights if ``--ckpt_path`` is not set."""
         if not self.config_init[self.subcommand].ckpt_path:
-            rank_zero_warn("No --ckpt_path was given: this is the output of RANDOM weights.")
+            rank_zero_warn("No --ckpt_path is set, so these are results of RANDOM weights.")
 
     before_test = before_predict = before_validate
 
 
 class InstantiatedCLI(LSoftmaxCLI):
-    """Model, data and Trainer of a command that is not run; the model has the weights of ``--ckpt_path``, if given."""
+    """Model, data and Trainer of a command without running it; the model has the weights of ``--ckpt_path``, if set."""
 
     @override
     def skips_data_set(self, data: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Metrics in words: groups, labels and units."""
+"""Groups, labels and units of the metrics, for tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 _PERCENT, _DEGREES, _PLAIN = "%", "°", ""
-_METRICS = {  # by the name without its stage: label and unit
+_METRICS = {  # label and unit, by group and by name without the stage
     "Accuracy and loss": {
         "acc": ("accuracy", _PERCENT),
         "acc_stderr": ("accuracy, standard error of the folds", _PERCENT),
@@ -32,10 +32,10 @@ _METRICS = {  # by the name without its stage: label and unit
 
 
 def labelled(metrics: Mapping[str, float | Tensor]) -> dict[str, list[tuple[str, str]]]:
-    """Return labels and rounded values with their units, by group; groups without a metric are left out.
+    """Return labels and rounded values with units, by group. Empty groups are omitted.
 
     Args:
-        metrics: By name, such as ``test/acc``. Fractions of samples in a segment of psi are left out.
+        metrics: Metrics by name, such as ``test/acc``. Fractions of samples in a segment of psi are omitted.
     """
     rest = {name.partition("/")[2] or name: float(value) for name, value in metrics.items() if "/segment_" not in name}
     groups = {

@@ -1,4 +1,4 @@
-"""Metrics of features and losses, as torchmetrics."""
+"""torchmetrics of features, losses and pairs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from .pairs import Pairs
 
 
 class ClassAngles(Metric):
-    """Compactness and separability: how close samples are to their class, and how far apart classes are.
+    """Compactness and separation of classes: angles of samples to their class, and angles between classes.
 
-    ``compute`` returns a dict of: ``angle``, the mean angle of a sample to the weight of its class, in degrees;
-    ``centre_angle_mean``, ``_nearest`` and ``_min``, the :func:`~lsoftmax_lightning.geometry.separation` of the mean
-    directions of the classes; ``feature_norm``, the mean norm of a feature; and ``segment_0`` to ``segment_{m-1}``, the
-    fraction of samples in each segment k of psi (section 3.2), the last of them furthest from their class. All are
-    exact for batches and ranks of any size. Without samples the dict is empty. The states are float32 or integers, also
-    in a module of half precision.
+    ``compute`` returns a dict, which is empty without samples:
+
+    - ``angle``: mean angle of a sample to the weight of its class, in degrees.
+    - ``centre_angle_mean``, ``centre_angle_nearest`` and ``centre_angle_min``: the
+      :func:`~lsoftmax_lightning.geometry.separation` of the mean directions of the classes, in degrees.
+    - ``feature_norm``: mean norm of the features.
+    - ``segment_0`` to ``segment_{m-1}``: fraction of samples in each segment k of psi (section 3.2).
+
+    The values do not depend on the sizes of batches and ranks. The states stay float32 or integers in a half-precision
+    module.
 
     Args:
         num_classes: C.
@@ -64,7 +68,7 @@ class ClassAngles(Metric):
             target: Class of each sample, int64, ``(N,)``.
         """
         angles = target_angles(features, weight[target])
-        # Not in place, for the reasons in MeanLoss; except in the table of all classes, which takes long to copy.
+        # Not in place, for the reasons in MeanLoss, except for the table of all classes, which is slow to copy.
         self.count = self.count + len(target)
         self.angle_sum = self.angle_sum + angles.sum()
         self.norm_sum = self.norm_sum + torch.linalg.vector_norm(features.float(), dim=1).sum()
@@ -76,10 +80,10 @@ class ClassAngles(Metric):
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """Return the metrics by name."""
+        """Compute the metrics by name."""
         if not self.count:
             return {}
-        centres = separation(self.direction_sums[self.direction_sums.any(dim=1)])  # of the classes that were seen
+        centres = separation(self.direction_sums[self.direction_sums.any(dim=1)])  # of classes with samples
         return {
             "angle": self.angle_sum / self.count,
             "feature_norm": self.norm_sum / self.count,
@@ -134,8 +138,8 @@ class MeanLoss(Metric):
     """Mean over samples of losses that are means over batches.
 
     It is exact for batches and ranks of any size, and NaN if a loss is NaN. Lightning's own mean is wrong if ranks have
-    different numbers of samples (https://github.com/Lightning-AI/pytorch-lightning/issues/21859), and torchmetrics'
-    ``MeanMetric`` ignores the batch sizes if it keeps NaN.
+    different numbers of samples (https://github.com/Lightning-AI/pytorch-lightning/issues/21859). torchmetrics'
+    ``MeanMetric`` ignores the batch sizes when it keeps NaN.
     """
 
     is_differentiable = False
@@ -151,37 +155,45 @@ class MeanLoss(Metric):
 
     @override
     def update(self, loss: Tensor, size: int) -> None:
-        """Add the mean loss, 0-d, of a batch of ``size`` samples."""
+        """Add the mean loss of a batch.
+
+        Args:
+            loss: Mean loss, 0-d.
+            size: Number of samples in the batch.
+        """
         if not size:  # the mean of an empty batch is NaN
             return
-        # Not in place: a Trainer may validate in inference mode and then train outside it. The state itself may be in
-        # half precision (with bf16-true, for example), so the loss is added in at least float32.
+        # Not in place: a Trainer may validate in inference mode and then train outside it. At least float32, because
+        # the state may have half precision (with bf16-true, for example).
         self.total = self.total + loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * size
         self.count = self.count + size
 
     @override
     def compute(self) -> Tensor:
-        """Return the mean, 0-d."""
+        """Compute the mean, 0-d."""
         return self.total / self.count
 
 
 class PairVerification(Metric):
-    """Face verification as in the protocol of LFW: whether two images show the same identity, by the cosine.
+    """Face verification by the LFW protocol: two images show the same identity if the cosine exceeds a threshold.
 
-    Each fold in turn is scored with the threshold that is best on all other pairs. With ``pca_components`` the
-    embeddings are first projected by a PCA, which is fitted on the images of the other pairs that are in no pair of the
-    scored fold. The ROC metrics are those of the scored pairs of all folds together.
+    Each fold in turn is scored with the threshold that is best on all other pairs. With ``pca_components``, the
+    embeddings are first projected by a PCA. It is fitted on the images of the other pairs, without images that are also
+    in a pair of the scored fold. The ROC metrics are computed from the scored pairs of all folds together.
 
-    Update it with each image once, in batches of any size and on any number of ranks.
+    Update it once with each image, in batches of any size and on any number of ranks. ``compute`` returns a dict:
 
-    ``compute`` returns a dict of: ``acc``, the mean over folds; ``acc_stderr``, its standard error (over folds; with a
-    single fold, that of a proportion); ``auc``, the area under the ROC curve; ``eer``, the equal error rate; and
-    ``tar_at_far_1e-2`` and ``tar_at_far_1e-3``, the true accept rate at a false accept rate of at most 1e-2 and 1e-3.
-    They are NaN, with a warning, if embeddings are missing (in a ``fast_dev_run``, for example) or not finite.
+    - ``acc``: mean accuracy of the folds.
+    - ``acc_stderr``: its standard error over the folds; with a single fold, that of a proportion.
+    - ``auc``: area under the ROC curve.
+    - ``eer``: equal error rate.
+    - ``tar_at_far_1e-2``, ``tar_at_far_1e-3``: true accept rate at a false accept rate of at most 1e-2 and 1e-3.
+
+    All are NaN, with a warning, if embeddings are missing (in a ``fast_dev_run``, for example) or not finite.
 
     Args:
-        pairs: The pairs. Pairs of fold 0 only fit the threshold and the PCA.
-        pca_components: Number of principal components to compare (the paper's choice, section 5). None: no PCA.
+        pairs: The pairs. Pairs of fold 0 are only used to fit the threshold and the PCA.
+        pca_components: Number of principal components, as in the paper (section 5). None disables the PCA.
         **kwargs: As :class:`torchmetrics.Metric`.
 
     Attributes:
@@ -189,8 +201,8 @@ class PairVerification(Metric):
         cosines: Cosine of each scored pair, float64, in their order; None before ``compute``, or if it returned NaN.
 
     Raises:
-        InputError: If the scored pairs, or those that the threshold of a fold is fitted on, are not both same and
-            different, or there are too few images for the PCA.
+        InputError: If the scored pairs, or the pairs to fit a threshold on, are all same or all different, or there are
+            too few images for the PCA.
 
     Example:
         >>> import torch
@@ -216,16 +228,16 @@ class PairVerification(Metric):
         if not 0 < scored_same.sum() < len(scored_same):
             raise InputError(
                 "pairs: scored folds must contain both same and different pairs, got "
-                f"{int(scored_same.sum())} same ones of {len(scored_same)}; choose other pairs."
+                f"{int(scored_same.sum())} same pairs of {len(scored_same)}; choose other pairs."
             )
         self.pairs = pairs.cpu()
         for fold in self._scored_folds():
             fitted_same = self.pairs.same[self.pairs.fold != fold]
             if not 0 < fitted_same.sum() < len(fitted_same):
                 raise InputError(
-                    f"pairs: the threshold of fold {fold} needs both same and different pairs in another fold to fit "
-                    f"on, got {int(fitted_same.sum())} same ones of {len(fitted_same)}; give some pairs fold 0, or "
-                    "make more folds."
+                    f"pairs: the threshold of fold {fold} must be fitted on both same and different pairs of other "
+                    f"folds, got {int(fitted_same.sum())} same pairs of {len(fitted_same)}; set the fold of some pairs "
+                    "to 0, or use more folds."
                 )
         self.cosines = None
         self.pca_components = pca_components
@@ -257,12 +269,12 @@ class PairVerification(Metric):
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """Return the metrics by name, float64.
+        """Compute the metrics by name, float64.
 
         Raises:
             InputError: If embeddings have fewer features than ``pca_components``.
         """
-        from sklearn.decomposition import PCA  # half of what this package imports beside Lightning
+        from sklearn.decomposition import PCA  # a slow import
 
         self.cosines = None
         pairs, is_scored = self.pairs, self.pairs.is_scored
@@ -286,7 +298,7 @@ class PairVerification(Metric):
             )
             return dict.fromkeys(VERIFICATION_METRICS, torch.tensor(math.nan, dtype=torch.float64))
         by_image = embeddings.new_zeros(int(needed[-1]) + 1, embeddings.shape[1])
-        by_image[image_ids] = embeddings  # an image that was passed twice counts once
+        by_image[image_ids] = embeddings  # an image passed twice counts once
 
         cosine = _pair_cosines(by_image, pairs)
         cosines, fold_accuracies = torch.zeros_like(cosine), []
@@ -306,7 +318,10 @@ class PairVerification(Metric):
         else:
             standard_error = (accuracy * (1 - accuracy) / is_scored.sum()).sqrt()
         self.cosines = cosines[is_scored]
-        scores, labels = (self.cosines + 1) / 2, pairs.same[is_scored].long()  # outside 0 .. 1 they would be logits
+        scores, labels = (
+            (self.cosines + 1) / 2,
+            pairs.same[is_scored].long(),
+        )  # torchmetrics takes values outside 0 .. 1 for logits
         fpr, tpr, _ = binary_roc(scores, labels)
         values = (
             accuracy,
@@ -323,7 +338,7 @@ class PairVerification(Metric):
         return folds
 
     def _pca_image_ids(self, in_fold: Tensor) -> Tensor:
-        """Return the images that a PCA is fitted on while the pairs of a fold are scored."""
+        """Return the images to fit a PCA on while a fold is scored."""
         image_ids = self.pairs[~in_fold].image_ids
         return image_ids[~torch.isin(image_ids, self.pairs[in_fold].image_ids)]
 
@@ -336,7 +351,7 @@ def _pair_cosines(embeddings: Tensor, pairs: Pairs) -> Tensor:
 
 
 def _best_threshold(cosine: Tensor, same: Tensor) -> Tensor:
-    """Return the cosine midway between the last accepted and the first rejected pair at the highest accuracy."""
+    """Return the threshold with the highest accuracy: midway between the last accepted and first rejected cosine."""
     fpr, tpr, thresholds = binary_roc((cosine + 1) / 2, same.long())
     positives = same.sum()
     correct = (tpr * positives).round() - (fpr * (len(same) - positives)).round()

@@ -1,7 +1,7 @@
-"""One line about a mistake in the settings: where it is, what is wrong, and the nearest valid names.
+"""One-line messages about mistakes in the settings: the place, the problem and the most similar valid names.
 
-The parser finds that something is wrong, but its message is about types of a library. :func:`find_mistake` then reads
-the command line and its config files again, and compares every name, class and value with what the parser takes.
+The messages of the parser are about types of its library. After an error, :func:`find_mistake` therefore reads the
+command line and its config files again, and compares every name, class and value with the settings of the parser.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from .errors import InputError, first_line
 
 _SIMPLE = (int, float, complex, str, bytes, type(None), list, dict, tuple, set, Enum, PurePath, timedelta, Tensor)
 _MAX_SUGGESTIONS = 3
-_MAX_LISTED = 12  # names that a message lists if none is near
-_MIN_SIMILARITY = 0.6  # of a name that is offered
-_MIN_WORD_SIMILARITY = 0.65  # of the last component of a name that is offered
-_TIE = 0.1  # names are offered together if their similarities differ by less
+_MAX_LISTED = 12  # names that a message lists if none is similar
+_MIN_SIMILARITY = 0.6  # of a suggested name
+_MIN_WORD_SIMILARITY = 0.65  # of the last component of a suggested name
+_TIE = 0.1  # names are suggested together if their similarities differ by less
 _MAX_VALUE = 80  # characters of a value in a message
 _COMMAND_LINE_ONLY = ("config", "help", "print_config", "version")
 _SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
 class _Base(NamedTuple):
-    """A class whose subclasses a setting takes, and the number of arguments that the program passes to them."""
+    """A class whose subclasses a setting accepts, and the number of arguments that the program passes to them."""
 
     kind: type
     num_passed: int
 
 
 class _Mistake(NamedTuple):
-    """A message; those about names come before those about values."""
+    """A message. Mistakes in names are reported before mistakes in values."""
 
     text: str
     is_about_value: bool = False
 
 
 class _Node:
-    """A setting, or a group of settings, with the class in force and its settings.
+    """A setting or a group of settings, with the selected class and its settings.
 
     Args:
-        owner: Command, class or group that the settings below belong to.
-        hint: Type of the setting; None for a group or if it is unknown.
-        default: Its default, from which the class in force is taken.
+        owner: Command, class or group that contains the settings below.
+        hint: Type of the setting; None for a group or an unknown type.
+        default: Default of the setting, which determines the selected class.
     """
 
     def __init__(self, owner: str, hint: Any = None, default: Any = None) -> None:
@@ -71,7 +71,7 @@ class _Node:
             self.set_class(str(last.class_path))
 
     def set_class(self, name: str) -> bool:
-        """Set the class in force; return whether there is such a class."""
+        """Select a class; return whether it exists."""
         kind, _ = self._resolve(name)
         if kind is None:
             return False
@@ -82,7 +82,7 @@ class _Node:
         return True
 
     def _resolve(self, name: str) -> tuple[Any, str]:
-        """Return the class of a name, or the function that returns one; or None and the reason."""
+        """Return the class of a name, or the function that returns one; if there is none, None and the reason."""
         paths = [path for path in self.class_paths() if path.rpartition(".")[2] == name]
         if "." not in name and len(paths) != 1:
             return None, f"give one of {', '.join(paths)}" if paths else ""
@@ -91,13 +91,13 @@ class _Node:
         except Exception as error:
             return None, f"{type(error).__name__}: {first_line(error)}"
         if isinstance(kind, type) and not issubclass(kind, tuple(base.kind for base in self.bases)):
-            return None, "it is a class of another kind"
+            return None, "it is a class of another type"
         if isinstance(kind, type) and isabstract(kind):
             return None, "it is abstract"
         return (kind, "") if callable(kind) else (None, "it is not a class")
 
     def class_mistake(self, name: str) -> str:
-        """Return what is wrong with the name of a class."""
+        """Return the problem with the name of a class."""
         _, reason = self._resolve(name)
         kinds = " or ".join(dict.fromkeys(base.kind.__name__ for base in self.bases))
         dotted = "." in name
@@ -111,17 +111,17 @@ class _Node:
         return f"must name a subclass of {kinds}, got {_shown(name)}; {advice}"
 
     def class_paths(self) -> list[str]:
-        """Import paths of the known classes that the setting takes."""
+        """Return the import paths of the known classes that the setting accepts."""
         return list(dict.fromkeys(path for base in self.bases for path in known_subclasses(base.kind)))
 
     def takes_any_key(self) -> bool:
-        """Whether names below this setting cannot be checked."""
+        """Return whether names below this setting cannot be checked."""
         if self.children is not None:
             return False
         return self.hint is None or self.hint is Any or bool(self.bases) or "dict" in str(self.hint).lower()
 
     def accepts(self, value: Any, is_text: bool) -> bool:
-        """Whether the parser takes a value, which from the command line is a text."""
+        """Return whether the parser accepts a value; ``is_text`` for a string from the command line."""
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--value", type=self.hint)
         try:
@@ -146,10 +146,10 @@ def find_mistake(parsers: Mapping[str, ArgumentParser], words: Sequence[str]) ->
 
     Args:
         parsers: Parsers of the commands.
-        words: The arguments, with the command.
+        words: The arguments, including the command.
 
     Returns:
-        A line for the user; None if the names, classes and values are as the parser takes them.
+        A message for the user; None if all names, classes and values are valid.
     """
     position = next((i for i, word in enumerate(words) if word in parsers), None)
     if position is None:
@@ -170,17 +170,17 @@ def find_mistake(parsers: Mapping[str, ArgumentParser], words: Sequence[str]) ->
 
 
 class _Search:
-    """Looks for mistakes in settings.
+    """Search for mistakes in settings.
 
     Args:
-        root: The group of all settings.
+        root: Group of all settings.
     """
 
     def __init__(self, root: _Node) -> None:
         self._root = root
 
     def words(self, words: Sequence[str]) -> Iterator[_Mistake]:
-        """Look through the arguments of a command line."""
+        """Check the arguments of a command line."""
         rest = list(words)
         while rest:
             word = rest.pop(0)
@@ -239,7 +239,7 @@ class _Search:
             yield from self._text(node, option, value)
 
     def _is_abbreviation(self, name: str) -> bool:
-        """Return whether an option of the parser begins with a name, which argparse takes for it."""
+        """Return whether argparse accepts a name as the abbreviation of an option."""
         options = [".".join(candidate.parts) for candidate in self._candidates() if "init_args" not in candidate.keys]
         return sum(option.startswith(name) for option in options) == 1
 
@@ -255,7 +255,7 @@ class _Search:
         yield from self._file(self._root, path)
 
     def _text(self, node: _Node, option: str, value: str) -> Iterator[_Mistake]:
-        """Look at a value of the command line."""
+        """Check a value of the command line."""
         if node.bases or node.children is not None:
             try:
                 content = load_bounded_yaml(value)
@@ -267,7 +267,7 @@ class _Search:
         yield from self.value(node, option, value, is_text=True)
 
     def value(self, node: _Node, place: str, value: Any, is_text: bool) -> Iterator[_Mistake]:
-        """Look at a value that is not a mapping of settings."""
+        """Check a value that is not a mapping of settings."""
         if node.bases and isinstance(value, str):
             if _is_file(value):
                 yield from self._file(node, Path(value))
@@ -277,7 +277,7 @@ class _Search:
             if isinstance(value, str) and _is_file(value):
                 yield from self._file(node, Path(value))
             elif value is not None:
-                yield _Mistake(f"{place}: is a group of settings, got {_shown(value)}; name one of them.")
+                yield _Mistake(f"{place}: is a group of settings, got {_shown(value)}; set one of them.")
         elif node.hint is not None and not node.accepts(value, is_text):
             yield _Mistake(f"{place}: must be {_type_name(node.hint)}, got {_shown(value)}.", is_about_value=True)
 
@@ -304,8 +304,8 @@ class _Search:
 
         Args:
             place: The option, or file, line and key.
-            names: The components of the name.
-            node: The class or group without a setting of this name.
+            names: Components of the name.
+            node: Class or group without a setting of this name.
         """
         is_option = place.startswith("-")
         parts = [name for name in names if name != "init_args"]
@@ -321,10 +321,10 @@ class _Search:
 
 
 class _Content:
-    """Looks for mistakes in the content of a YAML file, or of a value that is YAML.
+    """Search for mistakes in the content of a YAML file, or in an option with a YAML value.
 
     Args:
-        search: Looks at values.
+        search: The search, which checks values.
         name: Name of the file or the option.
         lines: Line of each key.
     """
@@ -333,7 +333,7 @@ class _Content:
         self._search, self._name, self._lines = search, name, lines
 
     def check(self, node: _Node, keys: tuple[Any, ...], value: Any) -> Iterator[_Mistake]:
-        """Look at a value and what is below it."""
+        """Check a value and the values below it."""
         if node.bases and isinstance(value, list) and _takes_list(node.hint):
             for index, item in enumerate(value):
                 yield from self.check(node, (*keys, index), item)
@@ -345,7 +345,7 @@ class _Content:
             yield from self._search.value(node, self._place(keys), value, is_text=False)
 
     def _spec(self, node: _Node, keys: tuple[Any, ...], spec: dict[Any, Any]) -> Iterator[_Mistake]:
-        """Look at ``class_path`` and ``init_args``, or at the arguments alone."""
+        """Check a mapping with ``class_path`` and ``init_args``, or with arguments only."""
         name = spec.get("class_path")
         if name is not None and not node.set_class(str(name)):
             yield _Mistake(f"{self._place((*keys, 'class_path'))}: {node.class_mistake(str(name))}")
@@ -395,7 +395,7 @@ class _Content:
 
 
 def _lines(node: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], int]]:
-    """Return the line of each key below a node of YAML."""
+    """Yield the keys below a YAML node with their lines."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield (*keys, key.value), key.start_mark.line + 1
@@ -407,7 +407,7 @@ def _lines(node: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], 
 
 
 def _tree(hints: Mapping[str, Any], defaults: Namespace, owner: str) -> dict[str, _Node]:
-    """Return settings by name, with those of groups below them."""
+    """Return the tree of settings, by name; the settings of a group are below it."""
     root = _Node(owner)
     root.children = {}
     for name, hint in hints.items():
@@ -423,7 +423,7 @@ def _tree(hints: Mapping[str, Any], defaults: Namespace, owner: str) -> dict[str
 
 @cache
 def _class_settings(kind: Any, num_passed: int) -> tuple[dict[str, Any], Namespace] | None:
-    """Return types and defaults of the arguments of a class or function; None if they cannot be found."""
+    """Return the types and defaults of the arguments of a class or function; None if they are unknown."""
     parser = ArgumentParser(exit_on_error=False)
     add = parser.add_class_arguments if isinstance(kind, type) else parser.add_function_arguments
     try:
@@ -434,7 +434,7 @@ def _class_settings(kind: Any, num_passed: int) -> tuple[dict[str, Any], Namespa
 
 
 def _bases(hint: Any, num_passed: int = 0) -> Iterator[_Base]:
-    """Return the classes in a type of which a setting takes subclasses."""
+    """Yield the classes in a type whose subclasses a setting accepts."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Callable:
         passed = len(arguments[0]) if arguments and isinstance(arguments[0], list) else 0
@@ -447,9 +447,9 @@ def _bases(hint: Any, num_passed: int = 0) -> Iterator[_Base]:
 
 
 def _candidates(node: _Node, parts: tuple[str, ...], keys: tuple[str, ...]) -> Iterator[_Candidate]:
-    """Return all settings below a node."""
+    """Yield all settings below a node."""
     children = [node.children] if node.children is not None else []
-    if not children and len(parts) == 1:  # model or data, whose class is not given: the package's classes have these
+    if not children and len(parts) == 1:  # model or data without a class: use those of this package
         package = f"{__package__}."
         for path in node.class_paths():
             example = _Node("", node.hint)
@@ -463,8 +463,8 @@ def _candidates(node: _Node, parts: tuple[str, ...], keys: tuple[str, ...]) -> I
 
 
 def _similarity(given: Sequence[str], valid: Sequence[str]) -> float:
-    """Return the similarity of two names, from 0 to 1, in which the last component counts most."""
-    if "".join(given) == "".join(valid):  # a dot was left out, or doubled
+    """Return the similarity of two names, from 0 to 1; the last component has the largest weight."""
+    if "".join(given) == "".join(valid):  # a missing or doubled dot
         return 1.0
     last = _word_similarity(given[-1], valid[-1])
     if last < _MIN_WORD_SIMILARITY:
@@ -512,12 +512,12 @@ def _shown(value: Any) -> str:
 def _is_file(name: str) -> bool:
     try:
         return Path(name).is_file()
-    except (OSError, ValueError):  # a text that no file can have as its name
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
 def _type_name(hint: Any) -> str:
-    """Return a type as a user reads it."""
+    """Return a readable name of a type."""
     return _either(list(dict.fromkeys(_type_names(hint))))
 
 

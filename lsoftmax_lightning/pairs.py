@@ -1,4 +1,4 @@
-"""Pairs of images, which face verification compares."""
+"""Pairs of images for face verification."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """P pairs of images as columns of a table.
+    """Table of P pairs of images, by column.
 
     Args:
         first: Index of one image of each pair, int64, ``(P,)``.
         second: Index of the other image, int64, ``(P,)``.
         same: Whether both images show the same identity, bool, ``(P,)``.
-        fold: Fold of each pair, int64, ``(P,)``. Folds count from 1; pairs of fold 0 are fitted on and never scored.
+        fold: Fold of each pair, from 1, int64, ``(P,)``. Pairs of fold 0 are only used for fitting and never scored.
 
     Example:
         >>> import torch
@@ -38,23 +38,28 @@ class Pairs:
         """Read a table of one pair per row.
 
         Args:
-            table: int64, ``(P, 4)``: index of one image, index of the other, 1 for the same identity or 0, and fold.
+            table: int64, ``(P, 4)``, with the columns index of one image, index of the other image, 1 for the same
+                identity or 0, and fold.
 
         Raises:
             InputError: If the table is not of this form.
         """
         if table.ndim != 2 or table.shape[1] != 4 or table.dtype != torch.int64 or bool((table < 0).any()):
-            raise InputError(f"pairs: must be int64 (P, 4), none below 0, got {table.dtype} {tuple(table.shape)}.")
+            raise InputError(
+                f"pairs: must be int64 (P, 4) and not negative, got {table.dtype} {tuple(table.shape)}; use Pairs."
+            )
         first, second, same, fold = table.unbind(1)
         if bool((same > 1).any()):
-            raise InputError(f"pairs: column 2 must mark same (1) and different (0) ones, got {int(same.max())}.")
+            raise InputError(
+                f"pairs: column 2 must be 1 for same and 0 for different pairs, got {int(same.max())}; correct it."
+            )
         return cls(first, second, same.bool(), fold)
 
     def __len__(self) -> int:
         return len(self.fold)
 
     def __getitem__(self, rows: Tensor) -> Pairs:
-        """Return the pairs of a mask or of indices."""
+        """Select pairs by a mask or by indices."""
         return Pairs(self.first[rows], self.second[rows], self.same[rows], self.fold[rows])
 
     @property
@@ -64,7 +69,7 @@ class Pairs:
 
     @property
     def image_ids(self) -> Tensor:
-        """Sorted indices of the images of all pairs, each once."""
+        """Indices of the images in all pairs, sorted, each once."""
         image_ids: Tensor = torch.unique(torch.cat([self.first, self.second]))
         return image_ids
 
@@ -74,11 +79,11 @@ class Pairs:
 
 
 def pairs_of(datamodule: object, stage: str) -> Pairs | None:
-    """Return the pairs that a datamodule validates or tests on; None if it evaluates on classes.
+    """Return the validation or test pairs of a datamodule; None if it evaluates on classes.
 
     Args:
-        datamodule: Offers them as ``val_pairs`` and ``test_pairs``: :class:`Pairs`, or a table as
-            :meth:`Pairs.from_table` reads it.
+        datamodule: A datamodule. ``val_pairs`` and ``test_pairs`` may be :class:`Pairs` or a table for
+            :meth:`Pairs.from_table`.
         stage: ``val`` or ``test``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Machine and package versions of a measurement."""
+"""Machine and package versions, to report with measurements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def machine_and_versions() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """Return the model name of the processor, its architecture if the system does not tell the model."""
+    """Return the model name of the processor, or its architecture if the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

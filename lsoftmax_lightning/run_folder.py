@@ -1,4 +1,4 @@
-"""The folder of a run: the checkpoint to resume from, the lock, and the results."""
+"""Folder of a run: the checkpoint to resume from, the lock, and the results."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .config_files import flat, read_yaml
 from .errors import InputError
 from .settings import is_kind
 
-LOCK_SECONDS = 10  # workers of a killed run hold its lock for some seconds
+LOCK_SECONDS = 10  # workers of a killed run keep its lock for a few seconds
 
 
 class RunFolders:
-    """The folders of a TensorBoardLogger, in which ``--ckpt_path last`` and ``best`` find a checkpoint of ``fit``.
+    """Run folders of a TensorBoardLogger, for ``--ckpt_path last`` and ``--ckpt_path best``.
 
     Args:
-        loggers: Settings of the loggers of a command.
+        loggers: Settings of the loggers.
         word: ``last`` or ``best``.
-        best_folder: Folder of the best checkpoint, if the command has one; by default that of the run's config.
+        best_folder: Folder of the best checkpoint. None means that in the config of the run.
 
     Attributes:
         index: Index of the TensorBoardLogger among the loggers.
-        logger: Its settings.
+        logger: Settings of the TensorBoardLogger.
 
     Raises:
         InputError: If there is no TensorBoardLogger, or its folders are remote.
@@ -45,24 +45,24 @@ class RunFolders:
     def __init__(self, loggers: list[Any], word: str, best_folder: str | None) -> None:
         index = next((n for n, logger in enumerate(loggers) if is_kind(logger, TensorBoardLogger)), None)
         if index is None:
-            raise InputError(f"--ckpt_path {word} looks in the folders of a TensorBoardLogger; give a file instead.")
+            raise InputError(f"--ckpt_path {word}: needs a TensorBoardLogger, got none; give a file instead.")
         self.index = index
         self.logger = loggers[index].init_args
         if "://" in self.logger.save_dir:
             raise InputError(
-                f"--ckpt_path {word} looks in local folders, got {self.logger.save_dir}; give a URL of a file."
+                f"--ckpt_path {word}: needs a local save_dir, got {self.logger.save_dir}; give the URL of a file."
             )
         self._word = word
         self._best_folder = best_folder
 
     def find(self, settings: Mapping[str, Any] | None = None) -> Path:
-        """Return the folder of the last run that has a checkpoint; it may be missing.
+        """Return the folder of the last run that has a checkpoint; the folder may be missing.
 
-        Without a version in the settings of the logger, the runs of its name are compared.
+        If the logger has a version, it is the folder of this version.
 
         Args:
-            settings: Settings of a command that resumes the run, by their names. A run that ended before its first
-                checkpoint is then found, too, if it has the same settings.
+            settings: Settings of the command that resumes the run, by name. If given, a run with the same settings that
+                ended before its first checkpoint is found as well.
         """
         runs = Path(self.logger.save_dir, self.logger.name or "")
         version = self.logger.version
@@ -70,7 +70,7 @@ class RunFolders:
             return runs / (version if isinstance(version, str) else f"version_{version}")
         started = {}
         for folder in runs.glob("*/"):
-            config = self.config(folder)  # test and predict write none
+            config = self.config(folder)  # test and predict do not write a config
             if config.is_file():
                 started[folder] = (config.stat().st_mtime, str(_version(folder)).rjust(9))
         latest = sorted(started, key=lambda folder: started[folder], reverse=True)
@@ -96,7 +96,7 @@ class RunFolders:
 
         Args:
             folder: Folder of the run.
-            global_step: Step of the checkpoint. What was logged after it is replaced.
+            global_step: Step of the checkpoint. TensorBoard hides values that were logged after it.
         """
         version = _version(folder) if self.logger.version is None else self.logger.version
         settings: dict[str, Any] = self.logger.as_dict()
@@ -128,13 +128,13 @@ def training_logger(settings: Namespace, margin: int | None, seed: int | bool | 
 
 
 def evaluation_logger(settings: Namespace, command: str, ckpt_path: str | None) -> dict[str, Any]:
-    """Return the settings of a TensorBoardLogger without a version, for a command that evaluates a checkpoint.
+    """Return the settings of a TensorBoardLogger for a command that evaluates a checkpoint.
 
     Args:
-        settings: Its settings.
+        settings: Settings of the logger, without a version.
         command: Name of the command, and of the folder that it writes to.
-        ckpt_path: The checkpoint. If it is in the folder of a run, so is that of the command; otherwise the latter is
-            among the runs.
+        ckpt_path: The checkpoint. If it is in the folder of a run, the command writes to a folder in that folder;
+            otherwise, to a folder among the runs.
     """
     arguments: dict[str, Any] = settings.as_dict()
     run = Path(ckpt_path or "").absolute().parent.parent
@@ -146,15 +146,15 @@ def evaluation_logger(settings: Namespace, command: str, ckpt_path: str | None) 
 
 
 def _version(folder: Path) -> int | str:
-    """Return the version of a run as loggers take it."""
+    """Return the version of a run as a logger accepts it."""
     number = folder.name.removeprefix("version_")
     return int(number) if number != folder.name and number.isdecimal() else folder.name
 
 
 def _changed_settings(config: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]] | None:
-    """Return the settings that differ from those of a run's config, before and now; None if it is damaged."""
+    """Return the settings that differ from a run's config, as (before, now); None if the config is damaged."""
     content = read_yaml(config)
-    if content is None or "ckpt_path" not in content:  # killed runs of earlier releases left a part of it
+    if content is None or "ckpt_path" not in content:  # earlier releases did not write it atomically
         return None
     before = flat(content)
     pairs = {name: (before.get(name), settings.get(name)) for name in sorted({**before, **settings})}
@@ -166,41 +166,43 @@ def report_changed_settings(config: Path, settings: Mapping[str, Any]) -> None:
 
     Args:
         config: Path of the run's config.
-        settings: Settings of this command, by their names.
+        settings: Settings of this command, by name.
 
     Raises:
-        InputError: If the run cannot be resumed with them.
+        InputError: If the class of the optimizer or lr_scheduler differs.
     """
     changed = _changed_settings(config, settings)
     if changed is None:
-        rank_zero_warn(f"{config} is not complete: changed settings are not reported.")
+        rank_zero_warn(f"{config} is not complete, so changed settings are not reported.")
         return
     for part in ("model.optimizer", "model.lr_scheduler"):
         kind, other = changed.get(f"{part}.class_path", (None, None))
         if kind != other:
             raise InputError(
-                f"the run in {config.parent} has {kind} for its {part} and cannot go on with {other}. Set it back, "
-                "or begin anew without --ckpt_path."
+                f"{part}: must be {kind} to resume the run in {config.parent}, got {other}; set it back, or start a "
+                "new run without --ckpt_path."
             )
     lines = "".join(f"\n  {name} {before} -> {now}" for name, (before, now) in changed.items())
-    rank_zero_info(f"Continuing {config.parent}" + (f", with other settings:{lines}" if changed else ""))
+    rank_zero_info(f"Resuming {config.parent}" + (f" with changed settings:{lines}" if changed else ""))
     kept = ("model.optimizer.", "model.lr_scheduler.")
     if any(name.startswith(kept) for name in changed.keys() - {"model.lr_scheduler.monitor"}):
-        rank_zero_warn("Settings of optimizer and lr_scheduler are those of the checkpoint: others have no effect.")
+        rank_zero_warn(
+            "The checkpoint determines the settings of optimizer and lr_scheduler; changes of them have no effect."
+        )
 
 
 @contextmanager
 def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_folder: str | None) -> Iterator[None]:
-    """Lock the folder of a run during the block, and remove what a killed run left in it.
+    """Lock the folder of a run during the block, and remove incomplete files of a killed run.
 
     Args:
         log_dir: Folder of the event files.
-        sub_dir: Its path within the folder of the run, if it is another.
+        sub_dir: Path of ``log_dir`` relative to the folder of the run, if they differ.
         ckpt_path: Checkpoint to resume from, if any.
-        best_folder: Folder of the best checkpoint, if it is not within that of the run.
+        best_folder: Folder of the best checkpoint, if it is outside the folder of the run.
 
     Raises:
-        InputError: If a folder holds another run, or another process trains in it.
+        InputError: If a folder contains another run, or another process trains in it.
     """
     folder = Path(log_dir.removesuffix(sub_dir or ""))
     resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
@@ -209,14 +211,16 @@ def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_fo
         used += Path(best_folder).glob("*.ckpt")
     if used and not resumes:
         raise InputError(
-            f"{used[0].parent} holds another run; continue that with --ckpt_path last, or choose another "
+            f"{used[0].parent} contains another run; resume it with --ckpt_path last, or choose another "
             "trainer.logger.version and checkpoint.dirpath."
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
-        raise InputError(f"another run is at work in {folder}; wait for it, or choose another version.") from error
+        raise InputError(
+            f"another process trains in {folder}; wait for it, or choose another trainer.logger.version."
+        ) from error
     with lock:
         _remove_parts(folder)
         Path(log_dir, "hparams.yaml").unlink(missing_ok=True)  # it may be incomplete, and is written again
@@ -224,7 +228,7 @@ def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_fo
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the incomplete files that killed runs left in a folder, unless a run is at work in it."""
+    """Remove incomplete files of killed runs from a folder, unless a process trains in it."""
     if folder.is_dir():
         with suppress(Timeout), FileLock(folder / ".lock", timeout=0):
             _remove_parts(folder)
@@ -239,8 +243,8 @@ def write_results(trainer: Trainer, chosen_by: Mapping[str, Any]) -> None:
     """Write the metrics of a test to ``results.json`` in the folder of the run. Call it on all ranks.
 
     Args:
-        trainer: The Trainer after its test.
-        chosen_by: The validation metric that chose the tested checkpoint, by its name.
+        trainer: The Trainer, after its test.
+        chosen_by: Name and value of the validation metric that selected the tested checkpoint; empty if none did.
     """
     if trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
         return
@@ -249,4 +253,4 @@ def write_results(trainer: Trainer, chosen_by: Mapping[str, Any]) -> None:
     if trainer.is_global_zero:
         results = {name: float(value) for name, value in {**trainer.callback_metrics, **chosen_by}.items()}
         write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-        rank_zero_info(f"Everything of this run is in {folder}")
+        rank_zero_info(f"Run folder: {folder}")

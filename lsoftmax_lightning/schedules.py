@@ -1,6 +1,6 @@
-"""Schedules of lambda: pure functions of the optimiser step, the length of the run and the training accuracy.
+"""Schedules of lambda: pure functions of the optimizer step, the length of the run and the training accuracy.
 
-Any callable ``(step, total_steps) -> lambda`` is a schedule, where ``step`` counts the optimiser steps already taken.
+Any callable ``(step, total_steps) -> lambda`` is a schedule. ``step`` is the number of optimizer steps already taken.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from .errors import InputError
 
 
 class LambdaSchedule(ABC):
-    """Base of the schedules: ``schedule(step, total_steps)`` returns lambda for the next optimiser step.
+    """Base class of the schedules: ``schedule(step, total_steps)`` returns lambda for the next optimizer step.
 
     Attributes:
-        accuracy_decay: None for a schedule of the step alone. A schedule that sets it, from 0 to below 1, is called as
-            ``schedule(step, total_steps, accuracy)``, where ``accuracy`` is the exponential mean, with this decay per
-            optimiser step, of the accuracy of the training logits. The mean starts at 0.
+        accuracy_decay: None if the schedule depends only on the step. With a number, from 0 to below 1, the schedule is
+            called as ``schedule(step, total_steps, accuracy)``. ``accuracy`` is the exponential mean of the accuracy
+            of the training logits, with this decay per optimizer step. The mean starts at 0.
     """
 
     accuracy_decay: float | None = None
@@ -28,8 +28,8 @@ class LambdaSchedule(ABC):
         """Return lambda for the next optimiser step.
 
         Args:
-            step: Optimiser steps already taken, 0 at the start of a run.
-            total_steps: Optimiser steps of the run; infinite or -1 if they are unknown.
+            step: Number of optimizer steps already taken, 0 at the start of a run.
+            total_steps: Number of optimizer steps of the run; infinite or -1 if it is unknown.
         """
 
 
@@ -37,17 +37,17 @@ class LambdaSchedule(ABC):
 class AccuracyFeedback(LambdaSchedule):
     """lambda as a bounded function of the training accuracy: ``gain * ((1 - accuracy) / accuracy) ** power``.
 
-    ``accuracy`` is the accuracy of the training logits, which contain the margin at the current lambda. The margin
-    tightens while the network satisfies it on the training samples, and loosens when the accuracy falls (negative
-    feedback). The schedule therefore needs neither the length of the run nor ``lambda_min``. It is not from the paper,
-    where lambda depends only on the step.
+    ``accuracy`` is the accuracy of the training logits, which contain the margin at the current lambda. lambda falls as
+    the network learns to classify the training samples with the margin, and rises if the accuracy falls (negative
+    feedback). The schedule needs neither the length of the run nor a ``lambda_min``. It is not from the paper, where
+    lambda depends only on the step.
 
     Args:
         gain: lambda at an accuracy of 1/2. A larger gain delays the margin.
-        power: Steepness, at most 10. A larger power narrows the range of accuracies over which lambda changes.
+        power: Steepness, at most 10. With a larger power, lambda changes over a narrower range of accuracies.
         lambda_min: Lower bound of lambda.
-        base: Upper bound of lambda, and its value before the first step.
-        accuracy_decay: Decay of the mean accuracy per optimiser step: 0.95 averages about 20 steps.
+        base: Upper bound of lambda, and its value at the first step.
+        accuracy_decay: Decay of the mean accuracy per optimizer step, from 0 to below 1. 0.95 averages about 20 steps.
 
     Raises:
         InputError: If an argument is out of range.
@@ -85,24 +85,31 @@ class AccuracyFeedback(LambdaSchedule):
             return self.base
         if accuracy >= 1:
             return self.lambda_min
-        odds = max(accuracy / (1 - accuracy), 1e-9)  # bounded, so that no power underflows to 0
+        odds = max(accuracy / (1 - accuracy), 1e-9)  # bounded, because a power of it could underflow to 0
         return min(self.base, max(self.lambda_min, self.gain / math.pow(odds, self.power)))
 
 
 @dataclass(frozen=True)
 class PowerLaw(LambdaSchedule):
-    """The schedule of the authors: ``max(lambda_min, base * (1 + gamma * t) ** -power)`` with t = 1 at the first step.
+    """The authors' schedule: ``max(lambda_min, base * (1 + gamma * t) ** -power)``, with t = 1 at the first step.
 
-    The names and defaults are those of the authors' Caffe layer and MNIST example; their t counts forward passes.
+    The names are those of the authors' Caffe layer, and the defaults those of its MNIST example. t counts optimizer
+    steps here, and training forward passes in the Caffe layer.
 
     Args:
-        base: lambda before the first step.
+        base: lambda at t = 0, before the first step.
         gamma: Speed of the decay, per step.
         power: Exponent.
         lambda_min: Lower bound of lambda.
 
     Raises:
         InputError: If an argument is negative or not finite.
+
+    Example:
+        >>> from lsoftmax_lightning.schedules import PowerLaw
+        >>> schedule = PowerLaw()
+        >>> round(schedule(0), 1), round(schedule(5000), 1)
+        (999.1, 16.2)
     """
 
     base: float = 1000.0
@@ -114,13 +121,13 @@ class PowerLaw(LambdaSchedule):
         _check_non_negative(self)
 
     def __call__(self, step: int, total_steps: float = math.inf) -> float:
-        """Return lambda for the next optimiser step; the length of the run has no effect."""
+        """Return lambda for the next optimizer step; ``total_steps`` is not used."""
         return max(self.lambda_min, self.base * math.pow(1 + self.gamma * (step + 1), -self.power))
 
 
 @dataclass(frozen=True)
 class Constant(LambdaSchedule):
-    """A constant lambda; 0 is the pure loss of the paper, which rarely converges from scratch.
+    """Constant lambda; 0 is the pure loss of the paper, which rarely converges from scratch.
 
     Args:
         value: lambda, 0 to infinity.
@@ -136,25 +143,31 @@ class Constant(LambdaSchedule):
             raise InputError(f"value: must be at least 0 for Constant, got {self.value}; set it from 0 to infinity.")
 
     def __call__(self, step: int, total_steps: float = math.inf) -> float:
-        """Return the value."""
+        """Return ``value``."""
         return self.value
 
 
 @dataclass(frozen=True)
 class RunFraction(LambdaSchedule):
-    """lambda that falls from ``base`` to ``lambda_min`` over a fraction of the run.
+    """Geometric decay of ``1 + lambda`` from ``base`` to ``lambda_min`` over a fraction of the run.
 
-    ``1 + lambda`` falls geometrically. The fraction of the margin in the target logit, 1 / (1 + lambda), therefore
-    grows by the same factor every step, and ``lambda_min`` may be 0.
+    The weight of the margin in the target logit, 1 / (1 + lambda), grows by the same factor at every step.
+    ``lambda_min`` may be 0.
 
     Args:
         base: lambda at the first step.
         lambda_min: lambda after ``fraction`` of the run. 0 is the pure loss of the paper, which needs a network of
-            sufficient capacity. The default is at the safe end of the authors' advice for large data.
-        fraction: Fraction of the optimiser steps of the run, above 0 and at most 1.
+            sufficient capacity. The authors of the paper advise 5 or 10 for large data sets.
+        fraction: Fraction of the optimizer steps of the run, above 0 and at most 1.
 
     Raises:
-        InputError: If an argument is out of range, or the run has no end.
+        InputError: If an argument is out of range, or the length of the run is unknown.
+
+    Example:
+        >>> from lsoftmax_lightning.schedules import RunFraction
+        >>> schedule = RunFraction()
+        >>> [round(schedule(step, total_steps=1000)) for step in (0, 250, 500, 999)]
+        [1000, 76, 5, 5]
     """
 
     base: float = 1000.0
@@ -168,11 +181,11 @@ class RunFraction(LambdaSchedule):
         _check_bounds(self)
 
     def __call__(self, step: int, total_steps: float) -> float:
-        """Return lambda for the next optimiser step of a run of ``total_steps``."""
+        """Return lambda for the next optimizer step of a run of ``total_steps``."""
         if not 0 < total_steps < math.inf:
             raise InputError(
-                f"total_steps: RunFraction needs a run of known length, got {total_steps}; set the Trainer's max_steps "
-                "or max_epochs (max_time is not enough, nor is max_epochs for data without a length)."
+                f"total_steps: must be known for RunFraction, got {total_steps}; set the Trainer's max_steps, or "
+                "max_epochs if the data have a length (max_time is not enough)."
             )
         progress = step / (self.fraction * total_steps)
         if progress >= 1:
@@ -190,4 +203,4 @@ def _check_bounds(schedule: AccuracyFeedback | RunFraction) -> None:
 def _check_non_negative(schedule: AccuracyFeedback | PowerLaw | RunFraction) -> None:
     for name, value in vars(schedule).items():
         if not 0 <= value < math.inf:
-            raise InputError(f"{name}: must be finite and at least 0, got {value}; set another {name}.")
+            raise InputError(f"{name}: must be finite and at least 0, got {value}; choose another value.")

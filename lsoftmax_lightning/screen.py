@@ -1,4 +1,4 @@
-"""Output of the commands: metrics as a table, and log messages of Lightning except those that users do not need."""
+"""Terminal output: tables of metrics, and a filter for log messages of Lightning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _format_warning(
 
 @contextmanager
 def quiet_logs() -> Iterator[None]:
-    """Leave out the log messages of Lightning in ``UNNEEDED_MESSAGES``, and the place of a warning in a library."""
+    """Suppress Lightning's log messages that match ``UNNEEDED_MESSAGES``, and the location of library warnings."""
 
     def is_needed(record: logging.LogRecord) -> bool:
         return not re.match(UNNEEDED_MESSAGES, record.getMessage())
@@ -46,7 +46,7 @@ def quiet_logs() -> Iterator[None]:
 
 
 def metrics_table(metrics: Mapping[str, float | Tensor], title: str) -> Table:
-    """Return a table of :func:`~lsoftmax_lightning.metric_labels.labelled` metrics for a terminal."""
+    """Return a table of metrics for a terminal; see :func:`~lsoftmax_lightning.metric_labels.labelled`."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -59,5 +59,5 @@ def metrics_table(metrics: Mapping[str, float | Tensor], title: str) -> Table:
 
 @rank_zero_only
 def print_metrics(metrics: Mapping[str, float | Tensor], title: str) -> None:
-    """Print :func:`metrics_table`, on rank 0."""
+    """Print the :func:`metrics_table` on rank 0."""
     get_console().print(metrics_table(metrics, title))

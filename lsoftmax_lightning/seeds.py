@@ -7,14 +7,14 @@ import random
 
 
 def global_seed() -> int | None:
-    """Return the seed of ``seed_everything``, which Lightning keeps in the environment; None if it is not set."""
+    """Return the seed of ``seed_everything``, which Lightning stores in the environment; None if it is not set."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     return None if seed is None else int(seed)
 
 
 def hashed_seed(key: str) -> int:
-    """Return a seed made from a key, such as ``"<seed> <epoch>"``.
+    """Return a seed derived from a key, such as ``"<seed> <epoch>"``, by hashing.
 
-    The key is hashed: with the sum of seed and epoch, epoch 1 of seed 0 would equal epoch 0 of seed 1.
+    With the sum of seed and epoch instead, epoch 1 of seed 0 would equal epoch 0 of seed 1.
     """
     return random.Random(key).getrandbits(32)

@@ -1,4 +1,4 @@
-"""Parsed settings of a command: what is checked and completed before anything is made of them."""
+"""Checks and completion of the parsed settings, before classes are instantiated."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
     "purge_step": (int | None, "a step below 2^63, or null"),
     "max_queue": (int, "an integer"),
     "flush_secs": (int | float, "a number of seconds"),
-    "filename_suffix": (str, "a text"),
+    "filename_suffix": (str, "a string"),
 }
-_MODES = {  # of metrics, by their names without the stage
+_MODES = {  # by the name of a metric without the stage
     "loss": "min",
     "margin_loss": "min",
     "cross_entropy": "min",
@@ -55,12 +55,12 @@ def apply_root(trainer: Any) -> None:
     """Put the folders of loggers below ``default_root_dir``, as Lightning does for its default logger.
 
     Args:
-        trainer: Settings of the Trainer, which are changed in place.
+        trainer: Settings of the Trainer. They are changed in place.
     """
     root = trainer.default_root_dir
     if root is None or "://" in root:
         return
-    trainer.default_root_dir = os.path.abspath(root)  # so that the saved config means the same folder
+    trainer.default_root_dir = os.path.abspath(root)  # for the saved config
     for logger in as_list(trainer.logger):
         settings: Any = getattr(logger, "init_args", None) or {}
         if settings.get("save_dir") and "://" not in settings.save_dir:
@@ -68,13 +68,13 @@ def apply_root(trainer: Any) -> None:
 
 
 def check_writer(loggers: Any) -> None:
-    """Check the settings that TensorBoardLogger passes on unchecked, and that fail in training, in a thread of it.
+    """Check settings that TensorBoardLogger does not check, and that would fail in a thread during training.
 
     Args:
         loggers: Settings of the loggers.
 
     Raises:
-        InputError: If a setting is of another type.
+        InputError: If a setting has the wrong type.
     """
     for logger in as_list(loggers):
         settings = getattr(logger, "init_args", None) or {}
@@ -82,24 +82,24 @@ def check_writer(loggers: Any) -> None:
             value = settings.get(name, "" if kind is str else 0)
             huge = isinstance(value, int) and not -(2**63) <= value < 2**63
             if isinstance(value, bool) or not isinstance(value, kind) or huge:
-                raise InputError(f"trainer.logger.{name} must be {expected}, got {value!r}.")
+                raise InputError(f"trainer.logger.{name}: must be {expected}, got {value!r}; correct it.")
 
 
 def check_monitor(settings: Any) -> None:
-    """Check that the metric of the best checkpoint is one that a training with these settings logs.
+    """Check that a run with these settings logs the metric of the best checkpoint.
 
-    Classes that are not of this package may log any metric: with one of them this is left to Lightning, which looks for
-    the metric after the first validation.
+    Classes outside this package may log any metric. With such a class nothing is checked here; Lightning checks the
+    metric after the first validation.
 
     Args:
         settings: Settings of ``fit``.
 
     Raises:
-        InputError: If the metric will not exist.
+        InputError: If the run does not log the metric.
     """
     monitor, model = settings.checkpoint.monitor, settings.model
     callbacks = [each for each in as_list(settings.trainer.callbacks or []) if isinstance(each, Namespace)]
-    if monitor is None or not all(_is_class_of_ours(each) for each in (model, *callbacks)):
+    if monitor is None or not all(_names_package_class(each) for each in (model, *callbacks)):
         return
     names = [*_CLASS_METRICS, *(f"segment_{k}" for k in range(model.init_args.margin))]
     if is_kind(model, VerificationModule):
@@ -111,9 +111,9 @@ def check_monitor(settings: Any) -> None:
         )
 
 
-def _is_class_of_ours(settings: Any) -> bool:
+def _names_package_class(settings: Any) -> bool:
     kind = resolve_name(settings.class_path)
-    return isinstance(kind, type) and is_ours(kind)
+    return isinstance(kind, type) and is_package_class(kind)
 
 
 def checkpoint_mode(monitor: str | None, mode: str) -> str:
@@ -130,23 +130,25 @@ def checkpoint_mode(monitor: str | None, mode: str) -> str:
     if monitor is None or mode not in ("auto", "min", "max"):
         return "min" if mode == "auto" else mode
     if mode == "auto" and known is None:
-        raise InputError(f"checkpoint.mode: is not known for {monitor}; set min if lower values are better, or max.")
+        raise InputError(
+            f"checkpoint.mode: is unknown for {monitor}, got auto; set min if lower values are better, or max."
+        )
     if known not in (None, mode) and mode != "auto":
-        raise InputError(f"checkpoint.mode: the best {monitor} is its {known}imum, got {mode}; leave the mode out.")
+        raise InputError(f"checkpoint.mode: must be {known} for {monitor}, got {mode}; leave it out.")
     return known or mode
 
 
 def is_kind(settings: Any, kind: type) -> bool:
-    """Return whether settings are those of a class of a kind; a ``class_path`` may also be that of a function."""
+    """Return whether settings are those of a class or its subclass; a ``class_path`` may also name a function."""
     given = resolve_name(settings.class_path) if isinstance(settings, Namespace) and "class_path" in settings else None
     return isinstance(given, type) and issubclass(given, kind)
 
 
-def is_ours(kind: type) -> bool:
-    """Return whether a class is one of this package, not one derived from it."""
+def is_package_class(kind: type) -> bool:
+    """Return whether a class is defined in this package."""
     return kind.__module__.startswith(f"{__package__}.")
 
 
 def reads_files(data: Any) -> bool:
-    """Return whether settings are those of a datamodule of this package that looks for image files when it is made."""
-    return is_kind(data, FileDataModule) and is_ours(resolve_name(data.class_path))
+    """Return whether settings are those of a datamodule of this package whose constructor lists image files."""
+    return is_kind(data, FileDataModule) and is_package_class(resolve_name(data.class_path))

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM (schedulers, containers): every command ends with exit code 130 or 143."""
+"""Handling of SIGINT (Ctrl-C) and SIGTERM (schedulers, containers): commands end with exit code 130 or 143."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_REPEAT_SECONDS = 1.0  # a terminal or launcher may deliver one request twice
+_REPEAT_SECONDS = 1.0  # a terminal or launcher may send a signal twice
 _LAUNCHER_PID = "LSOFTMAX_LIGHTNING_LAUNCHER_PID"
-_command: SignalHandler | None = None  # handler of the command that runs in this process
+_command: SignalHandler | None = None  # handler of the command running in this process
 
 
 class Stopped(SystemExit):
-    """A signal ended the process.
+    """The exit of a process after a signal.
 
     Args:
-        signum: The signal. The exit code is 128 + its number.
+        signum: The signal. The exit code is 128 + ``signum``.
     """
 
     def __init__(self, signum: int) -> None:
@@ -31,11 +31,11 @@ class Stopped(SystemExit):
 
 
 class SignalHandler:
-    """Call a function at the first signal; at the next one, end the process at once.
+    """Call a function at the first signal, and end the process at the next one.
 
-    A signal within a second of another one is a repetition and is ignored, because a terminal signals the whole process
-    group and launchers signal their processes again. Forked processes such as DataLoader workers ignore the signals;
-    the process that started them ends them.
+    A signal within a second after another one is ignored, because a terminal signals the whole process group and
+    launchers repeat the signal. Forked processes, such as DataLoader workers, ignore the signals; the process that
+    started them ends them.
 
     Args:
         function: Called with the signal in the main thread, between two Python instructions.
@@ -52,13 +52,13 @@ class SignalHandler:
         self._pid = os.getpid()
 
     def install(self) -> None:
-        """Handle both signals; does nothing outside the main thread, where Python allows no handler."""
+        """Handle both signals; no effect outside the main thread, where Python does not allow handlers."""
         if threading.current_thread() is threading.main_thread():
             for signum in _SIGNALS:
                 signal.signal(signum, self)
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Handle a signal; Python calls it."""
+        """Handle a signal; called by Python."""
         now = time.monotonic()
         if os.getpid() != self._pid or now - SignalHandler.latest < _REPEAT_SECONDS:
             return
@@ -78,14 +78,14 @@ def stop(signum: signal.Signals, seconds: int = 0) -> None:
 
     Args:
         signum: The signal.
-        seconds: Seconds until the process exits at once, in case the exception left a lock of a library locked.
-            Default: 0, for no limit.
+        seconds: Seconds until the process is forced to exit, in case the exception left a lock of a library locked.
+            Default: 0, no limit.
 
     Raises:
         SystemExit: Always.
     """
     is_launched = "LOCAL_RANK" in os.environ and os.environ.get(_LAUNCHER_PID) == str(os.getppid())
-    code = 0 if is_launched else 128 + signum  # with another code, Lightning would kill the process that launched it
+    code = 0 if is_launched else 128 + signum  # otherwise, Lightning would kill the launcher
     if _command is not None:
         _command.received = signum
         if seconds and sys.platform != "win32":
@@ -98,14 +98,14 @@ def stop(signum: signal.Signals, seconds: int = 0) -> None:
 
 
 def stop_if_received() -> None:
-    """End this process if a signal arrived: a destructor, a weakref callback or a library swallowed its exception."""
+    """End this process if a signal arrived but a destructor, a callback or a library swallowed its exception."""
     if _command is not None and _command.received is not None:
         stop(_command.received)
 
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Raise :class:`Stopped` in the block when a signal arrives, and restore the handlers after it."""
+    """Raise :class:`Stopped` in the block when a signal arrives; restore the handlers after the block."""
     global _command
     previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     show = sys.unraisablehook
@@ -127,16 +127,16 @@ def exit_on_signals() -> Iterator[None]:
             if sys.platform != "win32":
                 signal.alarm(0)
             for process in multiprocessing.active_children():
-                if process not in children:  # a worker that still runs; Python would wait for it
+                if process not in children:  # Python would wait for a worker that still runs
                     process.kill()
                     process.join()
 
 
 def ignore_signals(worker_id: int = 0) -> None:
-    """Ignore SIGINT and SIGTERM in a DataLoader worker: pass it as ``worker_init_fn``.
+    """Ignore SIGINT and SIGTERM in a DataLoader worker; pass this function as ``worker_init_fn``.
 
-    A scheduler signals the whole process group. A worker that ends first breaks the batch that the run needs to save
-    its checkpoint; the run itself ends its workers.
+    A scheduler signals the whole process group. If a worker ended first, the run could not finish the step before it
+    saves its checkpoint. The run ends its workers itself.
     """
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -146,8 +146,8 @@ def ignore_signals(worker_id: int = 0) -> None:
 def signals_blocked() -> Iterator[None]:
     """Defer SIGINT and SIGTERM to the end of the block.
 
-    Processes forked in it inherit the blocked signals. torch installs a handler in a DataLoader worker that ends it at
-    SIGTERM, and calls :func:`ignore_signals` some time later: a signal in between would end the worker.
+    Processes forked in the block inherit the blocked signals. torch lets SIGTERM end a new DataLoader worker until it
+    calls :func:`ignore_signals`; a signal in between would end the worker.
     """
     if sys.platform == "win32":
         yield
@@ -160,6 +160,6 @@ def signals_blocked() -> Iterator[None]:
 
 
 def mark_launcher() -> None:
-    """Store the id of this process in the environment of the ranks that Lightning launches, for :func:`stop`."""
+    """Store the id of this process in the environment, for :func:`stop` in the ranks that Lightning launches."""
     if "LOCAL_RANK" not in os.environ:
         os.environ[_LAUNCHER_PID] = str(os.getpid())

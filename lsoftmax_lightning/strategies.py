@@ -1,4 +1,4 @@
-"""Distributed strategies of a run."""
+"""Distributed strategies."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from .heads import LSoftmaxLinear
 
 
 class ClassShardedStrategy(ModelParallelStrategy):
-    """Shards the weight of the head by class over all ranks and all other parameters by FSDP2.
+    """Shard the weight of the head over all ranks by class, and all other parameters by FSDP2.
 
-    Each rank processes its share of the batch, as in DDP.
+    Use it for hundreds of thousands of classes. Each rank stores only its shard of the weight, gradient and momentum,
+    and processes its part of the global batch, as in DDP. The result is the same as on one rank. Batch normalisation
+    is synchronised if the Trainer has ``sync_batchnorm``. Validation, test and prediction run on the gathered network.
 
-    For hundreds of thousands of classes: each rank stores only its shard of the weight, gradient and momentum. The
-    result is that of training on one rank. Batch normalisation is synchronised if the Trainer has ``sync_batchnorm``.
-    Validation, test and prediction run on the gathered network. A checkpoint is one file, as with any other strategy,
-    and training can resume from it on any number of ranks; the first rank assembles it in its memory. Checkpoints are
-    always read safely: ``weights_only=False`` of the Trainer has no effect.
+    A checkpoint is a single file, as with other strategies; rank 0 assembles it in its memory. Training can resume from
+    it on any number of ranks. Checkpoints are always read without running code: the Trainer's ``weights_only=False``
+    has no effect.
 
-    A LightningModule needs an :class:`~lsoftmax_lightning.LSoftmaxLinear` as its ``head``, trained by
-    :meth:`~lsoftmax_lightning.LSoftmaxLinear.cross_entropy`. A module that overrides ``configure_model`` shards itself;
-    its evaluation needs ``reshard_after_forward=False``, because ranks may have different numbers of batches.
+    A LightningModule needs an :class:`~lsoftmax_lightning.LSoftmaxLinear` as its ``head``, and must compute the loss by
+    :meth:`~lsoftmax_lightning.LSoftmaxLinear.cross_entropy`. A module that overrides ``configure_model`` shards itself.
+    Its evaluation needs ``reshard_after_forward=False``, because ranks may have different numbers of batches.
 
     Args:
         **kwargs: ``process_group_backend`` and ``timeout`` of
@@ -84,8 +84,8 @@ class ClassShardedStrategy(ModelParallelStrategy):
         head = getattr(module, "head", None)
         if not isinstance(head, LSoftmaxLinear):
             raise InputError(
-                f"ClassShardedStrategy: needs an LSoftmaxLinear as `head` of {type(module).__name__}, got "
-                f"{type(head).__name__}; or override its configure_model."
+                f"ClassShardedStrategy: `head` of {type(module).__name__} must be an LSoftmaxLinear, got "
+                f"{type(head).__name__}; set it, or override configure_model."
             )
         parts = [part for part in module.children() if part is not head and any(True for _ in part.parameters())]
         _check_sharding(module, [head, *parts])
@@ -96,12 +96,12 @@ class ClassShardedStrategy(ModelParallelStrategy):
 
     @override
     def on_validation_start(self) -> None:
-        # Every rank evaluates the same network, on batches of which it may have fewer than the others.
+        # Ranks may have different numbers of batches, so every rank evaluates the whole network.
         with torch.inference_mode(False):  # training continues with these parameters
             for part in self._module.modules():
                 if isinstance(part, FSDPModule):
                     part.unshard()
-        for buffer in self._module.buffers():  # batch statistics, which differ between ranks
+        for buffer in self._module.buffers():  # batch statistics differ between ranks
             dist.broadcast(buffer, src=0)
 
     @override
@@ -129,10 +129,10 @@ class ClassShardedStrategy(ModelParallelStrategy):
         return self._gathered(optimizer.state_dict())
 
     def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the state with full tensors on the first rank, and an empty one on the others.
+        """Return the state with full tensors on rank 0, and an empty state on the other ranks.
 
-        ``get_optimizer_state_dict`` of torch, which the base class uses, would step an optimizer without state first.
-        With weight decay that changes the momentum.
+        The base class calls torch's ``get_optimizer_state_dict``, which first steps an optimizer without state. With
+        weight decay, this changes the momentum.
         """
 
         def gather(value: DTensor) -> Tensor | None:
@@ -169,8 +169,8 @@ def _check_sharding(module: LightningModule, parts: Sequence[nn.Module]) -> None
     """Reject configurations that would silently train incorrectly."""
     if dist.get_backend() == "gloo" and compare_version("torch", operator.lt, "2.9"):
         raise InputError(
-            f"ClassShardedStrategy: the gloo backend requires torch>=2.9, got {torch.__version__}; earlier versions "
-            "sum gradients instead of averaging them (pytorch#162338)."
+            f"ClassShardedStrategy: the gloo backend requires torch>=2.9, got {torch.__version__}; upgrade torch. "
+            "Earlier versions sum gradients instead of averaging them (pytorch#162338)."
         )
     criterion = getattr(module, "criterion", None)
     if criterion is not None and not is_plain_cross_entropy(criterion):
@@ -187,7 +187,7 @@ def _check_sharding(module: LightningModule, parts: Sequence[nn.Module]) -> None
 
 
 def _sharded_like(value: Any, current: Any) -> Any:
-    """Return a tensor sharded as the current one is, if that has its shape; other values unchanged."""
+    """Return a tensor sharded like the current tensor of the same shape, and any other value unchanged."""
     if isinstance(current, DTensor) and isinstance(value, Tensor) and value.shape == current.shape:
         return distribute_tensor(value, current.device_mesh, current.placements)
     return value

@@ -15,7 +15,7 @@ from .errors import InputError
 
 
 class Augmentation(Protocol):
-    """Augmentation of a whole batch in training, a pure function of images and draws."""
+    """Interface of augmentations of whole training batches: a pure function of images and draws."""
 
     num_draws: int
     """Number of random draws per sample."""
@@ -25,18 +25,18 @@ class Augmentation(Protocol):
 
         Args:
             images: uint8, ``(N, C, H, W)``.
-            draws: Uniform on [0, 1), float32, ``(N, num_draws)``.
+            draws: Random numbers, uniform on [0, 1), float32, ``(N, num_draws)``.
 
         Returns:
-            Images of the same shape and type.
+            Images of the same shape and dtype.
         """
 
 
 class RandomCropFlip:
     """Pad images with black, crop them back to their size at a random position, and mirror half of them.
 
-    With ``padding=4, flip=True`` this is the "+" of the paper's CIFAR10+ (section 5). The result is a pure function of
-    images and draws, so the caller controls the seed.
+    With ``padding=4, flip=True``, this is the augmentation of the paper's CIFAR10+ (section 5). The result is a pure
+    function of images and draws, so the caller controls the seed.
 
     Args:
         padding: Pixels of black on each side. 0 disables the crop.
@@ -51,7 +51,7 @@ class RandomCropFlip:
     def __init__(self, padding: int = 0, flip: bool = False) -> None:
         if padding < 0:
             raise InputError(
-                f"padding: must be 0 pixels or more, got {padding}; the paper uses 4 for images of 32 pixels."
+                f"padding: must be at least 0 pixels, got {padding}; the paper uses 4 for images of 32 pixels."
             )
         self.padding = padding
         self.flip = flip
@@ -60,11 +60,11 @@ class RandomCropFlip:
         """Crop and mirror a batch.
 
         Args:
-            images: Images of any type, ``(N, C, H, W)``.
-            draws: Uniform on [0, 1), float32, ``(N, 3)``, for row, column and mirroring.
+            images: Images of any dtype, ``(N, C, H, W)``.
+            draws: Random numbers for row, column and mirroring, uniform on [0, 1), float32, ``(N, 3)``.
 
         Returns:
-            Images of the same shape and type.
+            Images of the same shape and dtype.
         """
         height, width = images.shape[2:]
         top, left = (draws[:, :2] * (2 * self.padding + 1)).long().unbind(dim=1)
@@ -106,7 +106,8 @@ class Normalize:
         """Normalise a batch.
 
         Args:
-            images: uint8, ``(N, C, H, W)``. Another type is first scaled to 0 .. 1 by ``ToDtype``.
+            images: uint8, ``(N, C, H, W)``. Other integers are scaled to 0 .. 1 by ``ToDtype``; floats must be in
+                0 .. 1.
 
         Returns:
             Images, float32, of the same shape.

@@ -1,6 +1,6 @@
-"""Errors of the command line: one message for what a user can mend, a traceback for errors in the user's own code.
+"""Errors of the command line: a message for what a user can fix, a traceback for errors in the user's own code.
 
-This module does not import torch and Lightning: some commands do without them, and their import may fail.
+This module does not import torch and Lightning: some commands do not need them, and their import may fail.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ _SPAWNED_RANK_ERROR = ("torch.multiprocessing.spawn", "ProcessRaisedException")
 
 @contextmanager
 def errors_of_settings() -> Iterator[None]:
-    """Turn whatever a parser or a constructor raises into an error of the settings."""
+    """Turn any error of a parser or a constructor into an error of the settings.
+
+    Raises:
+        InputError: For an error without a message for users.
+    """
     try:
         yield
     except Exception as error:
@@ -45,13 +49,13 @@ def errors_of_settings() -> Iterator[None]:
 
 @contextmanager
 def errors_without_traceback() -> Iterator[None]:
-    """End the process with one message for errors that a user can mend, and with 130 or 143 after a signal.
+    """Print a message for errors that a user can fix, and exit with code 1 or 2, or 130 or 143 after a signal.
 
-    An error in the user's own code keeps its traceback, and so does every error where the environment variable
-    ``LSOFTMAX_LIGHTNING_DEBUG`` is set.
+    Errors in the user's own code keep their traceback. If the environment variable ``LSOFTMAX_LIGHTNING_DEBUG`` is set,
+    all errors keep it.
 
     Raises:
-        SystemExit: With the message printed.
+        SystemExit: After an error or a signal.
     """
     try:
         with warnings.catch_warnings(), exit_on_signals(), _only_safe_checkpoints():
@@ -73,7 +77,7 @@ def errors_without_traceback() -> Iterator[None]:
 
 @contextmanager
 def _only_safe_checkpoints() -> Iterator[None]:
-    """Let :func:`torch.load` run no code from a file, whoever calls it."""
+    """Prevent all calls of :func:`torch.load` from running code in a file."""
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[0]] = "1"
@@ -85,26 +89,26 @@ def _only_safe_checkpoints() -> Iterator[None]:
 
 
 def _stopped(error: BaseException | None) -> Stopped | None:
-    """Return the signal's exception that ``error`` is, or during whose handling it was raised."""
+    """Return the :class:`Stopped` that ``error`` is or was raised from; None if there is none."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__
     return error
 
 
 def _is_in_users_code(error: BaseException) -> bool:
-    """Return whether the traceback passes, or may pass, through files other than ours, the libraries and Python."""
+    """Return whether the traceback contains, or may contain, files outside this package, libraries and Python."""
     frames = traceback.extract_tb(error.__traceback__)
-    return _is_of(_SPAWNED_RANK_ERROR, error) or any(not frame.filename.startswith(LIBRARIES) for frame in frames)
+    return _has_type(_SPAWNED_RANK_ERROR, error) or any(not frame.filename.startswith(LIBRARIES) for frame in frames)
 
 
-def _is_of(kind: tuple[str, str], error: BaseException) -> bool:
-    """Return whether an error is of a class, given as its module and its name; one of a module not imported is not."""
+def _has_type(kind: tuple[str, str], error: BaseException) -> bool:
+    """Return whether an error has a class, given by module and name; False if the module is not imported."""
     module, name = kind
     return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
 
 
 def user_message(error: BaseException) -> BaseException | str | None:
-    """Return the error that a user can mend, found in what jsonargparse wraps around that of a constructor."""
+    """Return the error or message for the user behind the errors that jsonargparse chains; None if there is none."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, LSoftmaxError):
@@ -117,7 +121,7 @@ def user_message(error: BaseException) -> BaseException | str | None:
             return advice
     cause = error
     while cause is not None:
-        if isinstance(cause, OSError) or _is_of(_MISCONFIGURATION, cause):
+        if isinstance(cause, OSError) or _has_type(_MISCONFIGURATION, cause):
             return cause
         cause = cause.__cause__
-    return spawned_rank_message(error, USER_ERRORS) if _is_of(_SPAWNED_RANK_ERROR, error) else None
+    return spawned_rank_message(error, USER_ERRORS) if _has_type(_SPAWNED_RANK_ERROR, error) else None

@@ -137,7 +137,7 @@ def test_fixed_size_models_are_built_for_the_image_size(name: str, shape: tuple[
 @pytest.mark.parametrize(
     ("name", "shape", "settings", "message"),
     [
-        ("vit_b_16", (3, 64, 48), {}, r"'vit_b_16' does not take images of \(3, 64, 48\): Wrong image width!"),
+        ("vit_b_16", (3, 64, 48), {}, r"'vit_b_16' does not accept images of \(3, 64, 48\): Wrong image width!"),
         ("vit_b_16", (3, 30, 30), {}, r"with no arguments for images of \(3, 30, 30\): .* indivisible by patch size"),
         ("vit_b_16", (3, 32, 32), {"image_size": 64}, "Wrong image height! Expected 64 but got 32"),
         ("vit_b_16", (3, 32, 32), {"weights": "DEFAULT"}, "expected value 224 but got 32"),
@@ -162,11 +162,11 @@ def test_unsupported_image_sizes_are_rejected_in_one_line(
 
 def test_command_line_reports_backbone_and_image_shape(capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "fit", "--config=digits.yaml", "--model.backbone=alexnet")
-    assert "error: backbone 'alexnet' does not take images of (1, 8, 8): " in message
+    assert "error: backbone: 'alexnet' does not accept images of (1, 8, 8): " in message
 
 
 def test_invalid_backbones_are_rejected() -> None:
-    with pytest.raises(InputError, match="no backbone is named 'resnet19'"):
+    with pytest.raises(InputError, match="got 'resnet19'"):
         create_backbone("resnet19", (3, 32, 32))
     with pytest.raises(InputError, match="wdith"):
         create_backbone("mnist", (1, 28, 28), wdith=3)

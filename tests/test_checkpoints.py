@@ -66,13 +66,13 @@ def test_incomplete_or_damaged_files_are_rejected(content: Callable[[bytes], byt
         (Call(), "loading it would run code"),
         ({"state_dict": Call()}, "loading it would run code"),
         (nn.Linear(2, 2), "loading it would run code .torch.nn.modules.linear.Linear"),
-        ([1, 2], "no state_dict"),
-        ({}, "no state_dict"),
-        ({"state_dict": {"weight": 1}}, "more than tensors"),
-        ({"state_dict": torch.zeros(2)}, "no state_dict"),
+        ([1, 2], "must contain a state_dict"),
+        ({}, "must contain a state_dict"),
+        ({"state_dict": {"weight": 1}}, "of tensors only"),
+        ({"state_dict": torch.zeros(2)}, "must contain a state_dict"),
         (
             {"state_dict": {"weight": torch.zeros(1)}, "lsoftmax_lightning": {"format": FORMAT + 1, "version": "9.0"}},
-            "written by lsoftmax-lightning 9.0 in format 2.*upgrade",
+            "has format 2, written by lsoftmax-lightning 9.0.*upgrade",
         ),
     ],
 )
@@ -270,7 +270,7 @@ def test_warm_start_with_other_classes_initialises_the_head(caplog: pytest.LogCa
     torch.save(make_model(num_classes=7).state_dict(), "seven.pt")
     with caplog.at_level("INFO"):
         make_model(warm_start="seven.pt")
-    assert "The head of (4, 64) is randomly initialized. Dropped: head.weight." in caplog.messages[-1]
+    assert "The head of shape (4, 64) is randomly initialised. Dropped: head.weight." in caplog.messages[-1]
 
 
 class Stateful(nn.Sequential):
@@ -314,10 +314,13 @@ def test_warm_start_reads_weights_of_torchvision() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: {}, "no state_dict"),
+        (lambda state: {}, "must contain a state_dict"),
         (lambda state: {"other.weight": torch.zeros(2)}, "got no weight for .* of shape .*a mismatch for"),
         (lambda state: {name: w for name, w in state.items() if "3" not in name}, "got no weight for .*3.* of shape"),
-        (lambda state: state | {"aux.weight": torch.zeros(4, 64)}, "shape of the head's, got several: .*aux.weight"),
+        (
+            lambda state: state | {"aux.weight": torch.zeros(4, 64)},
+            "shape of the head's weight, got several: .*aux.weight",
+        ),
         (
             lambda state: {name: w[:1] if w.ndim == 4 else w for name, w in state.items()},
             r"got shape \(1, .* for .* of shape \(",

@@ -144,7 +144,7 @@ def test_empty_batch_has_loss_zero() -> None:
 def test_class_out_of_range_is_an_error(wrong: int) -> None:
     x, weight, target = batch(4, 16, 5)
     target[2] = wrong
-    with pytest.raises(InputError, match="target must hold classes 0 to 4, got"):
+    with pytest.raises(InputError, match="target: must contain classes 0 to 4, got"):
         chunked_cross_entropy(x, weight, target, 3)
 
 

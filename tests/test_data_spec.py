@@ -84,7 +84,7 @@ def test_command_line_rejects_other_data(is_full: bool, capsys: pytest.CaptureFi
         for command in commands if is_full or index == 0 else [commands[index % len(commands)]]:
             more = QUIET if command != "fit" else [*SHORT, "--trainer.max_epochs=2"]
             printed = fails(capsys, command, *FOLDER, "--data.image_size=8", change, *more, f"--ckpt_path={BEST}")
-            assert f"error: data: differ from those that the network was trained on, got {message}" in printed
+            assert f"error: data: must match the data that the network was trained on, got {message}" in printed
     # the class names of an export are those of the checkpoint
     assert "got mean" in fails(capsys, "export", f"--ckpt_path={BEST}", "--data.mean=[0.5,0.5,0.5]")
 
@@ -121,7 +121,7 @@ def test_export_needs_no_dataset(capsys: pytest.CaptureFixture[str]) -> None:
     fit_folder()
     shutil.rmtree("images")
     main(["export", f"--ckpt_path={BEST}", "--format=torch_export"])
-    assert "For random images it differs from the module by at most" in capsys.readouterr().out
+    assert "On random images, it differs from the module by at most" in capsys.readouterr().out
     extra = {"metadata.json": ""}
     torch.export.load("model.pt2", extra_files=extra)
     metadata = json.loads(extra["metadata.json"])
@@ -134,10 +134,10 @@ def test_trainer_rejects_other_data(data: BlobsDataModule) -> None:
     loaded = ClassificationModule.load_from_checkpoint("some.ckpt", weights_only=True)
     for evaluated, path in ((model, None), (loaded, None), (make_model(), "some.ckpt")):
         for name in ("validate", "test", "predict"):
-            with pytest.raises(InputError, match="data: differ from those that the network was trained on"):
+            with pytest.raises(InputError, match="data: must match the data that the network was trained on"):
                 getattr(make_trainer(), name)(evaluated, data, ckpt_path=path)
             getattr(make_trainer(), name)(evaluated, BlobsDataModule(), ckpt_path=path)
-    with pytest.raises(InputError, match="data: differ"):
+    with pytest.raises(InputError, match="data: must match"):
         make_trainer(max_epochs=2).fit(make_model(), data, ckpt_path="some.ckpt")
     make_trainer(max_epochs=2).fit(make_model(), BlobsDataModule(), ckpt_path="some.ckpt")
     loaded = ClassificationModule.load_from_checkpoint("some.ckpt", weights_only=True)
@@ -190,7 +190,7 @@ def test_class_names_are_stored_as_one_string() -> None:
 
 @pytest.mark.parametrize("text", [3, "", "[1]", "{", "[" * 10_000])
 def test_damaged_specification_is_rejected(text: Any) -> None:
-    with pytest.raises(InputError, match="the checkpoint is damaged: its description of the data is not valid"):
+    with pytest.raises(InputError, match="the checkpoint is damaged: its data specification is not valid"):
         saved_data_spec({"lsoftmax_lightning": {"data": text}})
 
 

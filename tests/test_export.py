@@ -85,7 +85,7 @@ def test_export_command_exports_a_checkpoint(capsys: pytest.CaptureFixture[str])
 
     main(["export", "--ckpt_path", checkpoint, "--format", "torch_export", "--output", "model.pt2"])
     printed = capsys.readouterr().out
-    assert "Wrote model.pt2. For random images it differs from the module by at most" in printed
+    assert "Wrote model.pt2. On random images, it differs from the module by at most" in printed
     data = DigitsDataModule()
     _, (_, logits) = run("model.pt2", data.load(train=False).images)
     predicted = main(["predict", "--config", "digits.yaml", "--ckpt_path", checkpoint, *QUIET[:3]])
@@ -98,12 +98,12 @@ def test_export_command_exports_a_checkpoint(capsys: pytest.CaptureFixture[str])
     torch.save(earlier, checkpoint)
     main(["export", "--ckpt_path", checkpoint, "--format", "torch_export", "--output", "model.pt2"])
     printed = capsys.readouterr().out
-    assert "Wrote model.pt2. For test images it differs from the module by at most" in printed
+    assert "Wrote model.pt2. On test images, it differs from the module by at most" in printed
 
     for args, message in (
-        (["--ckpt_path", "nope.ckpt"], "there is no config.yaml, the config of the run that nope.ckpt is of"),
+        (["--ckpt_path", "nope.ckpt"], "--config: the config of the run, config.yaml, does not exist"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),
-        (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is of another network than the config"),
+        (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is from another network"),
         (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "there is no file nope.ckpt"),
     ):
         assert message in fails(capsys, "export", *args)
@@ -148,7 +148,7 @@ def test_export_that_differs_from_the_module_is_removed(monkeypatch: pytest.Monk
         export(make_model(), BlobsDataModule(), "model.pt2", "torch_export", "int8")  # type: ignore[arg-type]
     monkeypatch.setattr("lsoftmax_lightning.export.find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match=r"^format: onnx requires the packages onnx, onnxscript, onnxruntime, .*; pip install"
+        InputError, match=r"^format: onnx requires the packages onnx, onnxscript, onnxruntime, .*; run pip install"
     ):
         export(make_model(), BlobsDataModule(), "model.onnx")
 

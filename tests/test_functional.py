@@ -191,8 +191,8 @@ def test_labels_of_any_integer_type_are_accepted(dtype: torch.dtype) -> None:
     [
         (torch.zeros(8), "float32"),
         (torch.zeros(8, dtype=torch.bool), "bool"),
-        (torch.zeros(8, 1, dtype=torch.long), r"8 rows, got shape \(8, 1\)"),
-        (torch.zeros(7, dtype=torch.long), r"8 rows, got shape \(7,\)"),
+        (torch.zeros(8, 1, dtype=torch.long), r"must have shape \(8,\), got \(8, 1\)"),
+        (torch.zeros(7, dtype=torch.long), r"must have shape \(8,\), got \(7,\)"),
         (torch.tensor([0, 1, 2, 3, 0, 1, 2, -1]), "0 to 3, got -1 to 3"),
         (torch.tensor([0, 1, 2, 4, 0, 1, 2, 3]), "0 to 3, got 0 to 4"),
     ],
@@ -206,7 +206,7 @@ def test_invalid_labels_are_rejected(m: int, target: Tensor, message: str) -> No
 @pytest.mark.parametrize("margin", [0, -1, 2.5, 2.0, True, "2", None, 101, 10**9])
 def test_invalid_margins_are_rejected(margin: object) -> None:
     x, weight, target = batch()
-    with pytest.raises(InputError, match="integer >= 1"):
+    with pytest.raises(InputError, match="integer from 1 to 100"):
         logits_of(x, weight, target, margin)  # type: ignore[arg-type]
 
 

@@ -307,7 +307,7 @@ def test_command_line_accepts_the_bare_name_and_resumes() -> None:
     cli = main([*fit, "--trainer.max_epochs=4"])  # step 12 of 16 is between the milestones
     assert cli is not None
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0005)
-    with pytest.warns(UserWarning, match=r"others have no effect"):
+    with pytest.warns(UserWarning, match=r"changes of them have no effect"):
         cli = main([*fit, "--trainer.max_epochs=5", "--model.lr_scheduler.milestones=[0.9]"])
     assert cli is not None
     assert cli.trainer.lr_scheduler_configs[0].scheduler.milestones == [0.66667, 0.83333]

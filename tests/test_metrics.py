@@ -180,13 +180,16 @@ def test_missing_images_give_nan_and_a_warning() -> None:
     [
         (torch.zeros(4, 3, dtype=torch.int64), r"int64 \(P, 4\)"),
         (torch.zeros(4, 4), "float32"),
-        (torch.tensor([[0, 1, 1, 1], [-1, 1, 0, 2]]), "none below 0"),
+        (torch.tensor([[0, 1, 1, 1], [-1, 1, 0, 2]]), "not negative"),
         (torch.tensor([[0, 1, 1, 1], [2, 3, 1, 2]]), "both same and different"),
-        (torch.tensor([[0, 1, 1, 1], [2, 3, 2, 2]]), "same .* and different"),
-        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 1]]), "another fold to fit"),
+        (torch.tensor([[0, 1, 1, 1], [2, 3, 2, 2]]), "1 for same and 0 for different"),
+        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 1]]), "of other folds"),
         (torch.tensor([[0, 1, 1, 0], [2, 3, 0, 0]]), "both same and different"),
-        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2]]), "fold 1 needs both same and different .* got 0 same ones of 1"),
-        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2], [4, 5, 0, 1]]), "fold 1 needs both same and different pairs"),
+        (
+            torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2]]),
+            "fold 1 must be fitted on both same and different .* got 0 same pairs of 1",
+        ),
+        (torch.tensor([[0, 1, 1, 1], [2, 3, 0, 2], [4, 5, 0, 1]]), "fold 1 must be fitted on both"),
     ],
 )
 def test_invalid_pairs_are_rejected(pairs: Tensor, message: str) -> None:

@@ -194,7 +194,7 @@ WRONG_TYPE = "trainer:\n  max_epochs: 3\n  max_steps: many\n"
         ("--model.lambda_schedule=[{}]", "--model.lambda_schedule: must be LambdaSchedule, got [{}]."),
         ("--trainer.max_epochs many", "--trainer.max_epochs: must be int or null, got many."),
         ("--trainer.max_epochs", "--trainer.max_epochs: needs a value; write --trainer.max_epochs VALUE."),
-        ("--trainer many", "--trainer: is a group of settings, got many; name one of them."),
+        ("--trainer many", "--trainer: is a group of settings, got many; set one of them."),
         ("-model.margin 2", "-model.margin: has one dash; did you mean --model.margin?"),
         ("model.margin=2", "model.margin=2: has no dashes; did you mean --model.margin=2?"),
         ("digits.yaml", "digits.yaml: is not a setting; did you mean --config digits.yaml?"),
@@ -233,7 +233,7 @@ def test_wrong_argument_gives_a_one_line_error(args: str, expected: str, capsys:
         (WRONG_TYPE, "my.yaml, line 3: trainer.max_steps: must be int, got many."),
         (
             "seed_everything: 1\nseed_everything: 2\n",
-            "my.yaml: seed_everything: must be in a mapping once, got lines 1",
+            "my.yaml: seed_everything: must be set once, got lines 1",
         ),
         ("- 1\n", "my.yaml: must be a mapping of settings, got [1]."),
     ],
@@ -249,7 +249,7 @@ def test_wrong_config_gives_a_one_line_error(text: str, expected: str, capsys: p
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ([], "required, got nothing; name a config that has model and data, as in --config digits.yaml."),
+        ([], "required, got nothing; use a config with model and data, such as --config digits.yaml."),
         (["--model.margin=2"], "--model.margin: has no class yet; give --model CLASS before it, or a config."),
         (
             ["--model=ClassificationModule"],

@@ -117,7 +117,7 @@ def test_training_and_test_do_not_depend_on_the_number_of_processes(
         # each image of a test set of any size counts once
         for size, one in metrics[1].items():
             if int(size) < count:
-                assert metrics[count][size] == f"{size} samples are too few for {count} devices; use fewer."
+                assert metrics[count][size] == f"devices: must be at most the {size} samples, got {count}; use fewer."
             else:
                 assert metrics[count][size] == pytest.approx(one, rel=1e-5, abs=1e-4)
 
@@ -269,5 +269,5 @@ def test_a_rank_that_dies_ends_the_run(
     done = start(2, *dies)
     assert done.returncode != 0
     assert ("this rank fails" in done.stderr) is not killed
-    assert ("error: another process of the run died" in done.stderr) or not killed
+    assert ("error: another process of the run ended" in done.stderr) or not killed
     assert done.stderr.count("Traceback") == (not killed)

@@ -54,7 +54,7 @@ def test_run_fraction_does_not_depend_on_the_length_of_the_run() -> None:
 
 def test_run_fraction_needs_the_length_of_the_run() -> None:
     for unknown in (math.inf, -1):  # the Trainer returns -1 for data without a length
-        with pytest.raises(InputError, match="max_steps or max_epochs"):
+        with pytest.raises(InputError, match="max_steps, or max_epochs"):
             RunFraction()(0, unknown)
 
 

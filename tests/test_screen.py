@@ -69,7 +69,7 @@ def test_run_ends_with_its_metrics_and_folders(
     assert "accuracy " in printed
     folder = "runs/digits/m4-s0"
     assert [message for message in caplog.messages if ":" in message or "run" in message][-3:] == [
-        f"Everything of this run is in {folder}",
+        f"Run folder: {folder}",
         f"Tested checkpoint: {folder}/checkpoints/best.ckpt",
         "Dashboard: tensorboard --logdir runs",
     ]

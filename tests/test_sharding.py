@@ -96,8 +96,8 @@ def test_training_does_not_depend_on_the_number_of_processes(
     expected = {
         "criterion": "criterion: must be nn.CrossEntropyLoss with default weight, reduction and ignore_index, got",
         "parameter": "ClassShardedStrategy: every parameter must belong to a child module, got scale on the Lightning",
-        "torch": "ClassShardedStrategy: the gloo backend requires torch>=2.9, got 2.8.0; earlier versions sum",
-        "logits": "a sharded head has no logits to train on: use head.cross_entropy(x, target).",
+        "torch": "ClassShardedStrategy: the gloo backend requires torch>=2.9, got 2.8.0; upgrade torch.",
+        "logits": "head: is sharded, so it has no logits to train on; use head.cross_entropy(x, target).",
     }
     for name, message in read("rejections").items():
         assert message.startswith(expected.pop(name))

@@ -58,5 +58,5 @@ def test_crops_and_flips_are_uniform_and_independent_per_sample() -> None:
 
 
 def test_a_negative_padding_is_rejected() -> None:
-    with pytest.raises(InputError, match="padding: must be 0 pixels or more, got -1"):
+    with pytest.raises(InputError, match="padding: must be at least 0 pixels, got -1"):
         RandomCropFlip(-1)

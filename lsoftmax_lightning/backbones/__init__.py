@@ -15,7 +15,7 @@ from .paper import PaperNet
 
 __all__ = ["PaperNet", "create_backbone", "list_backbones"]
 
-# Table 1 of the paper; `digits` is our addition, of the same design, for scikit-learn's 8x8 digits
+# Table 1 of the paper. `digits`, for scikit-learn's 8x8 digits, is not in the paper but has the same design.
 _PAPER: dict[str, dict[str, Any]] = {
     "digits": {"stem": 32, "blocks": [(32, 1), (64, 1)], "num_features": 64},
     "mnist": {"stem": 64, "blocks": [(64, 3), (64, 3), (64, 3)], "num_features": 256},
@@ -34,8 +34,9 @@ def list_backbones() -> list[str]:
 def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any) -> nn.Module:
     """Build a network without its classifier.
 
-    The first convolution of a torchvision model is replaced if the images do not have three channels. Models with a
-    fixed image size (``vit_b_16``, ``maxvit_t``) are built for the size in ``image_shape``.
+    If the images do not have three channels, the first convolution of a torchvision model is replaced by a randomly
+    initialised one, also with pretrained ``weights``. Models with a fixed image size (``vit_b_16``, ``maxvit_t``) are
+    built for the size in ``image_shape``.
 
     Args:
         name: One of :func:`list_backbones`.
@@ -56,8 +57,8 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
     """
     if name not in list_backbones():
         raise InputError(
-            f"no backbone is named {name!r}; there are {', '.join(_PAPER)} and torchvision's classification models "
-            "(resnet18, ...), see lsoftmax_lightning.backbones.list_backbones()."
+            f"backbone: must be {', '.join(_PAPER)} or one of torchvision's classification models (resnet18, ...), got "
+            f"{name!r}; see lsoftmax_lightning.backbones.list_backbones()."
         )
     try:
         if name in _PAPER:
@@ -68,7 +69,7 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
         raise
     except (TypeError, ValueError, KeyError, OSError, AssertionError) as error:
         raise InputError(
-            f"backbone {name!r} cannot be made with {kwargs or 'no arguments'} for images of "
+            f"backbone: {name!r} cannot be built with {kwargs or 'no arguments'} for images of "
             f"{tuple(image_shape)}: {first_line(error)}"
         ) from error
     _check_image_shape(name, backbone, image_shape)
@@ -83,10 +84,10 @@ def _size_arguments(name: str, size: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _check_image_shape(name: str, backbone: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Check on the meta device, without any computation, that a network accepts images of a shape.
+    """Check on the meta device, without computation, that a network accepts images of a shape.
 
     Raises:
-        InputError: If it does not.
+        InputError: If it does not accept them.
     """
     state = {key: value.to("meta") for key, value in [*backbone.named_parameters(), *backbone.named_buffers()]}
     try:
@@ -94,7 +95,7 @@ def _check_image_shape(name: str, backbone: nn.Module, image_shape: tuple[int, i
             functional_call(backbone, state, torch.empty(1, *image_shape, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(
-            f"backbone {name!r} does not take images of {tuple(image_shape)}: {first_line(error).rstrip('.')}; use "
+            f"backbone: {name!r} does not accept images of {tuple(image_shape)}: {first_line(error).rstrip('.')}; use "
             "another size, such as 224x224."
         ) from error
 

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of modules."""
+"""Evaluation mode as a context."""
 
 from __future__ import annotations
 

@@ -13,17 +13,17 @@ from ..errors import InputError
 class PaperNet(nn.Module):
     """Convolutional network of the paper (Table 1).
 
-    It is a stack of blocks of conv-BN-PReLU layers. A 2x2 max pooling follows each of the first three blocks. A linear
-    layer at the end returns the features.
+    The network is a stack of blocks of conv-BN-PReLU layers. A 2x2 max pooling follows each of the first three blocks.
+    The last layer is linear and returns the features.
 
     Args:
         image_shape: Channels, height and width of the input.
         num_features: Number of features D.
         blocks: Number of channels and number of convolutions of each block.
-        stem: Number of channels of a convolution before the blocks. None for no such convolution.
+        stem: Number of channels of a convolution before the blocks. Default: no such convolution.
         stem_stride: Stride of that convolution.
         kernel_size: Kernel size of all convolutions, odd.
-        feature_norm: Whether batch normalisation follows the linear layer.
+        feature_norm: Whether to apply batch normalisation after the linear layer.
         dropout: Probability of dropout before the linear layer, from 0 to below 1. The paper uses none.
 
     Attributes:
@@ -31,6 +31,13 @@ class PaperNet(nn.Module):
 
     Raises:
         InputError: If the image is too small for the poolings, ``kernel_size`` is even, or ``dropout`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lsoftmax_lightning.backbones import PaperNet
+        >>> net = PaperNet((1, 28, 28), num_features=64, blocks=[(16, 1), (32, 1)], stem=16)
+        >>> net(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 64])
     """
 
     def __init__(

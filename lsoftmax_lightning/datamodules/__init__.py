@@ -1,4 +1,4 @@
-"""The benchmarks of the paper as LightningDataModules, and your own images."""
+"""LightningDataModules of the paper's benchmarks, and of your own images."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -23,5 +23,5 @@ __all__ = [
     "PredictFolderDataModule",
 ]
 
-for _module in iter_modules(__path__):  # gives the classes of every file their names on the command line
+for _module in iter_modules(__path__):  # the command line finds the classes of imported modules by name
     import_module(f"{__name__}.{_module.name}")

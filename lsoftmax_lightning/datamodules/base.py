@@ -1,4 +1,4 @@
-"""Base classes of the datamodules: split, loaders, augmentation and normalisation on the device."""
+"""Base classes of the datamodules: split, loaders, and augmentation and normalisation on the device."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stratified_split(targets: Tensor, val_size: float, seed: int) -> tuple[Tenso
     Raises:
         InputError: If a class would have no training or no validation image.
     """
-    # scikit-learn is half of what this package imports beside Lightning, and help and --print_config do not need it
+    # imported here, because it is slow and help and --print_config do not need it
     from sklearn.model_selection import train_test_split
 
     try:
@@ -67,18 +67,19 @@ class BatchDataModule(LightningDataModule):
     ``prepare_data``.
 
     Args:
-        batch_size: Global batch size: with four devices, each gets a quarter. Training drops an incomplete last batch.
-        crop_padding: In training, pixels of black around an image, which is then cropped back to its size at a random
-            position.
+        batch_size: Global batch size. With four devices, each processes a quarter of a batch. Training drops an
+            incomplete last batch.
+        crop_padding: Pixels of black padding around a training image, which is then cropped back to its size at a
+            random position. 0 disables the crop.
         flip: Whether to mirror half of the training images left to right.
         predict_folder: Folder of images to predict instead of the test images. Images in its subfolders are included.
             They are scaled to cover ``image_shape`` and their centre is cropped.
-        train_size: Training images to keep, stratified by class: a number, or a fraction below 1 of the images left
-            after the validation split. Subsets with one seed are nested. None keeps all images.
-        label_noise: Fraction of the training labels, after ``train_size``, that are replaced by labels drawn uniformly
-            over all classes. A drawn label may equal the one it replaces. Validation and test labels do not change.
+        train_size: Number of training images to keep, stratified by class, or a fraction below 1 of the images left
+            after the validation split. Subsets with the same seed are nested. None keeps all images.
+        label_noise: Fraction of the training labels, after ``train_size``, to replace by labels drawn uniformly over
+            all classes. A drawn label may equal the one it replaces. Validation and test labels do not change.
         train_seed: Seed of the subset and of the label noise. None uses the seed of ``seed_everything``, so that runs
-            with one seed train on the same images and labels.
+            with the same seed train on the same images and labels.
         device_memory_gib: Largest size in GiB of a set of images (training, validation or test) that is kept on the
             GPU, as uint8. CIFAR-10 takes 0.15. 0 keeps all images in host memory.
 
@@ -119,7 +120,7 @@ class BatchDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise InputError(f"batch_size: must be at least 1, got {batch_size}; use, e.g., 256.")
+            raise InputError(f"batch_size: must be at least 1, got {batch_size}; the paper uses 256.")
         side = max(self.image_shape[1:])
         if crop_padding > side:  # some crops would be black, and padded images fill the memory
             raise InputError(
@@ -132,7 +133,7 @@ class BatchDataModule(LightningDataModule):
                 "training labels."
             )
         if not device_memory_gib >= 0:
-            raise InputError(f"device_memory_gib: must be 0 or more, got {device_memory_gib}; use 0 for host memory.")
+            raise InputError(f"device_memory_gib: must be at least 0, got {device_memory_gib}; use 0 for host memory.")
         self.batch_size = batch_size
         self.device_memory_gib = device_memory_gib
         self.predict_folder = predict_folder
@@ -201,7 +202,7 @@ class BatchDataModule(LightningDataModule):
             self.predict_data = self.test_data
 
     def load_predict(self, paths: list[str]) -> Images:
-        """Return the images of ``predict_folder``, whose classes are -1, for unknown."""
+        """Return the images of ``predict_folder``, with class -1 for unknown."""
         return Images(ImageFiles(paths, self.image_shape), torch.full((len(paths),), UNKNOWN_CLASS))
 
     def _apply_train_settings(self, data: Images) -> Images:
@@ -289,7 +290,7 @@ class BatchDataModule(LightningDataModule):
 
 
 class ImageDataModule(BatchDataModule):
-    """Datamodule of training and test images that splits the validation images off the training images.
+    """Datamodule of training and test images, with validation images split off the training images.
 
     A subclass defines the attributes of :class:`BatchDataModule` and implements :meth:`load`.
 
@@ -297,8 +298,8 @@ class ImageDataModule(BatchDataModule):
         batch_size: Global batch size, as in :class:`BatchDataModule`.
         val_size: Number of training images held out for validation, stratified by class, or a fraction below 1. The
             paper uses a tenth (section 5).
-        split_seed: Seed of that split. It does not follow ``seed_everything``, so that every run validates on the same
-            images.
+        split_seed: Seed of the validation split. It does not depend on ``seed_everything``, so all runs validate on the
+            same images.
         **kwargs: Arguments of :class:`BatchDataModule`: ``crop_padding``, ``flip``, ``predict_folder``, ``train_size``,
             ``label_noise``, ``train_seed``.
 

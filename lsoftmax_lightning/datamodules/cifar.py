@@ -10,7 +10,7 @@ from .downloaded import DownloadedDataModule
 class CIFAR10DataModule(DownloadedDataModule):
     """50,000 + 10,000 photographs of 32x32 pixels in ten classes, read and downloaded by torchvision.
 
-    ``crop_padding=4, flip=True`` make it CIFAR10+ of the paper (section 5). The arguments are those of
+    With ``crop_padding=4, flip=True``, it is the CIFAR10+ of the paper (section 5). The arguments are those of
     :class:`DownloadedDataModule`.
     """
 

@@ -13,7 +13,7 @@ from .base import ImageDataModule, Images
 class DigitsDataModule(ImageDataModule):
     """1,797 handwritten digits of 8x8 pixels, bundled with scikit-learn.
 
-    scikit-learn defines no test set. This datamodule uses a fifth of the images, stratified and always the same.
+    scikit-learn defines no test set. This datamodule tests on a fixed, stratified fifth of the images.
 
     Args:
         batch_size: Global batch size.
@@ -32,7 +32,7 @@ class DigitsDataModule(ImageDataModule):
 
     @override
     def load(self, train: bool) -> Images:
-        from sklearn.datasets import load_digits  # here for the reason in stratified_split
+        from sklearn.datasets import load_digits  # a slow import
         from sklearn.model_selection import train_test_split
 
         digits = load_digits()

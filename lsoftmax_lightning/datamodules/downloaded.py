@@ -1,4 +1,4 @@
-"""Base class of the benchmarks that torchvision downloads and reads."""
+"""Base class of the datasets that torchvision downloads and reads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class DownloadedDataModule(ImageDataModule):
     """Datamodule of a torchvision dataset that is kept in memory; a subclass defines the attributes.
 
     Args:
-        root: Folder of the files. Missing files are downloaded there; torchvision verifies their checksums where it
-            has them.
+        root: Folder of the files. Missing files are downloaded there, and torchvision verifies the checksums that it
+            knows.
         **kwargs: Arguments of :class:`ImageDataModule`: ``batch_size``, ``val_size``, ``split_seed``, ``crop_padding``,
             ``flip``, ``train_size``, ``label_noise``, ``train_seed``.
 

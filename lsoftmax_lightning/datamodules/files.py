@@ -1,4 +1,4 @@
-"""Base class of datamodules of images in files, decoded once into memory or for each batch."""
+"""Base class of datamodules of image files, which are decoded once into memory or for each batch."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _list_entries(folder: Path, content: str) -> list[os.DirEntry[str]]:
 class _ChunkReader:
     """Dataset of chunks of images.
 
-    An item is the images of a chunk, zeros for unreadable ones, and the problem of each unreadable image by index.
+    An item is the images of a chunk, with zeros for unreadable ones, and the error of each unreadable image by index.
 
     Args:
         paths: File of each image.
@@ -126,11 +126,12 @@ class FileDataModule(BatchDataModule):
             cropped.
         mean: Mean of each channel, in 0 .. 1. The default is the mean of ImageNet, as for pretrained backbones.
         std: Standard deviation of each channel, in 0 .. 1. The default is that of ImageNet.
-        memory_gib: Largest size in GiB of all images that are kept in memory, on each rank. If they are larger, every
+        memory_gib: Largest total size in GiB of images to keep in memory, on each rank. If the images are larger, every
             batch is read from the files.
         num_workers: Number of processes that read the files. The default is the number of torch's threads, at most 8.
-        skip_unreadable: Whether to skip unreadable files with a warning instead of raising an error. To predict a
-            folder, every file is then decoded once before; otherwise the first unreadable file ends the prediction.
+        skip_unreadable: Whether to skip unreadable files with a warning instead of raising an error. Before the
+            prediction of a folder, every file is then decoded once to find them. Otherwise, the first unreadable file
+            ends the prediction.
         **kwargs: Arguments of :class:`BatchDataModule`: ``batch_size``, ``crop_padding``, ``flip``, ``predict_folder``,
             ``train_size``, ``label_noise``, ``train_seed``. Every training file is decoded once, for any
             ``train_size``.
@@ -151,12 +152,12 @@ class FileDataModule(BatchDataModule):
     ) -> None:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if min(height, width) < 1:
-            raise InputError(f"image_size: must be at least 1 pixel, got {image_size}; use, e.g., 224.")
+            raise InputError(f"image_size: must be at least 1 pixel, got {image_size}; the usual size is 224.")
         limit = Image.MAX_IMAGE_PIXELS  # Pillow's limit, against images that fill the memory
         if limit is not None and height * width > limit:
             raise InputError(
-                f"image_size: must have at most {limit:,} pixels, as many as Pillow decodes, got {image_size}; use, "
-                "e.g., 224."
+                f"image_size: must have at most {limit:,} pixels, Pillow's limit, got {image_size}; the usual size "
+                "is 224."
             )
         if not (all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)):
             raise InputError(
@@ -164,11 +165,13 @@ class FileDataModule(BatchDataModule):
                 "0 .. 255 by 255."
             )
         if (num_workers or 0) < 0 or not memory_gib >= 0:
-            raise InputError(f"num_workers and memory_gib: must be 0 or more, got {num_workers} and {memory_gib}.")
+            raise InputError(
+                f"num_workers and memory_gib: must be at least 0, got {num_workers} and {memory_gib}; raise them."
+            )
         if (num_workers or 0) > _MAX_WORKERS:
             raise InputError(
-                f"num_workers: must be at most {_MAX_WORKERS}, since each is a process, got {num_workers}; use the "
-                "number of CPU cores."
+                f"num_workers: must be at most {_MAX_WORKERS} processes, got {num_workers}; use the number of CPU "
+                "cores."
             )
         self.image_shape, self.mean, self.std = (3, height, width), mean, std
         super().__init__(**kwargs)
@@ -192,7 +195,7 @@ class FileDataModule(BatchDataModule):
             *splits: Files of each split. Splits may share files, which are kept in memory once.
 
         Raises:
-            DataError: If files are not readable images; the message names the first ten. Or if a class has no readable
+            DataError: If files are not readable images (the message names the first ten), or if a class has no readable
                 image left.
         """
         paths = list(dict.fromkeys(path for split in splits for path in split.paths))
@@ -230,7 +233,9 @@ class FileDataModule(BatchDataModule):
             empty = set(split.targets) - set(kept_targets)
             if empty:
                 first = split.paths[split.targets.index(min(empty))].parent
-                raise DataError(f"no readable image is left in {first} (and {len(empty) - 1} other class folders).")
+                raise DataError(
+                    f"class folders: each must have a readable image, got {len(empty)} without, as {first}; add images."
+                )
             images: ImageStore
             if in_memory:
                 images = ImageSubset(store, torch.tensor([rows[path] for path in kept_paths]), kept_paths)

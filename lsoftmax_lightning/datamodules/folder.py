@@ -1,4 +1,4 @@
-"""Datamodules of image folders: your own classes, and images to predict."""
+"""Datamodules of image folders: classes of your own, and images to predict."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .subsets import check_size
 class ImageFolderDataModule(FileDataModule):
     """Images in ``train/<class>/*``, ``test/<class>/*`` and, optionally, ``val/<class>/*``.
 
-    Without ``val`` the validation images are split off ``train``. All splits must have the same class folders, each
-    with at least one image. Every file that is not hidden must be an image.
+    Without ``val``, the validation images are split off ``train``. All splits must have the same class folders, each
+    with at least one image. All files must be images; hidden files are ignored.
 
     Args:
         root: Folder that contains ``train`` and ``test``.
@@ -28,7 +28,7 @@ class ImageFolderDataModule(FileDataModule):
             cropped.
         val_size: Number of training images held out for validation, or a fraction below 1. It is ignored if ``val``
             exists.
-        split_seed: Seed of that split.
+        split_seed: Seed of the validation split.
         **kwargs: Arguments of :class:`FileDataModule`.
 
     Raises:
@@ -61,13 +61,13 @@ class ImageFolderDataModule(FileDataModule):
         names = {folder.name for folder in folders}
         if names != set(self.class_names):
             raise DataError(
-                f"{self.root / split} and {self.root / 'train'} must have the same class folders; "
+                f"{self.root / split}: must have the class folders of {self.root / 'train'}; "
                 f"missing: {sorted(set(self.class_names) - names)}, too many: {sorted(names - set(self.class_names))}."
             )
         return list_files(folders)
 
     def load_train_val(self) -> tuple[Images, Images]:
-        """Read the images of all splits, including test, so that one error at the start names all unreadable files."""
+        """Read the images of all splits, including test, to report all unreadable files before training."""
         train = self.files["train"]
         if "val" in self.files:
             splits = [train, self.files["val"]]
@@ -87,16 +87,16 @@ class ImageFolderDataModule(FileDataModule):
 
 
 class PredictFolderDataModule(FileDataModule):
-    """Images to predict without the data that the network was trained on.
+    """Images to predict, without the training data.
 
-    The command ``predict`` uses it instead of the other datamodules of files.
+    The command ``predict`` with ``predict_folder`` uses it in place of the other datamodules of image files.
 
     Args:
         checkpoint: Checkpoint of the network, which contains the class names.
         predict_folder: Folder of images. Images in its subfolders are included.
         image_size: Side of square images, or height and width. Images are scaled to cover this size and their centre is
             cropped.
-        **kwargs: Arguments of :class:`FileDataModule`. A prediction fails if the size, mean or standard deviation
+        **kwargs: Arguments of :class:`FileDataModule`. A prediction fails if ``image_size``, ``mean`` or ``std``
             differs from the checkpoint.
 
     Raises:

@@ -27,7 +27,7 @@ _TRANSPOSES: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""Transposition that turns an image upright, by EXIF orientation."""
+"""Transposition that turns an image upright, by its EXIF orientation."""
 
 
 class ImageStore(Protocol):
@@ -41,7 +41,7 @@ class ImageStore(Protocol):
 
 
 class ImageSubset:
-    """Some images of a store, without a copy of them.
+    """Subset of a store, without a copy of the images.
 
     Args:
         store: All images, ``(M, ...)``.
@@ -64,8 +64,8 @@ class ImageSubset:
 def read_image(path: str | Path, size: tuple[int, int], channels: int = 3) -> Tensor:
     """Read an image, turn it upright by its EXIF orientation, scale it to cover ``size`` and crop its centre.
 
-    Grey images and palettes are converted to RGB, or all images to grey. Transparency is removed. Of an animation, the
-    first frame is read. Damaged EXIF data are ignored.
+    All images are converted to RGB, or to grey if ``channels`` is 1. Transparency is removed. Only the first frame of
+    an animation is read. Damaged EXIF data are ignored.
 
     Args:
         path: A file of any format that Pillow reads.
@@ -78,12 +78,12 @@ def read_image(path: str | Path, size: tuple[int, int], channels: int = 3) -> Te
     Raises:
         ValueError: If the image has more than 8 bits per channel, which Pillow would convert wrongly, or the path is a
             FIFO, a socket or a device.
-        Exception: Any error of the decoder on a damaged file.
+        Exception: If the decoder fails on a damaged file; the type depends on the decoder.
     """
     if kind := special_kind(path):
         raise ValueError(f"it is {kind}")
     with _without_metadata_warnings(), Image.open(path) as image:
-        image.draft("RGB", (2 * max(size),) * 2)  # decodes a much larger JPEG at a fraction of its size
+        image.draft("RGB", (2 * max(size),) * 2)  # decodes a much larger JPEG at reduced size
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
         upright = _upright(image)
@@ -182,7 +182,7 @@ def files_in(folder: str | Path) -> list[str]:
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
     if not files:
-        raise DataError(f"there is no image in {Path(folder).absolute()} or its subfolders; add images.")
+        raise DataError(f"{Path(folder).absolute()}: there is no image in this folder or its subfolders; add images.")
     return sorted(files)
 
 
@@ -209,10 +209,10 @@ _SPECIAL_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCH
 
 
 def special_kind(path: str | Path) -> str | None:
-    """Return the kind of a path that is neither a file nor a folder, which could block forever when opened.
+    """Return the kind of a path that could block forever when opened, such as a FIFO.
 
     Returns:
-        Such as "a FIFO"; None for a file, a folder or a broken link.
+        "a FIFO", "a socket" or "a device"; None for a file, a folder or a broken link.
     """
     try:
         return _SPECIAL_KINDS.get(stat.S_IFMT(os.stat(path).st_mode))

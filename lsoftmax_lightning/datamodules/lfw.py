@@ -1,4 +1,4 @@
-"""Datamodules of faces: training on folders of identities, verification on the pairs of LFW."""
+"""Datamodules of faces: training on folders of identities, verification on pairs of LFW."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def read_pairs(path: Path) -> list[Pair]:
         seen[key] = line_number
         pairs.append(pair)
     if len(pairs) != 2 * folds * count:
-        raise DataError(f"{path}: the first line announces {folds} x 2 x {count} pairs, but {len(pairs)} follow.")
+        raise DataError(
+            f"{path}: must have {folds} x 2 x {count} pairs by its first line, got {len(pairs)}; restore the file."
+        )
     return pairs
 
 
@@ -130,7 +132,7 @@ class PairsDataModule(FileDataModule):
         self.pairs = read_pairs(self.root / "pairs.txt")
 
     def index_images(self, pairs: Sequence[Pair]) -> tuple[Files, Pairs]:
-        """Return the images of pairs, each once, and the pairs as indices of these images.
+        """Return the image files of pairs, each once, and the pairs as indices of these files.
 
         Args:
             pairs: Pairs of :func:`read_pairs`.
@@ -151,7 +153,7 @@ class PairsDataModule(FileDataModule):
                 raise DataError(f"{path} is {kind}, not an image: replace it.")
         if missing:
             raise DataError(
-                f"{len(missing)} of {len(paths)} images that pairs.txt names do not exist, such as {missing[0]}."
+                f"{len(missing)} of {len(paths)} images in pairs.txt do not exist, such as {missing[0]}; add them."
             )
         indexed = Pairs(
             first=torch.tensor([image_ids[pair.first] for pair in pairs]),
@@ -162,7 +164,7 @@ class PairsDataModule(FileDataModule):
         return Files(paths, list(range(len(paths))), required=True), indexed
 
     def load_train_val(self) -> tuple[Images, Images]:
-        """Read the images of all splits, including test, so that one error at the start names all unreadable files."""
+        """Read the images of all splits, including test, to report all unreadable files before training."""
         self._check_train_size(self.train_files.targets)
         train_data, val_data, self.test_data = self.read(self.train_files, self.val_files, self.test_files)
         return self._checked(train_data), val_data
@@ -177,8 +179,8 @@ class LFWDataModule(PairsDataModule):
     """Training on a folder of identities such as CASIA-WebFace, validation and test on the 6,000 pairs of LFW.
 
     Validation and test use the same pairs, so do not select a checkpoint by the validation metrics. A warning names
-    identities that are people of LFW. It compares folder names, so it cannot find people in numbered folders, which
-    CASIA-WebFace often has.
+    identities that are also people of LFW. It compares folder names, and therefore misses people in numbered folders,
+    which are common for CASIA-WebFace.
 
     Args:
         train_root: Folder of ``<identity>/*``.
@@ -197,24 +199,25 @@ class LFWDataModule(PairsDataModule):
         if overlap:
             rank_zero_warn(
                 f"{len(overlap)} of {len(folders)} identities in {train_root} are people of LFW by name, such as "
-                f"{', '.join(overlap[:3])}, so LFW does not test on unseen people; remove these folders."
+                f"{', '.join(overlap[:3])}; remove these folders to test on unseen people."
             )
 
 
 class LFWFoldDataModule(PairsDataModule):
     """Training on people of LFW and test on the pairs of one fold, without outside data.
 
-    Without ``val_fold``, the training images are all images of the people of the other nine folds. The pairs of these
-    folds also serve for validation and to fit the threshold and the PCA. Validation then uses people seen in training,
-    so its metrics are optimistic.
+    Without ``val_fold``, the network trains on all images of the people of the other nine folds. The pairs of these
+    folds are used for validation, and to fit the threshold and the PCA. The validation metrics are optimistic, because
+    the network has seen these people in training.
 
-    With ``val_fold``, training uses eight folds. Validation, threshold and PCA use the pairs of the ninth, whose people
-    are not seen in training, so they can be used to select settings or a checkpoint.
+    With ``val_fold``, the network trains on eight folds. The pairs of the ninth, with people unseen in training, are
+    used for validation, threshold and PCA. The validation metrics can then select settings or a checkpoint.
 
     Args:
         root: Folder of LFW, with ``pairs.txt`` and ``images/<Person>/<Person>_<nnnn>.jpg``.
         fold: Fold to test on, from 1.
-        val_fold: Fold to hold out from training. Validation divides its pairs into ten folds, which share people.
+        val_fold: Fold to hold out from training, from 1. Validation divides its pairs into ten folds, which share
+            people.
         **kwargs: Arguments of :class:`PairsDataModule`.
 
     Raises:
@@ -227,11 +230,13 @@ class LFWFoldDataModule(PairsDataModule):
         folds = self.pairs[-1].fold
         for name, value in (("fold", fold), ("val_fold", val_fold)):
             if value is not None and not 1 <= value <= folds:
-                raise InputError(f"{name}: must be one of the {folds} folds of pairs.txt, got {value}.")
+                raise InputError(
+                    f"{name}: must be one of the {folds} folds of pairs.txt, got {value}; set 1 to {folds}."
+                )
         if fold == val_fold or folds < 3:
             raise InputError(
                 f"fold and val_fold: must differ, and pairs.txt must have at least 3 folds, got {fold}, {val_fold} and "
-                f"{folds} folds."
+                f"{folds} folds; set another val_fold."
             )
         test = [pair for pair in self.pairs if pair.fold == fold]
         val = [pair for pair in self.pairs if pair.fold != fold and val_fold in (None, pair.fold)]
@@ -245,7 +250,7 @@ class LFWFoldDataModule(PairsDataModule):
 
 
 def _find_images(root: Path, people: Iterable[str]) -> dict[str, Path]:
-    """Return the images of people by path below ``root`` without extension; Pillow must support the extension."""
+    """Return the images of people by their path relative to ``root``, without the extension."""
     extensions = Image.registered_extensions()
     folders = [root / person for person in people if (root / person).is_dir()]
     files = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in extensions]

@@ -1,4 +1,4 @@
-"""Batches of images in memory or in files, distributed over the ranks of a run."""
+"""Batches of images in memory or in files, distributed over ranks."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def seeded_generator(key: str) -> torch.Generator:
 
 @dataclass(eq=False)
 class GlobalBatchSampler:
-    """Sampler of the rows of every global batch that belong to this rank, as index tensors.
+    """Sampler of the part of each global batch that belongs to this rank, as index tensors.
 
     The global batches depend only on seed and epoch, so they are the same for any number of ranks. No sample is
-    repeated to fill a rank.
+    repeated to pad the batches of a rank.
 
     Args:
         num_samples: Number of samples.
         batch_size: Global batch size.
         shuffle: Whether to shuffle the samples, in a different order each epoch.
-        drop_last: Whether to drop an incomplete last batch, as training does. Its mean gradient over several ranks
-            would differ from that on one.
+        drop_last: Whether to drop an incomplete last batch, as training does: its mean gradient over several ranks
+            would differ from that on one rank.
         rank: Global rank.
         world_size: Number of ranks.
         seed: Seed of the shuffle.
@@ -66,16 +66,20 @@ class GlobalBatchSampler:
                 f"{self.batch_size}; use {self.batch_size // self.world_size * self.world_size or self.world_size}."
             )
         if self.drop_last and self.num_samples < self.batch_size:
-            raise InputError(f"{self.num_samples} samples are too few for batch_size {self.batch_size}; lower it.")
+            raise InputError(
+                f"batch_size: must be at most the {self.num_samples} samples, got {self.batch_size}; lower it."
+            )
         if not self.drop_last and self.num_samples < self.world_size:
-            raise InputError(f"{self.num_samples} samples are too few for {self.world_size} devices; use fewer.")
+            raise InputError(
+                f"devices: must be at most the {self.num_samples} samples, got {self.world_size}; use fewer."
+            )
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which selects the shuffle; the Trainer calls this before each epoch."""
+        """Set the epoch, which determines the shuffle. The Trainer calls this method before each epoch."""
         self.epoch = epoch
 
     def generator(self, purpose: str = "") -> torch.Generator:
-        """Return a generator for this epoch and a purpose, the same on every rank."""
+        """Return a generator for this epoch and purpose, with the same seed on every rank."""
         return seeded_generator(f"{self.seed} {self.epoch}{purpose}")
 
     def __len__(self) -> int:
@@ -94,26 +98,26 @@ class GlobalBatchSampler:
 class BatchLoader:
     """Iterable of batches (images, targets), or (images, targets, draws) for an augmentation.
 
-    Images in memory are copied to the device once and indexed there by the batch, so that a training step copies
-    nothing. Images in files are read by ``num_workers`` processes. The draws depend only on seed, epoch and sample, so
-    an augmented image is the same for any number of ranks and workers and on any device.
+    Images in memory are copied to the device once and indexed there, so a training step copies no images. Image files
+    are read by ``num_workers`` processes. The draws depend only on seed, epoch and sample, so an augmented image is the
+    same for any number of ranks and workers and on any device.
 
-    The Trainer saves the state of the loader in a checkpoint: the number of batches served in the epoch. A run resumed
-    within an epoch continues with the next batch.
+    A checkpoint contains the state of the loader: the number of batches served in the epoch. A run that resumes within
+    an epoch continues with the next batch.
 
     Args:
         images: Images, ``(N, C, H, W)``.
         targets: Class of each image, ``(N,)``.
         sampler: Sampler of the indices of each batch.
         num_draws: Number of draws per sample; None without an augmentation. The draws are integers, uniform from 0 to
-            below :data:`DRAW_SCALE`, since the Trainer's precision may round floating-point tensors.
+            below :data:`DRAW_SCALE`, because the Trainer's precision may round floating-point tensors.
         num_workers: Number of processes that read batches ahead.
-        device: Device of the batches. If the images are in files, or take more than ``device_memory``, the batches stay
-            in pinned memory of the host, from which the Trainer copies them.
-        device_memory: Limit in bytes of the images on a device other than the CPU.
+        device: Device of the batches. If the images are in files, or larger than ``device_memory``, the batches stay in
+            pinned host memory, and the Trainer copies them.
+        device_memory: Largest size in bytes of images on a device other than the CPU.
     """
 
-    batch_sampler = None  # Lightning reads this of a loader with a sampler
+    batch_sampler = None  # Lightning reads this attribute of loaders with a sampler
     dataset: Tensor  # its length limits Lightning's BatchSizeFinder
 
     def __init__(
@@ -142,7 +146,7 @@ class BatchLoader:
         return {"epoch": self.sampler.epoch, "served": self._num_served, "batch_size": self.sampler.batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip the batches that a state counts as served if its epoch is iterated next.
+        """Skip the served batches of a state when its epoch is iterated next.
 
         Args:
             state: Result of :meth:`state_dict`.
@@ -186,7 +190,7 @@ class BatchLoader:
         return self._on_device
 
     def _index_batches(self, images: ImageStore, indices: list[Tensor], draws: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Index images on the device; indices, targets and draws are sorted into batches and copied once per epoch."""
+        """Index images on the device; indices, targets and draws are ordered by batch and copied once per epoch."""
         if not indices:
             return
         index = torch.cat(indices)

@@ -1,4 +1,4 @@
-"""Fewer training images and noisy labels."""
+"""Subsets of the training images, and label noise."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..errors import InputError
 
 
 def check_size(name: str, size: float) -> float:
-    """Return a size as scikit-learn accepts it: a fraction below 1, or an integer.
+    """Return a size as scikit-learn accepts it: a float below 1, or an integer.
 
     Args:
         name: Name of the setting, for the error message.
         size: Number of images, or a fraction below 1.
 
     Raises:
-        InputError: If it is neither.
+        InputError: If ``size`` is neither.
     """
     if 0 < size < 1:
         return size
@@ -36,19 +36,19 @@ def subset_length(targets: Tensor, train_size: float) -> int:
         train_size: Number of images, or a fraction below 1.
 
     Raises:
-        InputError: If there are not that many images, or they are fewer than the classes.
+        InputError: If there are fewer images than that, or more classes.
     """
     length = round(train_size * len(targets)) if train_size < 1 else int(train_size)
     num_classes = int(targets.bincount().count_nonzero())
     if length > len(targets):
         raise InputError(
-            f"train_size: more than the {len(targets)} training images (without validation images), got {train_size}; "
-            f"use at most {len(targets)}, or null for all of them."
+            f"train_size: must be at most the {len(targets)} training images (without validation images), got "
+            f"{train_size}; lower it, or set null for all images."
         )
     if length < num_classes:
         raise InputError(
-            f"train_size: {length} of {len(targets)} images cannot cover {num_classes} classes, got {train_size}; use "
-            f"at least {num_classes} images."
+            f"train_size: must keep an image of each of the {num_classes} classes, got {train_size}, {length} of "
+            f"{len(targets)} images; use at least {num_classes} images."
         )
     return length
 

@@ -1,4 +1,4 @@
-"""Base of the modules: backbone and head, loss, training step, optimiser, annealing."""
+"""Base class of the modules: backbone and head, loss, training step, optimizer, annealing."""
 
 from __future__ import annotations
 
@@ -43,46 +43,50 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotun
 
 
 class LSoftmaxModule(LightningModule):
-    """A backbone with an L-Softmax head, and its training.
+    """Backbone with an L-Softmax head, and its training.
 
-    ``__init__`` calls :meth:`configure_model_parts`, :meth:`configure_losses` and :meth:`configure_metrics`, in this
-    order. Override one of them, :meth:`forward_features` or :meth:`configure_optimizers` to change one thing; the steps
-    need not be rewritten. ``num_classes``, ``margin``, ``image_shape``, ``backbone_args`` and ``label_smoothing`` are
-    attributes by then. ``self.hparams`` has the arguments of ``__init__`` except objects, which a checkpoint cannot
-    store safely, so arguments that a subclass adds should be numbers, strings, or lists and dicts of these. On the
-    command line ``self.hparams`` has only the arguments of the subclass, unless it takes ``**kwargs``.
+    To change one part, override :meth:`configure_model_parts`, :meth:`configure_losses`, :meth:`configure_metrics`,
+    :meth:`forward_features` or :meth:`configure_optimizers`. The training and evaluation steps stay the same.
+    ``__init__`` calls the first three in this order, after it has set ``num_classes``, ``margin``, ``image_shape``,
+    ``backbone_args`` and ``label_smoothing``.
 
-    :meth:`forward` and :meth:`forward_features` do not apply the margin; only training does.
-    :class:`~lsoftmax_lightning.callbacks.LambdaAnnealing` anneals lambda; a Trainer without it gets it from the module.
+    ``self.hparams`` contains the arguments of ``__init__`` except objects, which a checkpoint cannot store safely.
+    Arguments that a subclass adds should therefore be numbers, strings, or lists and dicts of these. On the command
+    line, ``self.hparams`` contains only the arguments of the subclass, unless it takes ``**kwargs``.
+
+    :meth:`forward` and :meth:`forward_features` do not apply the margin; only training does. The module adds
+    :class:`~lsoftmax_lightning.callbacks.LambdaAnnealing`, which anneals lambda, to a Trainer without it.
 
     Args:
         num_classes: C, at least 2. The command line takes it from the data.
         backbone: Name of a network (see :func:`~lsoftmax_lightning.backbones.list_backbones`), or any module from
-            images to features (N, D) with D as its ``num_features``. A checkpoint stores a name; a module must be
-            passed again: ``load_from_checkpoint(path, backbone=...)``.
+            images to features (N, D) with D in its attribute ``num_features``. A checkpoint stores a name; a module
+            must be passed again: ``load_from_checkpoint(path, backbone=...)``.
         margin: m, an integer >= 1; 1 is plain softmax.
-        image_shape: Channels, height and width of the images, for a backbone by name or with lazy layers. The command
-            line takes it from the data.
+        image_shape: Channels, height and width of the images; required for a backbone given by name and for lazy
+            layers. The command line takes it from the data.
         backbone_args: Further arguments of a backbone given by name.
-        lambda_schedule: Schedule of lambda. By default lambda follows the training accuracy, see
-            :class:`~lsoftmax_lightning.schedules.AccuracyFeedback`.
-        optimizer: Function from parameter groups to an optimiser. Default: the paper's SGD (section 5). Biases,
-            normalisation layers and PReLU slopes have no weight decay.
-        lr_scheduler: Function from the optimiser to a learning rate scheduler. The milestones of a
-            :class:`~lsoftmax_lightning.lr_schedulers.FractionalMultiStepLR` are fractions of the run.
-        lr_scheduler_interval: Whether the scheduler is stepped after each optimiser step, as in the paper, or after
-            each epoch. A ``ReduceLROnPlateau`` of a validation metric is stepped after each validation epoch.
+        lambda_schedule: Schedule of lambda. Default: :class:`~lsoftmax_lightning.schedules.AccuracyFeedback`, which
+            follows the training accuracy.
+        optimizer: Callable from parameter groups to an optimizer. Default: the paper's SGD (section 5), with learning
+            rate 0.1, momentum 0.9 and weight decay 5e-4. One-dimensional parameters (biases, normalisation layers and
+            PReLU slopes) have no weight decay.
+        lr_scheduler: Callable from the optimizer to a learning rate scheduler. Default: a constant learning rate. The
+            milestones of a :class:`~lsoftmax_lightning.lr_schedulers.FractionalMultiStepLR` are fractions of the run.
+        lr_scheduler_interval: ``step`` to step the scheduler after each optimizer step, as in the paper, or ``epoch``.
+            A ``ReduceLROnPlateau`` of a validation metric is always stepped after each validation epoch.
         label_smoothing: As in :class:`torch.nn.CrossEntropyLoss`.
-        channels_last: Whether images and weights have the channels-last memory format.
-        compile: Whether to apply :func:`torch.compile` to the backbone in training: True, or its mode. Evaluation, with
-            batches of different sizes, stays eager. A checkpoint does not store it.
-        warm_start: File of initial weights, of a network trained with plain softmax: a Lightning checkpoint, or the
+        channels_last: Whether to store images and weights in the channels-last memory format.
+        compile: Whether to apply :func:`torch.compile` to the backbone: True, or a mode. Evaluation always runs
+            eagerly, since its batch sizes vary. A checkpoint does not store this argument.
+        warm_start: File of initial weights, from a network trained with plain softmax: a Lightning checkpoint, or the
             state dict of a bare module. See :func:`~lsoftmax_lightning.checkpoints.warm_start`.
 
     Attributes:
-        data_spec: Specification of the training data, which ``fit`` takes from the Trainer's datamodule and a
-            checkpoint holds. With plain data loaders it is None unless you set it.
-        learning_rate: Learning rate that replaces the optimizer's, or None. Lightning's ``LearningRateFinder`` sets it.
+        data_spec: Specification of the training data. ``fit`` takes it from the Trainer's datamodule, and a checkpoint
+            contains it. With plain data loaders it is None unless you set it.
+        learning_rate: Learning rate that replaces that of the optimizer, or None. Lightning's ``LearningRateFinder``
+            sets it.
 
     Raises:
         InputError: If a setting is out of range, or the parts or ``warm_start`` do not fit together.
@@ -121,7 +125,7 @@ class LSoftmaxModule(LightningModule):
         self.lr_scheduler_interval = lr_scheduler_interval
         self._channels_last, self._compiled = channels_last, bool(compile)
         self.lambda_schedule = lambda_schedule
-        # jsonargparse reads the settings of the default from a lambda, which does not pickle
+        # the default is a lambda, because jsonargparse reads its settings from it, but a lambda does not pickle
         self._optimizer = _paper_sgd if optimizer is _DEFAULT_OPTIMIZER else optimizer
         self._lr_scheduler = lr_scheduler
         self.configure_model_parts(backbone)
@@ -139,7 +143,7 @@ class LSoftmaxModule(LightningModule):
         """Set ``self.backbone`` and ``self.head``.
 
         Args:
-            backbone: The argument of ``__init__``.
+            backbone: Backbone as passed to ``__init__``.
 
         Raises:
             InputError: If the parts do not fit together.
@@ -147,15 +151,15 @@ class LSoftmaxModule(LightningModule):
         if isinstance(backbone, str):
             if self.image_shape is None:
                 raise InputError(
-                    f"the backbone {backbone!r} needs image_shape=(channels, height, width); on the command line it "
-                    "is read from the datamodule, which must offer image_shape and num_classes."
+                    f"image_shape: is required for the backbone {backbone!r}, got None; pass image_shape=(channels, "
+                    "height, width). On the command line, the datamodule must have image_shape and num_classes."
                 )
             backbone = create_backbone(backbone, self.image_shape, **(self.backbone_args or {}))
         num_features = getattr(backbone, "num_features", None)
         if not isinstance(num_features, int):
             raise InputError(
-                f"the backbone {type(backbone).__name__} must have the width of its features as `num_features`, an "
-                f"int, got {num_features!r}; set it in its __init__."
+                f"backbone: {type(backbone).__name__} must have an int attribute num_features, the number of its "
+                f"features, got {num_features!r}; set it in its __init__."
             )
         self.backbone = backbone
         self.head = LSoftmaxLinear(num_features, self.num_classes, self.margin)
@@ -169,7 +173,7 @@ class LSoftmaxModule(LightningModule):
                 self.forward_features(torch.zeros(1, *self.image_shape))
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                f"the backbone {type(self.backbone).__name__} does not take images of "
+                f"backbone: {type(self.backbone).__name__} does not accept images of "
                 f"{tuple(self.image_shape)}: {first_line(error)}"
             ) from error
 
@@ -177,23 +181,25 @@ class LSoftmaxModule(LightningModule):
         return any(is_lazy(value) for value in (*self.parameters(), *self.buffers()))
 
     def configure_losses(self) -> None:
-        """Set ``self.criterion``, a function of logits (N, C), with the margin in training, and classes (N,).
+        """Set ``self.criterion``, a loss of logits (N, C) and classes (N,).
 
-        Its tensors, such as the ``weight`` of :class:`torch.nn.CrossEntropyLoss`, stay in float32 with ``bf16-true``
-        and ``16-true``, as the logits do.
+        The logits carry the margin in training only. The tensors of the criterion, such as the ``weight`` of
+        :class:`torch.nn.CrossEntropyLoss`, stay in float32 with ``bf16-true`` and ``16-true``, like the logits.
 
         Raises:
             InputError: If ``label_smoothing`` is out of range.
         """
         if not 0 <= self.label_smoothing <= 1:
-            raise InputError(f"label_smoothing must be from 0 to 1, got {self.label_smoothing}.")
+            raise InputError(
+                f"label_smoothing: must be from 0 to 1, got {self.label_smoothing}; the usual value is 0.1."
+            )
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=self.label_smoothing)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the tensors of ``criterion`` in float32 where a module becomes half precision, as the logits are.
+        """Keep the tensors of ``criterion`` in float32, like the logits, if the module is converted to half precision.
 
-        ``_apply`` is what ``to``, ``half`` and ``bfloat16`` call; :class:`torch.nn.RNN` overrides it as well.
+        ``to``, ``half`` and ``bfloat16`` call ``_apply``; :class:`torch.nn.RNN` overrides it as well.
         """
         before = [tensor.detach() for tensor in self._criterion_tensors()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -207,38 +213,38 @@ class LSoftmaxModule(LightningModule):
         return [*criterion.parameters(), *criterion.buffers()] if isinstance(criterion, nn.Module) else []
 
     def configure_metrics(self) -> None:
-        """Set ``self.train_metrics``, metrics of the second result of :meth:`margin_loss` and classes (N,)."""
+        """Set ``self.train_metrics``, metrics of the predictions of :meth:`margin_loss` and classes (N,)."""
         self.train_metrics = MetricCollection(
-            # the head checks the classes, and this check would wait for the device
+            # the head checks the classes; this check would synchronise the device
             {"acc": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)},
             prefix="train/",
         )
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Features (N, D) of images (N, channels, height, width)."""
+        """Compute features (N, D) of images (N, channels, height, width)."""
         if self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.training or not self._compiled:
             features: Tensor = self.backbone(x)
-        else:  # eager, or it would be compiled again for this mode and for each batch size
+        else:  # eager, to avoid a compilation for this mode and for each batch size
             with torch.compiler.set_stance("force_eager"):
                 features = self.backbone(x)
         return features
 
     def embed(self, images: Tensor) -> Tensor:
-        """Embeddings (N, D) for verification, prediction and export; the features unless overridden."""
+        """Compute embeddings (N, D) for verification, prediction and export; the features unless overridden."""
         return self.forward_features(images)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Plain logits (N, C) of images (N, channels, height, width)."""
+        """Compute plain logits (N, C) of images (N, channels, height, width)."""
         logits: Tensor = self.head(self.forward_features(x))
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of the margin logits; update the metrics of the plain ones.
+        """Return the loss of the margin logits, and update the metrics of the plain logits.
 
-        ``train/loss`` is logged every ``log_every_n_steps`` steps, at the end of an epoch, and at each step if a
-        callback or scheduler monitors it: logging takes a third of a millisecond.
+        ``train/loss`` is logged every ``log_every_n_steps`` steps, at the end of an epoch, and at every step if a
+        callback or scheduler monitors it. Logging takes a third of a millisecond.
         """
         x, target = batch
         loss, plain = self.margin_loss(self.forward_features(x), target)
@@ -249,15 +255,15 @@ class LSoftmaxModule(LightningModule):
         else:
             self._unlogged_loss = loss.detach()
         if not any(metric.update_called for metric in self.train_metrics.values(copy_state=False)):
-            # Once an epoch: Lightning computes and resets them at its end, and a call costs half a millisecond.
+            # Once an epoch, because a call takes half a millisecond; Lightning computes and resets them at its end.
             self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
         self.train_metrics.update(plain, target)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Show the loss on the progress bar, every ``log_every_n_steps`` steps and at the end of an epoch.
+        """Show the loss on the progress bar every ``log_every_n_steps`` steps and at the end of an epoch.
 
-        With ``prog_bar=True`` the host would wait for the device at every step.
+        ``prog_bar=True`` would synchronise the device at every step.
         """
         if self.trainer.should_stop and self._unlogged_loss is not None:  # loggers get the metrics of the last step
             self.log("train/loss", self._unlogged_loss)
@@ -268,15 +274,15 @@ class LSoftmaxModule(LightningModule):
                 self.trainer.progress_bar_metrics["train/loss"] = float(metrics["train/loss"])
 
     def margin_loss(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the loss of the margin logits, and the input of ``train_metrics``.
+        """Compute the loss of the margin logits, and the predictions for ``train_metrics``.
 
         Args:
             features: x, (N, D).
             target: Class of each sample, (N,), an integer type.
 
         Returns:
-            The loss; and the plain logits (N, C), or the predicted classes (N,) of the chunked loss, which is used with
-            many classes if ``criterion`` is cross-entropy.
+            The loss, and the plain logits (N, C). With many classes, if ``criterion`` is plain cross-entropy, the loss
+            is computed in chunks, and the predicted classes (N,) are returned instead of logits.
         """
         if self.head.uses_chunked_loss and is_plain_cross_entropy(self.criterion):
             chunked = self.head.cross_entropy(features, target, self.criterion.label_smoothing)
@@ -285,23 +291,27 @@ class LSoftmaxModule(LightningModule):
         return self.criterion(logits, target.long()), plain
 
     def compared_data(self, training: bool) -> DataSpec:
-        """Return the specification of data to resume the training on (``training``), or to evaluate the network on."""
+        """Return the specification that data must match.
+
+        Args:
+            training: Whether the training resumes on the data; otherwise the network is evaluated on them.
+        """
         return self.data_spec or DataSpec()
 
     def check_data(self, datamodule: Any, training: bool = False) -> None:
-        """Check that data match those of the training.
+        """Check that the data of a datamodule match the training data.
 
         Args:
-            datamodule: A datamodule. Attributes that it lacks are not compared; None is not checked.
-            training: Whether the training resumes on them.
+            datamodule: Datamodule, or None for no check. Attributes that it does not have are not compared.
+            training: Whether the training resumes on its data.
 
         Raises:
-            InputError: If they differ.
+            InputError: If the data differ.
         """
         self.compared_data(training).check(DataSpec.from_datamodule(datamodule))
 
+    @override
     def on_fit_start(self) -> None:
-        """Store the specification of the training data."""
         self._store_data_spec()
 
     def _store_data_spec(self) -> None:
@@ -311,22 +321,24 @@ class LSoftmaxModule(LightningModule):
         if any(spec):
             self.data_spec = spec
 
+    @override
     def on_validation_start(self) -> None:
-        """Check that the data match those of the training."""
         if self.trainer.state.fn != "fit":
             self.check_data(current_datamodule(self.trainer))
 
     on_test_start = on_predict_start = on_validation_start
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimiser of two parameter groups, with and without weight decay, and the scheduler if any.
+        """Return the optimizer and the scheduler, if any.
+
+        The optimizer has two parameter groups: one-dimensional parameters have no weight decay.
 
         Raises:
-            InputError: If their settings are invalid, or lazy layers have no shapes yet.
+            InputError: If a setting is invalid, or lazy layers have no shapes yet.
         """
         if self._has_lazy_layers():
             raise InputError(
-                f"image_shape: is needed by the lazy layers of {type(self.backbone).__name__}, got None; pass "
+                f"image_shape: is required for the lazy layers of {type(self.backbone).__name__}, got None; pass "
                 "image_shape=(channels, height, width)."
             )
         trained = [p for p in self.parameters() if p.requires_grad]
@@ -340,7 +352,7 @@ class LSoftmaxModule(LightningModule):
                 group["lr"] = self.learning_rate
             scheduler = self._lr_scheduler and self._lr_scheduler(optimizer)
         except (TypeError, ValueError) as error:
-            raise InputError(f"the optimizer or lr_scheduler does not take its settings: {error}") from error
+            raise InputError(f"optimizer or lr_scheduler: has an invalid setting: {error}") from error
         if scheduler is None:
             return optimizer
         monitor = getattr(scheduler, "monitor", "val/loss")
@@ -352,13 +364,13 @@ class LSoftmaxModule(LightningModule):
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=config)
 
     def on_train_start(self) -> None:
-        """Set the length of the run in a scheduler whose milestones are fractions of it; refuse one that is too short.
+        """Set the length of the run in a :class:`~lsoftmax_lightning.lr_schedulers.FractionalMultiStepLR`.
 
-        ``configure_optimizers`` is too early: Lightning would create the data loaders to compute the length, and then
-        ignore their state in the checkpoint (https://github.com/Lightning-AI/pytorch-lightning/issues/20550).
+        In ``configure_optimizers``, Lightning would create the data loaders to compute the length, and then ignore
+        their state in the checkpoint (https://github.com/Lightning-AI/pytorch-lightning/issues/20550).
 
         Raises:
-            InputError: If the run has no known length, the scheduler is not stepped once per optimizer step, or a
+            InputError: If the length of the run is unknown, the scheduler is not stepped once per optimizer step, or a
                 ``OneCycleLR`` has fewer steps than the run.
         """
         schedulers, callbacks = self.trainer.lr_scheduler_configs, self.trainer.callbacks  # type: ignore[attr-defined]
@@ -376,7 +388,7 @@ class LSoftmaxModule(LightningModule):
                     "the frequency to 1."
                 )
             if config.scheduler.follows_run:
-                # they differ after a second call of fit, and in checkpoints of a MultiStepLR that counted epochs
+                # they differ after a second call of fit, and in checkpoints of a MultiStepLR that counts epochs
                 config.scheduler.last_epoch = self.trainer.global_step
                 config.scheduler.set_total_steps(run_length(self.trainer))
 
@@ -389,20 +401,24 @@ class LSoftmaxModule(LightningModule):
             if scheduler.total_steps < steps < math.inf:
                 cure = f"set total_steps={steps:g}"
                 if self.trainer.ckpt_path:
-                    cure = "which is that of the checkpoint; train no longer, or begin a new run with warm_start"
+                    cure = "the value in the checkpoint; do not lengthen the run, or start a new one with warm_start"
                 raise InputError(
                     f"total_steps: OneCycleLR must have at least the {steps:g} steps of the run, got "
                     f"{scheduler.total_steps}; {cure}."
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the release, the format and the specification of the data to the checkpoint."""
+        """Add the release, the format and the specification of the training data to the checkpoint."""
         if self.data_spec is None:  # the training ran in other processes
             self._store_data_spec()
         stamp(checkpoint, self.data_spec)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Reject a checkpoint of a later format, or of other data than those that the training resumes on."""
+        """Reject a checkpoint of a later format, or with other training data than the run that resumes from it.
+
+        Raises:
+            InputError: In these cases.
+        """
         check_format(checkpoint)
         self.data_spec = saved_data_spec(checkpoint) or self.data_spec
         trainer = trainer_of(self)
@@ -410,7 +426,7 @@ class LSoftmaxModule(LightningModule):
             self.check_data(current_datamodule(trainer), training=True)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return LambdaAnnealing, unless the Trainer has one."""
+        """Return a ``LambdaAnnealing``, unless the Trainer has one."""
         configured = any(isinstance(callback, LambdaAnnealing) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if configured else [LambdaAnnealing()]
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
+from typing_extensions import override
 
 from ..backbones.modes import evaluation_mode
 from ..compat import current_datamodule
@@ -23,8 +24,8 @@ class Classification(NamedTuple):
     """Predicted classes of images.
 
     Args:
-        names: Name of the predicted class of each image; its index, if it has none.
-        probabilities: Probability of this class, float32, ``(N,)``.
+        names: Name of the predicted class of each image, or its index if the class has no name.
+        probabilities: Probability of the predicted class, float32, ``(N,)``.
     """
 
     names: list[str]
@@ -32,9 +33,9 @@ class Classification(NamedTuple):
 
 
 class ClassificationModule(LSoftmaxModule):
-    """Classifies images; logs loss and accuracy of the plain logits as ``val/loss``, ``val/acc`` and so for test.
+    """Image classifier; logs loss and accuracy of the plain logits as ``val/loss``, ``val/acc``, and likewise for test.
 
-    Arguments and the way to subclass are those of :class:`LSoftmaxModule`.
+    For the arguments, and the methods to override, see :class:`LSoftmaxModule`.
 
     Attributes:
         top_k: Number of classes to predict for each image. Default: 1.
@@ -49,9 +50,15 @@ class ClassificationModule(LSoftmaxModule):
     top_k = 1
 
     def setup(self, stage: str) -> None:
-        """Reject datamodules of image pairs, whose image indices would be taken for classes."""
+        """Reject datamodules of image pairs, whose batches contain image indices instead of classes.
+
+        Raises:
+            InputError: If the datamodule has validation pairs.
+        """
         if pairs_of(current_datamodule(self.trainer), "val") is not None:
-            raise InputError("these data validate on pairs of images: train a VerificationModule on them.")
+            raise InputError(
+                "data: validation on image pairs needs a VerificationModule, got ClassificationModule; change model."
+            )
 
     def configure_metrics(self) -> None:
         """Add ``val_metrics`` and ``test_metrics``, of plain logits (N, C) and classes (N,), and the mean losses."""
@@ -60,12 +67,12 @@ class ClassificationModule(LSoftmaxModule):
         self.test_metrics = self.train_metrics.clone(prefix="test/")
         self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
 
+    @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Update the validation metrics."""
         self._evaluate(batch, "val/loss", self.val_loss, self.val_metrics)
 
+    @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Update the test metrics."""
         self._evaluate(batch, "test/loss", self.test_loss, self.test_metrics)
 
     def _evaluate(
@@ -80,12 +87,16 @@ class ClassificationModule(LSoftmaxModule):
         self.log_dict(metrics, prog_bar=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return predictions for images or (images, classes), N of each.
+        """Predict the classes of a batch.
+
+        Args:
+            batch: Images (N, channels, height, width), or a tuple that begins with them.
+            batch_idx: Not used.
 
         Returns:
-            ``prediction``, the predicted class; its ``probability``; ``angle`` of the sample to the weight of this
-            class, in degrees; ``embedding``, (N, D); and for k = 2 to ``top_k``, ``prediction_k`` and
-            ``probability_k`` of the class with the k-th highest probability.
+            ``prediction``, the predicted class, (N,); ``probability`` of this class, (N,); ``angle`` between the sample
+            and the weight of this class in degrees, (N,); for k = 2 to ``top_k``, ``prediction_k`` and
+            ``probability_k`` of the class with the k-th highest probability; and ``embedding``, (N, D).
         """
         embedding = self.embed(batch[0] if isinstance(batch, (tuple, list)) else batch)
         probability, prediction = self.head(embedding).softmax(dim=1).topk(min(self.top_k, self.num_classes))
@@ -97,17 +108,17 @@ class ClassificationModule(LSoftmaxModule):
 
     @torch.inference_mode()
     def classify(self, images: Tensor) -> Classification:
-        """Return the class name and its probability for images as they are in a file.
+        """Predict class names and probabilities of images that are not normalised.
 
-        The images are normalised as in the training, and the network is in evaluation mode, whatever its mode is before
-        and after the call. Class names and normalisation are those of ``data_spec``, which a checkpoint holds.
+        The images are normalised as in training. The network runs in evaluation mode, and its mode is restored after
+        the call. Class names and normalisation are those of ``data_spec``, which a checkpoint contains.
 
         Args:
-            images: Images, uint8, (N, channels, height, width), of the size of the training images;
-                :func:`~lsoftmax_lightning.datamodules.images.read_image` reads one from a file.
+            images: uint8, (N, channels, height, width), of the size of the training images.
+                :func:`~lsoftmax_lightning.datamodules.images.read_image` reads one image from a file.
 
         Raises:
-            InputError: If the images are of another type or size, or the checkpoint does not describe its data.
+            InputError: If the images have another dtype or size, or ``data_spec`` is not complete.
 
         Example:
             >>> model = ClassificationModule.load_from_checkpoint("best.ckpt")  # doctest: +SKIP

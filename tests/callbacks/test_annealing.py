@@ -143,7 +143,7 @@ def test_run_fraction_uses_the_length_of_the_run() -> None:
 
 
 def test_run_fraction_rejects_a_run_of_unknown_length() -> None:
-    with pytest.raises(InputError, match="max_steps or max_epochs"):
+    with pytest.raises(InputError, match="max_steps, or max_epochs"):
         fit(make_model(lambda_schedule=RunFraction()), max_epochs=-1)
 
 

@@ -106,8 +106,8 @@ def test_ranks_share_the_batches_of_one_rank(train: bool, world_size: int) -> No
     [
         ({"batch_size": 5, "world_size": 2}, r"divisible by the number of devices \(2\), got 5; use 4"),
         ({"batch_size": 1, "world_size": 2}, r"divisible by the number of devices \(2\), got 1; use 2"),
-        ({"batch_size": 11}, "10 samples are too few for batch_size 11"),
-        ({"drop_last": False, "batch_size": 11, "world_size": 11}, "10 samples are too few for 11 devices"),
+        ({"batch_size": 11}, "batch_size: must be at most the 10 samples, got 11"),
+        ({"drop_last": False, "batch_size": 11, "world_size": 11}, "devices: must be at most the 10 samples, got 11"),
         (
             {"drop_last": False, "batch_size": 1, "world_size": 2},
             r"divisible by the number of devices \(2\), got 1; use 2",

@@ -327,7 +327,10 @@ def test_skipping_must_leave_an_image_of_each_class(tmp_path: Path) -> None:
     for path in (tmp_path / "test" / "red").iterdir():
         path.write_bytes(b"")
     data = make(tmp_path, skip_unreadable=True)
-    with pytest.warns(UserWarning, match="Skipping 10"), pytest.raises(DataError, match=r"is left in .*test/red"):
+    with (
+        pytest.warns(UserWarning, match="Skipping 10"),
+        pytest.raises(DataError, match=r"got 1 without, as .*test/red"),
+    ):
         data.setup("fit")
 
 

@@ -168,7 +168,7 @@ def replace(old: str, new: str) -> Callable[[str], str]:
         (lambda text: "", "the first line must be the number of folds"),
         (replace("3\t2\n", ""), r"the first line must be .* got 'Person_0A\\t1\\t2'"),
         (replace("3\t2", "300"), "the first line must be .* got '300'"),
-        (replace("3\t2", "4\t2"), "announces 4 x 2 x 2 pairs, but 12 follow"),
+        (replace("3\t2", "4\t2"), "must have 4 x 2 x 2 pairs by its first line, got 12"),
         (replace("3\t2", "-3\t2"), "the first line must be"),
         (replace("3\t2", "3\t0"), "the first line must be"),
         (lambda text: "0\t300\n", "the first line must be"),
@@ -182,7 +182,7 @@ def replace(old: str, new: str) -> Callable[[str], str]:
         (replace("Person_0C\t1\tPerson_0D\t2", "Person_0B\t2\tPerson_0A\t1"), "line 5: repeats the pair of line 4"),
         (lambda text: text + "Person_0A\t1\t2\n", "line 14: repeats the pair of line 2"),
         (lambda text: text[:-30], r"line 12: must be a pair 'person n1 other n2', got 'Person_2A\\t1\\tPerson'"),
-        (lambda text: text.rsplit("\n", 2)[0], "announces 3 x 2 x 2 pairs, but 11 follow"),
+        (lambda text: text.rsplit("\n", 2)[0], "must have 3 x 2 x 2 pairs by its first line, got 11"),
     ],
 )
 def test_damaged_pairs_txt_raises_data_error(change: Callable[[str], str], message: str, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_missing_and_unreadable_images_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Person_0A_0002.jpg: .*\nReplace them; pairs.txt requires them"):
         LFWFoldDataModule(str(tmp_path), 1, skip_unreadable=True, **SMALL).setup("fit")
     image.unlink()
-    with pytest.raises(DataError, match=r"1 of \d+ images that pairs.txt names .* such as .*Person_0A_0002.jpg"):
+    with pytest.raises(DataError, match=r"1 of \d+ images in pairs.txt .* such as .*Person_0A_0002.jpg"):
         LFWFoldDataModule(str(tmp_path), 1, **SMALL)
     image.write_bytes(content)
     unused = tmp_path / "images" / "Person_1A" / "Person_1A_0003.jpg"

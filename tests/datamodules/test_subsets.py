@@ -193,8 +193,8 @@ def test_subset_does_not_depend_on_label_noise() -> None:
         ({"label_noise": -0.1}, r"label_noise: must be a fraction from 0 to 1, got -0\.1"),
         ({"label_noise": 20}, "got 20"),
         ({"label_noise": float("nan")}, "got nan"),
-        ({"train_size": 1601}, "train_size: more than the 1600 training images .* got 1601; use at most 1600"),
-        ({"train_size": 3}, "cannot cover 4 classes, got 3; use at least 4"),
+        ({"train_size": 1601}, "train_size: must be at most the 1600 training images .* got 1601; lower it"),
+        ({"train_size": 3}, "each of the 4 classes, got 3, .*; use at least 4"),
     ],
 )
 def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
@@ -204,7 +204,7 @@ def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -
 
 def test_a_batch_larger_than_the_subset_is_rejected() -> None:
     data = ManyDataModule(train_size=16)
-    with pytest.raises(InputError, match="16 samples are too few for batch_size 20"):
+    with pytest.raises(InputError, match="batch_size: must be at most the 16 samples, got 20"):
         make_trainer().fit(make_model(), data)
 
 

@@ -203,7 +203,7 @@ def test_too_short_one_cycle_of_a_checkpoint_is_rejected(tmp_path: Path) -> None
         return trainer
 
     fit(3).save_checkpoint(tmp_path / "short.ckpt")
-    with pytest.raises(InputError, match="6 steps of the run, got 3; which is that of the checkpoint"):
+    with pytest.raises(InputError, match="6 steps of the run, got 3; the value in the checkpoint"):
         fit(6, tmp_path / "short.ckpt")
 
 
@@ -243,12 +243,12 @@ def test_a_deep_copy_is_independent() -> None:
     [
         ({"margin": 0}, "margin"),
         ({"num_classes": 1}, "num_classes"),
-        ({"num_classes": None}, "num_classes must be an integer"),
+        ({"num_classes": None}, "num_classes: must be an integer"),
         ({"label_smoothing": 1.5}, "label_smoothing"),
-        ({"backbone": "resnet"}, "no backbone is named 'resnet'"),
+        ({"backbone": "resnet"}, "got 'resnet'"),
         ({"image_shape": None}, "image_shape"),
         ({"backbone": nn.Flatten()}, "num_features"),
-        ({"backbone_args": {"width": 3}}, "cannot be made with"),
+        ({"backbone_args": {"width": 3}}, "cannot be built with"),
     ],
 )
 def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
@@ -369,7 +369,7 @@ def test_lazy_layers_are_initialised_before_training() -> None:
 def test_lazy_layers_without_image_shape_are_rejected_before_training() -> None:
     with pytest.raises(InputError, match="image_shape: is needed by the lazy layers of Sequential, got None; pass"):
         make_trainer().fit(LazyModule(4), BlobsDataModule())
-    with pytest.raises(InputError, match=r"the backbone Sequential does not take images of \(1, 2, 2\): Calculated"):
+    with pytest.raises(InputError, match=r"backbone: Sequential does not accept images of \(1, 2, 2\): Calculated"):
         LazyModule(4, image_shape=(1, 2, 2))
     torch.save(LazyModule(4, image_shape=(1, 8, 8)).state_dict(), "weights.pt")
     model = LazyModule(4).eval()  # as from a checkpoint of an earlier release
