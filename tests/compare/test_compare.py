@@ -238,7 +238,7 @@ def test_failed_run_is_reported_and_the_others_finish(capsys: pytest.CaptureFixt
         (["--config=digits.yaml", "--average", "data.val_size=[1"], "--average: must be KEY=V1,V2"),
         (
             ["--config=digits.yaml", "--average", "a.b=1", "--sweep", "a.b=2"],
-            "--average: must be settings that",
+            "--average: must not repeat a setting of --sweep",
         ),
         (["--config=digits.yaml", "--average", "model.margin=3,4"], "use --margins, --seeds or --folder"),
         (["--report=gone"], "no run in"),

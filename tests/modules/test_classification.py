@@ -367,7 +367,7 @@ def test_lazy_layers_are_initialised_before_training() -> None:
 
 
 def test_lazy_layers_without_image_shape_are_rejected_before_training() -> None:
-    with pytest.raises(InputError, match="image_shape: is needed by the lazy layers of Sequential, got None; pass"):
+    with pytest.raises(InputError, match="image_shape: is required for the lazy layers of Sequential, got None; pass"):
         make_trainer().fit(LazyModule(4), BlobsDataModule())
     with pytest.raises(InputError, match=r"backbone: Sequential does not accept images of \(1, 2, 2\): Calculated"):
         LazyModule(4, image_shape=(1, 2, 2))
