@@ -18,9 +18,9 @@ PAIRS = 30  # of each kind in a fold
 
 def write_faces(folder: Path) -> None:
     """Write faces as examples/faces.py makes them up, with more pairs in a fold."""
-    make_up = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "faces.py"))["make_up"]
-    make_up.__globals__["COUNT"] = PAIRS
-    make_up(folder)
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "faces.py"))["write_faces"]
+    example.__globals__["COUNT"] = PAIRS
+    example(folder)
 
 
 def shrink(picture: Path, output: Path) -> None:

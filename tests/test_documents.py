@@ -4,6 +4,7 @@ import csv
 import glob
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -294,6 +295,7 @@ def accuracy_in(printed: str) -> float:
 @pytest.mark.slow
 def test_programs_on_the_pages_run() -> None:
     assert set(FILES) == {
+        "quickstart.py",
         "my_project.py",
         "train.py",
         "my.yaml",
@@ -317,7 +319,7 @@ def test_programs_on_the_pages_run() -> None:
     }
     for name, text in FILES.items():
         Path(name).write_text(text)
-    for name in ("bare.py", "resume.py", "from_pml.py", "from_port.py"):
+    for name in ("quickstart.py", "bare.py", "resume.py", "from_pml.py", "from_port.py"):
         program(name)
     assert torch.load("my_run/last.ckpt", weights_only=True)["epoch"] == 1
     assert accuracy_in(program("from_caffe.py")) > 0.9
@@ -396,6 +398,7 @@ def write_kernel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (kernel / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(folder.absolute()))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # of cells in bash
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
