@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -42,9 +43,9 @@ def draw(snapshot: Snapshot) -> Iterator[Plot]:
 
 def _draw(panels: Sequence[Callable[[_Kind], Plot | None]], snapshot: _Kind) -> Iterator[Plot]:
     for panel in panels:
-        plot = panel(snapshot)
+        with rc_context({"figure.dpi": DPI}):
+            plot = panel(snapshot)
         if plot is not None:
-            plot.figure.set_dpi(DPI)
             yield plot
 
 

@@ -240,13 +240,18 @@ def test_softmax_run_in_the_same_folder_is_overlaid() -> None:
 
 
 @pytest.mark.draws
-@pytest.mark.parametrize("kind", ["svg", "pdf"])
-def test_plots_are_saved_as_svg_or_pdf(kind: Any) -> None:
+@pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF-")])
+def test_plots_are_saved_as_png_svg_or_pdf(kind: Any, start: bytes) -> None:
     trainer, folder = with_logger(Dashboard(save=kind))
     trainer.fit(make_model(), HardBlobs())
-    starts = {path.read_bytes()[:5] for path in (folder / "dashboard").glob(f"*.{kind}")}
-    assert starts == ({b"<?xml"} if kind == "svg" else {b"%PDF-"})
-    assert len(list((folder / "dashboard").glob(f"*.{kind}"))) == len(CLASS_PLOTS)
+    paths = list((folder / "dashboard").glob(f"*.{kind}"))
+    assert all(path.read_bytes().startswith(start) for path in paths)
+    assert len(paths) == len(CLASS_PLOTS)
+    for path in paths if kind == "png" else []:  # as large as on TensorBoard
+        tag = "val/" + re.fullmatch(r"val_(.+)_\d+", path.stem)[1]  # type: ignore[index]
+        event = read(folder).Images(tag)[-1]
+        with Image.open(path) as image:
+            assert image.size == (event.width, event.height)
 
 
 def test_plots_need_tensorboard_or_save() -> None:
