@@ -1,5 +1,6 @@
 """Backbones by name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from torch import nn
 
 from lsoftmax_lightning.backbones import create_backbone, list_backbones
+from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.errors import InputError
 
-from .helpers.command_line import fails
+from .helpers.command_line import QUIET, fails
 
 PAPER = {
     "digits": (1, 8, 8),
@@ -163,6 +165,23 @@ def test_unsupported_image_sizes_are_rejected_in_one_line(
 def test_command_line_reports_backbone_and_image_shape(capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "fit", "--config=digits.yaml", "--model.backbone=alexnet")
     assert "error: backbone: 'alexnet' does not accept images of (1, 8, 8): " in message
+
+
+def test_command_line_accepts_the_class_path_of_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("networks.py").write_text(
+        """from torch import nn
+class Plain(nn.Sequential):
+    num_features = 9
+    def __init__(self, bias: bool = True):
+        super().__init__(nn.Flatten(), nn.Linear(64, 9, bias))
+"""
+    )
+    monkeypatch.syspath_prepend("")
+    for settings in ([], ["--model.backbone.bias=false"]):
+        fit = ["fit", "--config=digits.yaml", *QUIET, "--trainer.fast_dev_run=true", "--model.backbone=networks.Plain"]
+        cli = main([*fit, *settings])
+        assert cli is not None
+        assert (cli.model.backbone[1].bias is None) == bool(settings)
 
 
 def test_invalid_backbones_are_rejected() -> None:

@@ -38,7 +38,7 @@ class VerificationModule(LSoftmaxModule):
     def __init__(
         self,
         num_classes: int,
-        backbone: str | nn.Module,
+        backbone: nn.Module | str,
         pca_components: int | None = None,
         mirror: bool = False,
         **kwargs: Any,
