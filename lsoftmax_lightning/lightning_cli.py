@@ -383,12 +383,12 @@ class LSoftmaxCLI(CommandLine):
         best = checkpoint.best_model_path if checkpoint else ""
         chosen_by = {}
         if not Path(best).is_file():
-            rank_zero_info("There is no best checkpoint; testing the model as it is after the training.")
+            rank_zero_warn("There is no best checkpoint; testing the model with its last weights.")
             best = None
-        elif checkpoint.monitor:
+        elif checkpoint.monitor and checkpoint.best_model_score is not None:
             chosen_by = {checkpoint.monitor: checkpoint.best_model_score}
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
-        tested = "model" if best is None else "best checkpoint" if chosen_by else "last checkpoint"
+        tested = "model" if best is None else "best checkpoint" if checkpoint.monitor else "last checkpoint"
         chosen = "".join(f", chosen by {name} {value:.4g}" for name, value in chosen_by.items())
         print_metrics(self.trainer.callback_metrics, f"Test of the {tested}{chosen}")
         write_results(self.trainer, chosen_by)
