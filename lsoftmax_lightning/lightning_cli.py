@@ -383,7 +383,8 @@ class LSoftmaxCLI(CommandLine):
         best = checkpoint.best_model_path if checkpoint else ""
         chosen_by = {}
         if not Path(best).is_file():
-            rank_zero_warn("There is no best checkpoint; testing the model with its last weights.")
+            report = rank_zero_warn if checkpoint and not self.trainer.fast_dev_run else rank_zero_info
+            report("There is no best checkpoint; testing the model with its last weights.")
             best = None
         elif checkpoint.monitor and checkpoint.best_model_score is not None:
             chosen_by = {checkpoint.monitor: checkpoint.best_model_score}

@@ -494,6 +494,11 @@ def test_checkpoints_can_be_switched_off() -> None:
     assert not list(Path().rglob("*.ckpt"))
 
 
+def test_fit_without_a_best_checkpoint_warns() -> None:
+    with pytest.warns(UserWarning, match="There is no best checkpoint; testing the model with its last weights"):
+        main(["fit", "--config", "digits.yaml", *SHORT, "--checkpoint.every_n_epochs=2"])
+
+
 def test_data_without_num_classes_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
