@@ -295,7 +295,7 @@ class LSoftmaxCLI(CommandLine):
         return settings
 
     def after_instantiate_classes(self) -> None:
-        """Reject a checkpoint that is missing, or of other data or another network.
+        """Reject a checkpoint that is missing, or of other data or another network; warn if its margin differs.
 
         Raises:
             InputError: In these cases.
@@ -323,6 +323,18 @@ class LSoftmaxCLI(CommandLine):
                     f"--ckpt_path: {path} is from another network: {name} must be {expected.get(name, 'missing')}, got "
                     f"{saved.get(name, 'missing')}; use the config of its run, beside its checkpoints folder."
                 )
+        self._warn_of_another_margin(path, checkpoint.get("hyper_parameters", {}).get("margin"))
+
+    def _warn_of_another_margin(self, path: str, saved: Any) -> None:
+        """Warn if the margin differs from that of the checkpoint, unless ``fit --ckpt_path last`` has reported it."""
+        margin = getattr(head_of(self.model), "margin", None)
+        reported = self.subcommand == "fit" and self.config[self.subcommand].ckpt_path is None
+        if margin is None or saved in (None, margin) or self.subcommand == "predict" or reported:
+            return
+        rank_zero_warn(
+            f"model.margin: is {saved} in {path}, got {margin}; losses and plots with the margin use {margin}. Set "
+            f"--model.margin {saved} to use that of the checkpoint."
+        )
 
     def before_fit(self) -> None:
         """Log the criterion of the best checkpoint, and lock the folder of the run.
@@ -383,7 +395,8 @@ class LSoftmaxCLI(CommandLine):
         best = checkpoint.best_model_path if checkpoint else ""
         chosen_by = {}
         if not Path(best).is_file():
-            report = rank_zero_warn if checkpoint and not self.trainer.fast_dev_run else rank_zero_info
+            run = self.config_init[self.subcommand]
+            report = rank_zero_warn if checkpoint and not run.trainer.fast_dev_run else rank_zero_info
             report("There is no best checkpoint; testing the model with its last weights.")
             best = None
         elif checkpoint.monitor and checkpoint.best_model_score is not None:

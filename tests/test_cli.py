@@ -468,6 +468,20 @@ def test_checkpoint_of_another_network_is_rejected(capsys: pytest.CaptureFixture
     assert "there is no file runs" in fails(capsys, *test, "runs")
 
 
+def test_another_margin_than_that_of_the_checkpoint_warns(recwarn: pytest.WarningsRecorder) -> None:
+    config = ["--config=digits.yaml", *SHORT]
+    main(["fit", *config])
+    checkpoint = "--ckpt_path=runs/digits/m2-s0/checkpoints/best.ckpt"
+    for command in (["test", checkpoint], ["validate", "--ckpt_path=best"], ["fit", checkpoint]):
+        main([*command, *config])
+        with pytest.warns(UserWarning, match=r"model.margin: is 2 in runs/\S+best.ckpt, got 3; .* Set --model.margin 2"):
+            main([*command, *config, "--model.margin=3"])
+    recwarn.clear()
+    main(["predict", "--ckpt_path=best", *config, "--model.margin=3"])
+    main(["fit", "--ckpt_path=last", *config, "--model.margin=3"])  # it reports all changed settings
+    assert not [warning for warning in recwarn if "model.margin" in str(warning.message)]
+
+
 def test_without_a_logger_no_user_file_is_overwritten() -> None:
     config = Path("config.yaml")
     config.write_text((CONFIGS / "digits.yaml").read_text())
