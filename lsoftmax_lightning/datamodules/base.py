@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -156,9 +156,7 @@ class BatchDataModule(LightningDataModule):
         # Lightning's BatchSizeFinder sets it to more than the number of images
         limit = len(self.train_data.targets) if hasattr(self, "train_data") else batch_size
         if batch_size > limit:
-            rank_zero_info(
-                f"batch_size: must be at most the {limit} training images, got {batch_size}; {limit} is used."
-            )
+            rank_zero_warn(f"The batch size is lowered from {batch_size} to {limit}, the number of training images.")
         self._batch_size = min(batch_size, limit)
 
     @property

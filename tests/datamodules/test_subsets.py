@@ -220,6 +220,14 @@ def test_a_float_is_a_fraction_and_an_integer_is_a_number(text: str, length: int
         assert len(data.train_data.targets) == length
 
 
+def test_a_batch_size_set_after_reading_is_lowered_with_a_warning() -> None:
+    data = ManyDataModule(train_size=400)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="The batch size is lowered from 500 to 400, the number of training images"):
+        data.batch_size = 500
+    assert data.batch_size == 400
+
+
 def test_a_batch_larger_than_the_subset_is_rejected() -> None:
     data = ManyDataModule(train_size=16)
     with pytest.raises(InputError, match="batch_size: must be at most the 16 samples, got 20"):
