@@ -28,6 +28,7 @@ from lsoftmax_lightning.callbacks import BestCheckpoint
 from lsoftmax_lightning.cli import CONFIGS, main
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from lsoftmax_lightning.schedules import AccuracyFeedback
+from lsoftmax_lightning.settings import _MODES
 
 from .helpers.command_line import FIRST_IS_BEST, QUIET, SHORT, fails, small_data
 from .helpers.forked import run_on
@@ -223,6 +224,13 @@ def test_the_mode_follows_the_metric_of_the_best_checkpoint(
     assert (f"{message} {best.monitor}" in caplog.messages) == (best.monitor is not None)
 
 
+def test_every_metric_with_a_known_mode_is_a_metric_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = "".join(
+        fails(capsys, "fit", "--config", config, "--checkpoint.monitor=nope") for config in ("digits.yaml", "lfw.yaml")
+    )
+    assert set(_MODES) <= {word.rpartition("/")[2] for word in re.findall(r"[\w/-]+", printed)}
+
+
 @pytest.mark.parametrize("config", ["digits.yaml", "mnist.yaml"])
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -286,7 +294,7 @@ def test_settings_of_the_event_writer_are_checked(
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:Be aware that when using")
+@pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:The batch size is lowered")
 def test_tuners_of_lightning_run_before_the_training(finder: list[str], num_images: int, batch_size: int) -> None:
     seen = []
 
@@ -474,7 +482,9 @@ def test_another_margin_than_that_of_the_checkpoint_warns(recwarn: pytest.Warnin
     checkpoint = "--ckpt_path=runs/digits/m2-s0/checkpoints/best.ckpt"
     for command in (["test", checkpoint], ["validate", "--ckpt_path=best"], ["fit", checkpoint]):
         main([*command, *config])
-        with pytest.warns(UserWarning, match=r"model.margin: is 2 in runs/\S+best.ckpt, got 3; .* Set --model.margin 2"):
+        with pytest.warns(
+            UserWarning, match=r"model.margin: is 2 in runs/\S+best.ckpt, got 3; .* Set --model.margin 2"
+        ):
             main([*command, *config, "--model.margin=3"])
     recwarn.clear()
     main(["predict", "--ckpt_path=best", *config, "--model.margin=3"])
