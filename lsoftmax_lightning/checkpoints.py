@@ -284,7 +284,8 @@ def warm_start(model: Any, path: str | Path) -> None:
     names += f" and the classifier ({classifiers[0]})" if classifiers else ""
     initialized = "" if classifiers else f" The head of shape {tuple(model.head.weight.shape)} is randomly initialised."
     dropped = f" Dropped: {', '.join(others)}." if others else ""
-    rank_zero_info(f"Warm start from {path}: loaded {names}.{initialized}{dropped}")
+    report = rank_zero_info if classifiers else rank_zero_warn
+    report(f"Warm start from {path}: loaded {names}.{initialized}{dropped}")
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

@@ -81,7 +81,7 @@ class _SaveConfig(SaveConfigCallback):
         if "://" in folder:
             files = get_filesystem(folder)
             files.makedirs(folder, exist_ok=True)
-            files.write_text(f"{folder}/{self.config_filename}", self._text)
+            files.write_text(f"{folder}/{self.config_filename}", self._text, encoding="utf-8")
         else:
             write_text(Path(folder, self.config_filename), self._text)
 
