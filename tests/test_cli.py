@@ -26,6 +26,7 @@ import lsoftmax_lightning
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.callbacks import BestCheckpoint
 from lsoftmax_lightning.cli import CONFIGS, main
+from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from lsoftmax_lightning.schedules import AccuracyFeedback
 from lsoftmax_lightning.settings import _MODES
@@ -264,6 +265,10 @@ def test_only_errors_in_the_users_code_show_a_traceback(
     monkeypatch.setenv("LSOFTMAX_LIGHTNING_DEBUG", "1")
     with pytest.raises(RuntimeError, match="SparseAdam"):
         main(library)
+    capsys.readouterr()
+    with pytest.raises(InputError):
+        main(["fit", "--config", "digits.yaml", "--model.margin=0"])
+    assert "error: margin: must be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
