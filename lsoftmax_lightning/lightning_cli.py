@@ -36,6 +36,7 @@ from .callbacks import (
     Predictions,
     RunProgress,
 )
+from .callbacks.resume import check_seed
 from .checkpoints import local_file, read, saved_data_spec
 from .compat import CommandLine, kill_launched_ranks, trains_in_other_processes
 from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
@@ -295,7 +296,9 @@ class LSoftmaxCLI(CommandLine):
         return settings
 
     def after_instantiate_classes(self) -> None:
-        """Reject a checkpoint that is missing, or of other data or another network; warn if its margin differs.
+        """Reject a checkpoint that is missing, or of other data, another network or another seed.
+
+        Warn if its margin differs.
 
         Raises:
             InputError: In these cases.
@@ -306,6 +309,8 @@ class LSoftmaxCLI(CommandLine):
         checkpoint = read(path)
         if "pytorch-lightning_version" not in checkpoint:
             raise InputError(f"--ckpt_path: {path} contains only weights; use --model.warm_start {path}.")
+        if self.subcommand == "fit":
+            check_seed(checkpoint)
         spec = saved_data_spec(checkpoint)
         if spec is not None and isinstance(self.model, modules.LSoftmaxModule):
             self.model.data_spec = spec
