@@ -24,10 +24,12 @@ UNKNOWN_CLASS = -1
 
 
 class Images(NamedTuple):
-    """Images, uint8, ``(N, C, H, W)``, and their classes, int64, ``(N,)``."""
+    """Images and their classes."""
 
     images: ImageStore
+    """Images, uint8, ``(N, C, H, W)``."""
     targets: Tensor
+    """Class of each image, int64, ``(N,)``."""
 
 
 def stratified_split(targets: Tensor, val_size: int | float, seed: int) -> tuple[Tensor, Tensor]:

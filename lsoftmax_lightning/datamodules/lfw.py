@@ -22,11 +22,14 @@ _SPACE_SEPARATED = re.compile(r"([^\t]+?) +(\d+) +(?:([^\t]+?) +)?(\d+)")  # a l
 
 
 class Pair(NamedTuple):
-    """A pair of images, each as person and image number, and the fold of the pair, from 1."""
+    """A pair of images."""
 
     first: tuple[str, int]
+    """Person and image number of the first image."""
     second: tuple[str, int]
+    """Person and image number of the second image."""
     fold: int
+    """Fold of the pair, from 1."""
 
     @property
     def people(self) -> set[str]:
