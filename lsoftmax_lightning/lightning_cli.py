@@ -401,7 +401,8 @@ class LSoftmaxCLI(CommandLine):
         chosen_by = {}
         if not Path(best).is_file():
             run = self.config_init[self.subcommand]
-            report = rank_zero_warn if checkpoint and not run.trainer.fast_dev_run else rank_zero_info
+            expected = checkpoint and checkpoint.monitor and not run.trainer.fast_dev_run
+            report = rank_zero_warn if expected else rank_zero_info
             report("There is no best checkpoint; testing the model with its last weights.")
             best = None
         elif checkpoint.monitor and checkpoint.best_model_score is not None:
