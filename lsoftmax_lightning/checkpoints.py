@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -232,7 +232,7 @@ def indexed(folder: str | Path, word: str) -> Path:
 
 def _index(folder: str | Path) -> dict[str, str]:
     try:
-        names: dict[str, str] = json.loads(Path(folder, _INDEX).read_text())
+        names: dict[str, str] = json.loads(Path(folder, _INDEX).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # written by an earlier release, or edited by hand
         return {}
     return names
@@ -243,7 +243,7 @@ def warm_start(model: Any, path: str | Path) -> None:
 
     Prefixes of the parameter names, as Lightning, DDP and ``torch.compile`` add them, are ignored. A weight that is not
     of the backbone and has the shape of the head's weight is loaded into the head. Without one, the head keeps its
-    random weight. The bias of the classifier is dropped, because L-Softmax has none.
+    random weight, with a warning. The bias of the classifier is dropped, because L-Softmax has none.
 
     Args:
         model: Module with a ``backbone`` and a ``head``.
@@ -284,7 +284,8 @@ def warm_start(model: Any, path: str | Path) -> None:
     names += f" and the classifier ({classifiers[0]})" if classifiers else ""
     initialized = "" if classifiers else f" The head of shape {tuple(model.head.weight.shape)} is randomly initialised."
     dropped = f" Dropped: {', '.join(others)}." if others else ""
-    rank_zero_info(f"Warm start from {path}: loaded {names}.{initialized}{dropped}")
+    report = rank_zero_info if classifiers else rank_zero_warn
+    report(f"Warm start from {path}: loaded {names}.{initialized}{dropped}")
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

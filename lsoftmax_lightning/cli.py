@@ -44,7 +44,7 @@ def configs(args: list[str]) -> None:
     name = parser.parse_args(args).copy
     if name is None:
         for path in sorted(CONFIGS.glob("*.yaml")):
-            first_line = path.read_text().splitlines()[0].removeprefix("# ")
+            first_line = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
             print(f"{path.name:20}{first_line}")
         return
     source = find_config(name)

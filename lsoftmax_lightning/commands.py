@@ -148,9 +148,11 @@ def run_export(args: list[str]) -> None:
         "--pixels", choices=get_args(Pixels), default="uint8", help="input: uint8, or float from 0 to 1"
     )
     given, settings = parser.parse_options(args)
-    config = given.config or Path(given.ckpt_path).parent.parent / "config.yaml"
+    config = given.config or Path(given.ckpt_path).absolute().parent.parent / "config.yaml"
     if not given.config and not config.is_file():
-        raise InputError(f"--config: the config of the run, {config}, does not exist; set --config.")
+        raise InputError(
+            f"--config: must be set, because the run folder of the checkpoint, {config.parent}, has no config.yaml."
+        )
     alone = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
     restored = InstantiatedCLI(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
     output = given.output or suffixes[given.format]

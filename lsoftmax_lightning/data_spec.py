@@ -20,14 +20,6 @@ class DataSpec(NamedTuple):
     A checkpoint of an :class:`~lsoftmax_lightning.LSoftmaxModule` contains the specification of the training data. An
     attribute that the datamodule does not have, or not in this form, is empty and is not compared.
 
-    Args:
-        class_names: Name of each class.
-        image_shape: Channels, height and width.
-        mean: Mean of each channel, within 0 .. 1.
-        std: Standard deviation of each channel, above 0 and at most 1.
-        resize: How images of other sizes are resized to ``image_shape``. The datamodules of this package use ``cover``:
-            they scale the image to cover this size and crop its centre.
-
     Example:
         >>> from lsoftmax_lightning.data_spec import DataSpec
         >>> from lsoftmax_lightning.datamodules import DigitsDataModule
@@ -36,10 +28,18 @@ class DataSpec(NamedTuple):
     """
 
     class_names: tuple[str, ...] = ()
+    """Name of each class."""
     image_shape: tuple[int, ...] = ()
+    """Channels, height and width."""
     mean: tuple[float, ...] = ()
+    """Mean of each channel, within 0 .. 1."""
     std: tuple[float, ...] = ()
+    """Standard deviation of each channel, above 0 and at most 1."""
     resize: str = ""
+    """How images of other sizes are resized to ``image_shape``.
+
+    The datamodules of this package use ``cover``: they scale the image to cover this size and crop its centre.
+    """
 
     @classmethod
     def from_datamodule(cls, datamodule: Any) -> DataSpec:

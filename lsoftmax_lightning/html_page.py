@@ -30,6 +30,7 @@ class Section(NamedTuple):
     """Section of a page."""
 
     title: str
+    """Heading."""
     content: str
     """Content as HTML."""
 

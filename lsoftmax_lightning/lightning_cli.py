@@ -36,6 +36,7 @@ from .callbacks import (
     Predictions,
     RunProgress,
 )
+from .callbacks.resume import check_seed
 from .checkpoints import local_file, read, saved_data_spec
 from .compat import CommandLine, kill_launched_ranks, trains_in_other_processes
 from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
@@ -81,7 +82,7 @@ class _SaveConfig(SaveConfigCallback):
         if "://" in folder:
             files = get_filesystem(folder)
             files.makedirs(folder, exist_ok=True)
-            files.write_text(f"{folder}/{self.config_filename}", self._text)
+            files.write_text(f"{folder}/{self.config_filename}", self._text, encoding="utf-8")
         else:
             write_text(Path(folder, self.config_filename), self._text)
 
@@ -295,7 +296,9 @@ class LSoftmaxCLI(CommandLine):
         return settings
 
     def after_instantiate_classes(self) -> None:
-        """Reject a checkpoint that is missing, or of other data or another network.
+        """Reject a checkpoint that is missing, or of other data, another network or another seed.
+
+        Warn if its margin differs.
 
         Raises:
             InputError: In these cases.
@@ -306,6 +309,8 @@ class LSoftmaxCLI(CommandLine):
         checkpoint = read(path)
         if "pytorch-lightning_version" not in checkpoint:
             raise InputError(f"--ckpt_path: {path} contains only weights; use --model.warm_start {path}.")
+        if self.subcommand == "fit":
+            check_seed(checkpoint)
         spec = saved_data_spec(checkpoint)
         if spec is not None and isinstance(self.model, modules.LSoftmaxModule):
             self.model.data_spec = spec
@@ -323,6 +328,18 @@ class LSoftmaxCLI(CommandLine):
                     f"--ckpt_path: {path} is from another network: {name} must be {expected.get(name, 'missing')}, got "
                     f"{saved.get(name, 'missing')}; use the config of its run, beside its checkpoints folder."
                 )
+        self._warn_of_another_margin(path, checkpoint.get("hyper_parameters", {}).get("margin"))
+
+    def _warn_of_another_margin(self, path: str, saved: Any) -> None:
+        """Warn if the margin differs from that of the checkpoint, unless ``fit --ckpt_path last`` has reported it."""
+        margin = getattr(head_of(self.model), "margin", None)
+        reported = self.subcommand == "fit" and self.config[self.subcommand].ckpt_path is None
+        if margin is None or saved in (None, margin) or self.subcommand == "predict" or reported:
+            return
+        rank_zero_warn(
+            f"model.margin: is {saved} in {path}, got {margin}; losses and plots with the margin use {margin}. Set "
+            f"--model.margin {saved} to use that of the checkpoint."
+        )
 
     def before_fit(self) -> None:
         """Log the criterion of the best checkpoint, and lock the folder of the run.
@@ -383,12 +400,15 @@ class LSoftmaxCLI(CommandLine):
         best = checkpoint.best_model_path if checkpoint else ""
         chosen_by = {}
         if not Path(best).is_file():
-            rank_zero_info("There is no best checkpoint; testing the model as it is after the training.")
+            run = self.config_init[self.subcommand]
+            expected = checkpoint and checkpoint.monitor and not run.trainer.fast_dev_run
+            report = rank_zero_warn if expected else rank_zero_info
+            report("There is no best checkpoint; testing the model with its last weights.")
             best = None
-        elif checkpoint.monitor:
+        elif checkpoint.monitor and checkpoint.best_model_score is not None:
             chosen_by = {checkpoint.monitor: checkpoint.best_model_score}
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
-        tested = "model" if best is None else "best checkpoint" if chosen_by else "last checkpoint"
+        tested = "model" if best is None else "best checkpoint" if checkpoint.monitor else "last checkpoint"
         chosen = "".join(f", chosen by {name} {value:.4g}" for name, value in chosen_by.items())
         print_metrics(self.trainer.callback_metrics, f"Test of the {tested}{chosen}")
         write_results(self.trainer, chosen_by)

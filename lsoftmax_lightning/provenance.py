@@ -26,7 +26,7 @@ def machine_and_versions() -> dict[str, str]:
 def processor_name() -> str:
     """Return the model name of the processor, or its architecture if the name is unknown."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

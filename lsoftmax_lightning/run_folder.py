@@ -202,7 +202,7 @@ def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_fo
         best_folder: Folder of the best checkpoint, if it is outside the folder of the run.
 
     Raises:
-        InputError: If a folder contains another run, or another process trains in it.
+        InputError: If a folder contains another run, or a run of another process uses it.
     """
     folder = Path(log_dir.removesuffix(sub_dir or ""))
     resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
@@ -219,7 +219,8 @@ def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_fo
         lock = FileLock(folder / ".lock").acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise InputError(
-            f"another process trains in {folder}; wait for it, or choose another trainer.logger.version."
+            f"trainer.logger.version: must not be that of a run in another process, got {folder}; wait for its end, or "
+            "choose another."
         ) from error
     with lock:
         _remove_parts(folder)
@@ -228,7 +229,7 @@ def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_fo
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove incomplete files of killed runs from a folder, unless a process trains in it."""
+    """Remove incomplete files of killed runs from a folder, unless a running process uses it."""
     if folder.is_dir():
         with suppress(Timeout), FileLock(folder / ".lock", timeout=0):
             _remove_parts(folder)

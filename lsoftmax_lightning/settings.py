@@ -23,7 +23,6 @@ _WRITER_SETTINGS: dict[str, tuple[Any, str]] = {
 _MODES = {  # by the name of a metric without the stage
     "loss": "min",
     "margin_loss": "min",
-    "cross_entropy": "min",
     "eer": "min",
     "angle": "min",
     "acc": "max",

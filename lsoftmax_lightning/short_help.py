@@ -39,7 +39,7 @@ SETTINGS = (
     Setting("fit", "model.optimizer.lr", "LR", "learning rate", 0.1),
     Setting(ALL, "data.root", "FOLDER", "folder of the images"),
     Setting(ALL, "data.batch_size", "N", "images per step, on all devices together"),
-    Setting("fit", "data.train_size", "N", "number of training images, drawn from the training set; null for all"),
+    Setting("fit", "data.train_size", "N", "number or fraction of the training images to train on; null for all"),
     Setting("predict", "data.predict_folder", "FOLDER", "folder of images to predict instead of the test set"),
     Setting(
         "predict", "predictions.output", "FILE", "output file, .csv or .parquet; by default in the folder of the run"

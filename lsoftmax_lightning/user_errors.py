@@ -52,7 +52,7 @@ def errors_without_traceback() -> Iterator[None]:
     """Print a message for errors that a user can fix, and exit with code 1 or 2, or 130 or 143 after a signal.
 
     Errors in the user's own code keep their traceback. If the environment variable ``LSOFTMAX_LIGHTNING_DEBUG`` is set,
-    all errors keep it.
+    all errors keep it, after the message.
 
     Raises:
         SystemExit: After an error or a signal.
@@ -66,10 +66,13 @@ def errors_without_traceback() -> Iterator[None]:
             print(f"Stopped by {stopped.signal.name}.", file=sys.stderr)
             raise stopped from None
         advice = user_message(error)
-        if _DEBUG in os.environ or (advice is None and _is_in_users_code(error)):
+        debug = _DEBUG in os.environ
+        if advice is None and (debug or _is_in_users_code(error)):
             raise
         text = str(advice) if advice is not None else f"{type(error).__name__}: {error} {_HINT}"
         print("\n".join(f"error: {text}".splitlines()[:MAX_ERROR_LINES]), file=sys.stderr)
+        if debug:
+            raise
         raise SystemExit(2 if isinstance(advice, SettingsError) else 1) from error
     finally:
         leave_process_group()

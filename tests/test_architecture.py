@@ -254,6 +254,16 @@ def test_tests_use_public_names() -> None:
             assert private_names(path) <= PRIVATE_NAMES_IN_TESTS.get(name, set()), name
 
 
+def test_fields_of_public_named_tuples_are_documented() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases) and node.name[0] != "_":
+                for statement, after in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
+                    if isinstance(statement, ast.AnnAssign):
+                        documented = isinstance(after, ast.Expr) and is_text(after.value)
+                        assert documented, f"{node.name}.{ast.unparse(statement.target)}"
+
+
 def test_private_names_of_libraries_are_in_compat() -> None:
     overridden = {"_apply"}  # an extension point of nn.Module
     for path in PACKAGE.rglob("*.py"):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 from lsoftmax_lightning.backbones import create_backbone, list_backbones
 from lsoftmax_lightning.cli import main
@@ -160,6 +161,13 @@ def test_unsupported_image_sizes_are_rejected_in_one_line(
     with pytest.raises(InputError, match=message) as caught, torch.device("meta"):
         create_backbone(name, shape, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_replacing_a_pretrained_convolution_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.models.get_model", lambda name, weights: resnet18())  # no download
+    create_backbone("resnet18", (3, 32, 32), weights="DEFAULT")
+    with pytest.warns(UserWarning, match=r"backbone_args.weights: .* requires images of 3 channels, got 1; .* random"):
+        create_backbone("resnet18", (1, 32, 32), weights="DEFAULT")
 
 
 def test_command_line_reports_backbone_and_image_shape(capsys: pytest.CaptureFixture[str]) -> None:

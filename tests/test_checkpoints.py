@@ -266,11 +266,11 @@ def test_warm_start_loads_a_softmax_network(
     assert ("metric.total" in message) == (saved is lightning_checkpoint)
 
 
-def test_warm_start_with_other_classes_initialises_the_head(caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_start_with_other_classes_initialises_the_head_and_warns() -> None:
     torch.save(make_model(num_classes=7).state_dict(), "seven.pt")
-    with caplog.at_level("INFO"):
+    message = r"The head of shape \(4, 64\) is randomly initialised\. Dropped: head\.weight\."
+    with pytest.warns(UserWarning, match=message):
         make_model(warm_start="seven.pt")
-    assert "The head of shape (4, 64) is randomly initialised. Dropped: head.weight." in caplog.messages[-1]
 
 
 class Stateful(nn.Sequential):

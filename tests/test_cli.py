@@ -26,8 +26,10 @@ import lsoftmax_lightning
 from lsoftmax_lightning import ClassificationModule
 from lsoftmax_lightning.callbacks import BestCheckpoint
 from lsoftmax_lightning.cli import CONFIGS, main
+from lsoftmax_lightning.errors import InputError
 from lsoftmax_lightning.lightning_cli import LSoftmaxCLI
 from lsoftmax_lightning.schedules import AccuracyFeedback
+from lsoftmax_lightning.settings import checkpoint_mode
 
 from .helpers.command_line import FIRST_IS_BEST, QUIET, SHORT, fails, small_data
 from .helpers.forked import run_on
@@ -188,7 +190,7 @@ def test_a_folder_is_locked_while_its_run_is_trained(
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):
         printed = fails(capsys, "fit", "--config", "digits.yaml", *SHORT, "--trainer.logger.version=m2-s0")
-    assert f"another process trains in {folder}" in printed
+    assert f"trainer.logger.version: must not be that of a run in another process, got {folder}" in printed
     assert not (folder / "config.yaml").exists()
 
 
@@ -221,6 +223,11 @@ def test_the_mode_follows_the_metric_of_the_best_checkpoint(
     assert yaml.safe_load(Path("runs/digits/m2-s0/config.yaml").read_text())["checkpoint"]["mode"] == mode
     message = {"max": "Best checkpoint: highest", "min": "Best checkpoint: lowest"}[mode]
     assert (f"{message} {best.monitor}" in caplog.messages) == (best.monitor is not None)
+
+
+def test_metrics_that_cannot_be_monitored_have_no_mode() -> None:
+    with pytest.raises(InputError, match=r"checkpoint\.mode: is unknown for train/cross_entropy, got auto"):
+        checkpoint_mode("train/cross_entropy", "auto")
 
 
 @pytest.mark.parametrize("config", ["digits.yaml", "mnist.yaml"])
@@ -256,6 +263,10 @@ def test_only_errors_in_the_users_code_show_a_traceback(
     monkeypatch.setenv("LSOFTMAX_LIGHTNING_DEBUG", "1")
     with pytest.raises(RuntimeError, match="SparseAdam"):
         main(library)
+    capsys.readouterr()
+    with pytest.raises(Exception, match="margin: must be"):
+        main(["fit", "--config", "digits.yaml", "--model.margin=0"])
+    assert "error: margin: must be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -286,7 +297,7 @@ def test_settings_of_the_event_writer_are_checked(
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:Be aware that when using")
+@pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:The batch size is lowered")
 def test_tuners_of_lightning_run_before_the_training(finder: list[str], num_images: int, batch_size: int) -> None:
     seen = []
 
@@ -443,6 +454,7 @@ def test_resume_continues_the_training() -> None:
 
 
 @RESUMED
+@pytest.mark.filterwarnings("ignore:model.margin. is 2 in")
 def test_given_settings_override_those_of_a_checkpoint() -> None:
     main(["fit", "--config", "digits.yaml", *SHORT])
     last = "--ckpt_path=runs/digits/m2-s0/checkpoints/last.ckpt"
@@ -466,6 +478,22 @@ def test_checkpoint_of_another_network_is_rejected(capsys: pytest.CaptureFixture
         r"loading it would run code \(pathlib(\._local)?\.PosixPath\)", message
     )  # the second name is that of Python 3.13
     assert "there is no file runs" in fails(capsys, *test, "runs")
+
+
+def test_another_margin_than_that_of_the_checkpoint_warns(recwarn: pytest.WarningsRecorder) -> None:
+    config = ["--config=digits.yaml", *SHORT]
+    main(["fit", *config])
+    checkpoint = "--ckpt_path=runs/digits/m2-s0/checkpoints/best.ckpt"
+    for command in (["test", checkpoint], ["validate", "--ckpt_path=best"], ["fit", checkpoint]):
+        main([*command, *config])
+        with pytest.warns(
+            UserWarning, match=r"model.margin: is 2 in runs/\S+best.ckpt, got 3; .* Set --model.margin 2"
+        ):
+            main([*command, *config, "--model.margin=3"])
+    recwarn.clear()
+    main(["predict", "--ckpt_path=best", *config, "--model.margin=3"])
+    main(["fit", "--ckpt_path=last", *config, "--model.margin=3"])  # it reports all changed settings
+    assert not [warning for warning in recwarn if "model.margin" in str(warning.message)]
 
 
 def test_without_a_logger_no_user_file_is_overwritten() -> None:
@@ -492,6 +520,11 @@ def test_checkpoints_can_be_switched_off() -> None:
     main(["fit", "--config", "digits.yaml", *SHORT, "--trainer.enable_checkpointing=false"])
     assert Path("runs/digits/m2-s0/results.json").is_file()
     assert not list(Path().rglob("*.ckpt"))
+
+
+def test_fit_without_a_best_checkpoint_warns() -> None:
+    with pytest.warns(UserWarning, match="There is no best checkpoint; testing the model with its last weights"):
+        main(["fit", "--config", "digits.yaml", *SHORT, "--checkpoint.every_n_epochs=2"])
 
 
 def test_data_without_num_classes_is_an_error(

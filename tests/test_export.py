@@ -101,7 +101,7 @@ def test_export_command_exports_a_checkpoint(capsys: pytest.CaptureFixture[str])
     assert "Wrote model.pt2. On test images, it differs from the module by at most" in printed
 
     for args, message in (
-        (["--ckpt_path", "nope.ckpt"], "--config: the config of the run, config.yaml, does not exist"),
+        (["--ckpt_path", "nope.ckpt"], "--config: must be set, because the run folder of the checkpoint, /"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),
         (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is from another network"),
         (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "there is no file nope.ckpt"),

@@ -378,7 +378,9 @@ def test_a_full_disk_is_an_error_and_keeps_the_previous_checkpoint(
 def test_resume_with_another_seed_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(UserWarning, match="There is no"):
         main(["fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last"])
+    capsys.readouterr()
     printed = fails(capsys, "fit", "--config=digits.yaml", *SHORT, "--ckpt_path=last", "--seed_everything=1")
+    assert "Best checkpoint" not in printed
     assert "seed_everything: must be the seed of the run, 0, to repeat its shuffle and draws, got 1;" in printed
 
 

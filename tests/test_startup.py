@@ -50,6 +50,12 @@ def test_heavy_libraries_are_not_imported(args: list[str], code: int) -> None:
     assert not HEAVY & {name.partition(".")[0] for name in imported}
 
 
+def test_configs_are_read_as_utf_8_in_any_locale() -> None:
+    command = ("-X", "warn_default_encoding", "-W", "error::EncodingWarning", "-m", "lsoftmax_lightning", "configs")
+    done = python(*command)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_help_and_print_config_import_no_scikit_learn() -> None:
     code = """

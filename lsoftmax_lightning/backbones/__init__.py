@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torchvision
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.func import functional_call
 
@@ -35,8 +36,8 @@ def create_backbone(name: str, image_shape: tuple[int, int, int], **kwargs: Any)
     """Build a network without its classifier.
 
     If the images do not have three channels, the first convolution of a torchvision model is replaced by a randomly
-    initialised one, also with pretrained ``weights``. Models with a fixed image size (``vit_b_16``, ``maxvit_t``) are
-    built for the size in ``image_shape``.
+    initialised one, with a warning if ``weights`` are pretrained. Models with a fixed image size (``vit_b_16``,
+    ``maxvit_t``) are built for the size in ``image_shape``.
 
     Args:
         name: One of :func:`list_backbones`.
@@ -116,6 +117,11 @@ def _torchvision_backbone(name: str, channels: int, **kwargs: Any) -> nn.Module:
     model.num_features = classifier.weight.shape[1]  # type: ignore[assignment]
 
     if channels != 3:
+        if kwargs.get("weights"):
+            rank_zero_warn(
+                f"backbone_args.weights: the pretrained first convolution requires images of 3 channels, got "
+                f"{channels}; it is replaced by a randomly initialised one."
+            )
         first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
         first.in_channels = channels
         first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.kernel_size))

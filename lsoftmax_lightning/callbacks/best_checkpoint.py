@@ -56,11 +56,20 @@ class BestCheckpoint(CheckpointHooks):
             trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
 
     def restore_best(self, trainer: Trainer) -> None:
-        """Read path and score of the best checkpoint from its file, because the training processes may have ended."""
-        path = indexed(self.dirpath or Path(str(trainer.log_dir), "checkpoints"), "best")
-        if path.is_file():
-            self.best_model_path = str(path)
-            self.best_model_score = read(path)["callbacks"][self.state_key]["best_model_score"]
+        """Read path and score of the best checkpoint from files, because the training processes may have ended.
+
+        With ``save_weights_only``, its score is only in the last checkpoint.
+        """
+        run = Path(str(trainer.log_dir), "checkpoints")
+        path = indexed(self.dirpath or run, "best")
+        if not path.is_file():
+            return
+        self.best_model_path = str(path)
+        for file in (path, indexed(run, "last")):
+            state = read(file).get("callbacks", {}).get(self.state_key, {}) if file.is_file() else {}
+            if PurePath(state.get("best_model_path", "")).name == path.name:
+                self.best_model_score = state["best_model_score"]
+                return
 
     @override
     def after_write(self, trainer: Trainer, filepath: str) -> None:

@@ -102,14 +102,9 @@ class ExactResume(Callback):
             for callback in trainer.checkpoint_callbacks:
                 checkpoint.get("callbacks", {}).pop(callback.state_key, None)
             return
-        saved = checkpoint.get(_KEY, {"seed": self._seed, "watched": {}})
-        if saved["seed"] != self._seed:
-            raise InputError(
-                f"seed_everything: must be the seed of the run, {saved['seed']}, to repeat its shuffle and draws, got "
-                f"{self._seed}; set --seed_everything {saved['seed']} (in Python, seed_everything)."
-            )
+        check_seed(checkpoint)
         relocate(checkpoint, trainer)
-        self._watched = saved["watched"]
+        self._watched = checkpoint.get(_KEY, {"watched": {}})["watched"]
         progress = epoch_progress(checkpoint)
         current = progress["current"]
         self._plateau_step_pending = current["ready"] > current["completed"]
@@ -123,6 +118,24 @@ class ExactResume(Callback):
         for counts in progress.values():
             if counts["processed"] == counts["completed"] + 1:
                 counts["processed"] -= 1
+
+
+def check_seed(checkpoint: dict[str, Any]) -> None:
+    """Reject a checkpoint of a run with another seed than that of ``seed_everything``.
+
+    Args:
+        checkpoint: A loaded checkpoint.
+
+    Raises:
+        InputError: If the seed differs.
+    """
+    seed = global_seed() or 0
+    saved = checkpoint.get(_KEY, {"seed": seed})["seed"]
+    if saved != seed:
+        raise InputError(
+            f"seed_everything: must be the seed of the run, {saved}, to repeat its shuffle and draws, got {seed}; set "
+            f"--seed_everything {saved} (in Python, seed_everything)."
+        )
 
 
 def _is_plateau(config: Any) -> bool:

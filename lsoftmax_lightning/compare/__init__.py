@@ -68,6 +68,7 @@ def compare_margins(
             command += [option, f"{key}={','.join(map(format_argument, values))}"]
     command += ["--jobs", str(jobs)] if jobs > 1 else []
     command += ["--folder", str(folder)] if folder else []
+    command += ["--html"] if html else []
     if shared := sweep.keys() & average.keys():
         raise InputError(
             f"--average: must not repeat a setting of --sweep, got {', '.join(shared)} in both; remove one."

@@ -12,7 +12,9 @@ import yaml
 
 @cache
 def _paper() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("paper_accuracies.yaml").read_text())
+    content: dict[str, Any] = yaml.safe_load(
+        Path(__file__).with_name("paper_accuracies.yaml").read_text(encoding="utf-8")
+    )
     return content
 
 

@@ -66,7 +66,7 @@ class Job:
     def poll(self) -> None:
         """Read the progress from the file that the process writes."""
         try:
-            steps, total_steps = map(float, (self.run.folder / "progress").read_text().split())
+            steps, total_steps = map(float, (self.run.folder / "progress").read_text(encoding="utf-8").split())
         except (OSError, ValueError):  # not written yet, or damaged
             return
         self.steps, self.total_steps = steps, total_steps if total_steps > 0 else math.inf  # run_length may be -1

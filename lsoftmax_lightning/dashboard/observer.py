@@ -66,6 +66,8 @@ class HeadObserver(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.detach()  # a failed run was not torn down
+        if stage == "fit":
+            self._skipped = frozenset()
         head = head_of(pl_module)
         self.is_observing = head is not None
         if head is None:
@@ -128,7 +130,7 @@ class HeadObserver(Callback):
 
     @contextmanager
     def optional(self, name: str, collective: bool = False) -> Iterator[None]:
-        """Suppress errors of the block, with a warning at the first one for ``name``, so that the run continues.
+        """Suppress errors of the block, so that the run continues; each fit warns once for each ``name``.
 
         Args:
             name: Name for the warning.

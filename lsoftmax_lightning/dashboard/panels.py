@@ -27,9 +27,11 @@ class Plot(NamedTuple):
     name: str
     """Tag on TensorBoard, and part of the file names."""
     figure: Figure
+    """Figure of matplotlib."""
     header: Sequence[str]
     """Name of each column of ``rows``."""
     rows: Iterable[Sequence[Any]]
+    """Rows of the CSV file."""
 
 
 def draw(snapshot: Snapshot) -> Iterator[Plot]:

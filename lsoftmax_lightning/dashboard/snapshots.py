@@ -27,7 +27,7 @@ class ConfusedImages(NamedTuple):
     angles: Tensor
     """Angle to the true class in degrees, ``(K,)``."""
     images: Tensor
-    """uint8, ``(K, channels, height, width)``."""
+    """Images, uint8, ``(K, channels, height, width)``."""
     image_index: Tensor
     """Index among the images of the evaluation, ``(K,)``."""
 
@@ -38,9 +38,9 @@ class Scatter(NamedTuple):
     class_names: list[str]
     """Names of the C' classes shown."""
     points: Tensor
-    """``(N', 2)``."""
+    """Position of each feature, ``(N', 2)``."""
     rays: Tensor
-    """``(C', 2)``."""
+    """Direction of the weight of each class shown, ``(C', 2)``."""
     target: Tensor
     """Index of the class of each point among the classes shown, or -1, ``(N',)``."""
 

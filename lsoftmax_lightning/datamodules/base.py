@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -17,20 +17,22 @@ from ..seeds import global_seed
 from ..transforms import Augmentation, Normalize, RandomCropFlip
 from .images import ImageFiles, ImageStore, ImageSubset, files_in, select
 from .loader import DRAW_SCALE, BatchLoader, GlobalBatchSampler, seeded_generator
-from .subsets import check_size, random_labels, stratified_subset, subset_length
+from .subsets import check_size, check_val_size, random_labels, stratified_subset, subset_length
 
 UNKNOWN_CLASS = -1
 """Class of an image without a label."""
 
 
 class Images(NamedTuple):
-    """Images, uint8, ``(N, C, H, W)``, and their classes, int64, ``(N,)``."""
+    """Images and their classes."""
 
     images: ImageStore
+    """Images, uint8, ``(N, C, H, W)``."""
     targets: Tensor
+    """Class of each image, int64, ``(N,)``."""
 
 
-def stratified_split(targets: Tensor, val_size: float, seed: int) -> tuple[Tensor, Tensor]:
+def stratified_split(targets: Tensor, val_size: int | float, seed: int) -> tuple[Tensor, Tensor]:
     """Split images into training and validation images, stratified by class.
 
     Args:
@@ -74,8 +76,8 @@ class BatchDataModule(LightningDataModule):
         flip: Whether to mirror half of the training images left to right.
         predict_folder: Folder of images to predict instead of the test images. Images in its subfolders are included.
             They are scaled to cover ``image_shape`` and their centre is cropped.
-        train_size: Number of training images to keep, stratified by class, or a fraction below 1 of the images left
-            after the validation split. Subsets with the same seed are nested. None keeps all images.
+        train_size: Number of training images to keep, stratified by class, as an integer, or a fraction of the images
+            left after the validation split, as a float. Subsets with the same seed are nested. None keeps all images.
         label_noise: Fraction of the training labels, after ``train_size``, to replace by labels drawn uniformly over
             all classes. A drawn label may equal the one it replaces. Validation and test labels do not change.
         train_seed: Seed of the subset and of the label noise. None uses the seed of ``seed_everything``, so that runs
@@ -113,7 +115,7 @@ class BatchDataModule(LightningDataModule):
         crop_padding: int = 0,
         flip: bool = False,
         predict_folder: str | None = None,
-        train_size: float | None = None,
+        train_size: int | float | None = None,
         label_noise: float = 0.0,
         train_seed: int | None = None,
         device_memory_gib: float = 4.0,
@@ -156,9 +158,7 @@ class BatchDataModule(LightningDataModule):
         # Lightning's BatchSizeFinder sets it to more than the number of images
         limit = len(self.train_data.targets) if hasattr(self, "train_data") else batch_size
         if batch_size > limit:
-            rank_zero_info(
-                f"batch_size: must be at most the {limit} training images, got {batch_size}; {limit} is used."
-            )
+            rank_zero_warn(f"The batch size is lowered from {batch_size} to {limit}, the number of training images.")
         self._batch_size = min(batch_size, limit)
 
     @property
@@ -307,9 +307,9 @@ class ImageDataModule(BatchDataModule):
         InputError: If a setting is out of range.
     """
 
-    def __init__(self, batch_size: int = 256, val_size: float = 0.1, split_seed: int = 0, **kwargs: Any) -> None:
+    def __init__(self, batch_size: int = 256, val_size: int | float = 0.1, split_seed: int = 0, **kwargs: Any) -> None:
         super().__init__(batch_size, **kwargs)
-        self.val_size = check_size("val_size", val_size)
+        self.val_size = check_val_size(val_size)
         self.split_seed = split_seed
 
     @abstractmethod

@@ -27,7 +27,7 @@ class DigitsDataModule(ImageDataModule):
     mean = (0.305,)
     std = (0.376,)
 
-    def __init__(self, batch_size: int = 64, val_size: float = 0.1, split_seed: int = 0, **kwargs: Any) -> None:
+    def __init__(self, batch_size: int = 64, val_size: int | float = 0.1, split_seed: int = 0, **kwargs: Any) -> None:
         super().__init__(batch_size, val_size, split_seed, **kwargs)
 
     @override

@@ -16,8 +16,8 @@ class DownloadedDataModule(ImageDataModule):
     """Datamodule of a torchvision dataset that is kept in memory; a subclass defines the attributes.
 
     Args:
-        root: Folder of the files. Missing files are downloaded there, and torchvision verifies the checksums that it
-            knows.
+        root: Folder of the files. Missing files are downloaded there. torchvision verifies their checksums if it has
+            them.
         **kwargs: Arguments of :class:`ImageDataModule`: ``batch_size``, ``val_size``, ``split_seed``, ``crop_padding``,
             ``flip``, ``train_size``, ``label_noise``, ``train_seed``.
 

@@ -26,17 +26,14 @@ _MAX_WORKERS = 1024  # processes; more than any machine can use
 
 
 class Files(NamedTuple):
-    """Image files and their classes.
-
-    Args:
-        paths: File of each image.
-        targets: Class of each image.
-        required: Whether an unreadable file is an error even if ``skip_unreadable`` is set.
-    """
+    """Image files and their classes."""
 
     paths: list[Path]
+    """File of each image."""
     targets: list[int]
+    """Class of each image."""
     required: bool = False
+    """Whether an unreadable file is an error even if ``skip_unreadable`` is set."""
 
 
 def class_folders(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from ..data_spec import DataSpec
 from ..errors import DataError
 from .base import Images, stratified_split
 from .files import FileDataModule, Files, class_folders, list_files
-from .subsets import check_size
+from .subsets import check_val_size
 
 
 class ImageFolderDataModule(FileDataModule):
@@ -40,12 +40,12 @@ class ImageFolderDataModule(FileDataModule):
         self,
         root: str,
         image_size: int | tuple[int, int],
-        val_size: float = 0.1,
+        val_size: int | float = 0.1,
         split_seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(image_size, **kwargs)
-        self.val_size = check_size("val_size", val_size)
+        self.val_size = check_val_size(val_size)
         self.split_seed = split_seed
         self.root = Path(root)
         self.class_names = tuple(folder.name for folder in class_folders(self.root / "train"))

@@ -22,11 +22,14 @@ _SPACE_SEPARATED = re.compile(r"([^\t]+?) +(\d+) +(?:([^\t]+?) +)?(\d+)")  # a l
 
 
 class Pair(NamedTuple):
-    """A pair of images, each as person and image number, and the fold of the pair, from 1."""
+    """A pair of images."""
 
     first: tuple[str, int]
+    """Person and image number of the first image."""
     second: tuple[str, int]
+    """Person and image number of the second image."""
     fold: int
+    """Fold of the pair, from 1."""
 
     @property
     def people(self) -> set[str]:
@@ -138,7 +141,7 @@ class PairsDataModule(FileDataModule):
             pairs: Pairs of :func:`read_pairs`.
 
         Raises:
-            DataError: If an image is missing, or is a FIFO, a socket or a device.
+            DataError: If an image is missing, exists with two extensions, or is a FIFO, a socket or a device.
         """
         image_ids: dict[tuple[str, int], int] = {}
         for pair in pairs:
@@ -146,7 +149,13 @@ class PairsDataModule(FileDataModule):
             image_ids.setdefault(pair.second, len(image_ids))
         found_paths = _find_images(self.root / "images", {person for person, _ in image_ids})
         names = [f"{person}/{person}_{image_number:04d}" for person, image_number in image_ids]
-        paths = [found_paths.get(name, self.root / "images" / f"{name}.jpg") for name in names]
+        for name in names:
+            if len(files := found_paths.get(name, [])) > 1:
+                raise DataError(
+                    f"{files[0].parent}: must contain one file of each image in pairs.txt, got "
+                    f"{' and '.join(file.name for file in files)}; remove all but one."
+                )
+        paths = [found_paths.get(name, [self.root / "images" / f"{name}.jpg"])[0] for name in names]
         missing = [path for path in paths if not path.is_file()]
         for path in missing:
             if kind := special_kind(path):
@@ -249,12 +258,15 @@ class LFWFoldDataModule(PairsDataModule):
         self.train_files = list_files([self.root / "images" / person for person in self.class_names])
 
 
-def _find_images(root: Path, people: Iterable[str]) -> dict[str, Path]:
-    """Return the images of people by their path relative to ``root``, without the extension."""
+def _find_images(root: Path, people: Iterable[str]) -> dict[str, list[Path]]:
+    """Return the files of the images of people by their path relative to ``root``, without the extension."""
     extensions = Image.registered_extensions()
     folders = [root / person for person in people if (root / person).is_dir()]
-    files = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in extensions]
-    return {f"{path.parent.name}/{path.stem}": path for path in sorted(files, reverse=True)}
+    found: dict[str, list[Path]] = {}
+    for path in (path for folder in folders for path in sorted(folder.iterdir())):
+        if path.suffix.lower() in extensions:
+            found.setdefault(f"{path.parent.name}/{path.stem}", []).append(path)
+    return found
 
 
 def _normalized_name(name: str) -> str:

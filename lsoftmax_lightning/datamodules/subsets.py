@@ -8,17 +8,17 @@ from torch import Tensor
 from ..errors import InputError
 
 
-def check_size(name: str, size: float) -> float:
-    """Return a size as scikit-learn accepts it: a float below 1, or an integer.
+def check_size(name: str, size: int | float) -> int | float:
+    """Return a size as a float if it is a fraction, and as an integer if it is a number of images.
 
     Args:
         name: Name of the setting, for the error message.
-        size: Number of images, or a fraction below 1.
+        size: Number of images, or a fraction. The float 1.0 is the fraction, all images; the integer 1 is one image.
 
     Raises:
         InputError: If ``size`` is neither.
     """
-    if 0 < size < 1:
+    if 0 < size < 1 or (isinstance(size, float) and size == 1):
         return size
     if size >= 1 and float(size).is_integer():
         return int(size)
@@ -28,17 +28,30 @@ def check_size(name: str, size: float) -> float:
     )
 
 
-def subset_length(targets: Tensor, train_size: float) -> int:
+def check_val_size(size: int | float) -> int | float:
+    """Return ``val_size`` as :func:`check_size` does.
+
+    Raises:
+        InputError: If it is neither a number of images nor a fraction below 1.
+    """
+    if isinstance(size, float) and size == 1:
+        raise InputError(
+            "val_size: must leave training images, got 1.0, which leaves none; use 0.1 for a tenth of the images."
+        )
+    return check_size("val_size", size)
+
+
+def subset_length(targets: Tensor, train_size: int | float) -> int:
     """Return the number of images that ``train_size`` keeps.
 
     Args:
         targets: Class of each training image, ``(N,)``.
-        train_size: Number of images, or a fraction below 1.
+        train_size: Number of images, int, or a fraction, float.
 
     Raises:
         InputError: If there are fewer images than that, or more classes.
     """
-    length = round(train_size * len(targets)) if train_size < 1 else int(train_size)
+    length = round(train_size * len(targets)) if isinstance(train_size, float) else train_size
     num_classes = int(targets.bincount().count_nonzero())
     if length > len(targets):
         raise InputError(

@@ -21,15 +21,12 @@ from .base import LSoftmaxModule
 
 
 class Classification(NamedTuple):
-    """Predicted classes of images.
-
-    Args:
-        names: Name of the predicted class of each image, or its index if the class has no name.
-        probabilities: Probability of the predicted class, float32, ``(N,)``.
-    """
+    """Predicted classes of images."""
 
     names: list[str]
+    """Name of the predicted class of each image, or its index if the class has no name."""
     probabilities: Tensor
+    """Probability of the predicted class, float32, ``(N,)``."""
 
 
 class ClassificationModule(LSoftmaxModule):

@@ -142,3 +142,13 @@ def test_hostile_checkpoint_cannot_delete_other_files(kind: type[ModelCheckpoint
     with pytest.warns(UserWarning, match="is chosen without"):
         fit(3, ckpt_path=tmp_path / "hostile.ckpt")
     assert (victim / "file.ckpt").is_file()
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_best_checkpoint_and_score_are_restored_from_files(weights_only: bool, tmp_path: Path) -> None:
+    best = train(tmp_path / "checkpoints", {"filename": "best", "save_weights_only": weights_only}, 3)
+    restored = BestCheckpoint(monitor="val/loss", mode="max", save_weights_only=weights_only)
+    restored.restore_best(make_trainer(default_root_dir=tmp_path))
+    assert Path(restored.best_model_path) == Path(best.best_model_path)
+    assert best.best_model_score is not None
+    assert restored.best_model_score == best.best_model_score

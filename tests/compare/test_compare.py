@@ -74,9 +74,11 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     averaged = Path("averaged")
-    rows = compare_margins("digits", [2], [0], SHORT, average={"model.label_smoothing": [0, 0.1]}, folder=averaged)
+    rows = compare_margins(
+        "digits", [2], [0], SHORT, average={"model.label_smoothing": [0, 0.1]}, folder=averaged, html=True
+    )
     assert [row["averaged"] for row in rows] == ["model.label_smoothing"] * 2
-    assert "--average model.label_smoothing=0,0.1 --folder averaged" in rows[0]["command"]
+    assert "--average model.label_smoothing=0,0.1 --folder averaged --html " in rows[0]["command"]
     assert (averaged / "table.md").read_text().splitlines()[2].startswith("| 2 | 2 | ")
 
     made = (folder / "table.md").read_text()

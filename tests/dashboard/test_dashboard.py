@@ -348,6 +348,15 @@ def test_plot_error_does_not_stop_the_run(
     assert sum(cause in str(warning.message) for warning in warned) == 1
 
 
+def test_each_fit_repeats_the_warning_about_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsoftmax_lightning.dashboard.monitor.hparams", fail)
+    monitor = MarginMonitor()
+    for _ in range(2):
+        trainer, _ = with_logger(max_epochs=1, callbacks=[monitor])
+        with pytest.warns(UserWarning, match="MarginMonitor: HParams left out because of OSError"):
+            trainer.fit(make_model(), HardBlobs())
+
+
 def test_collector_is_incomplete_after_an_error() -> None:
     collector, features, target = EvalCollector(12, None, 3), torch.randn(4, 2), torch.arange(4) % 2
     batch = (features, features @ torch.eye(2), target, torch.eye(2))

@@ -214,6 +214,7 @@ def test_loaders_work_without_a_trainer() -> None:
         ({"val_size": 0}, "val_size"),
         ({"val_size": 1.5}, "val_size"),
         ({"val_size": -3}, "val_size"),
+        ({"val_size": 1.0}, r"val_size: must leave training images, got 1\.0, which leaves none; use 0\.1"),
     ],
 )
 def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:

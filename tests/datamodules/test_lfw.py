@@ -145,6 +145,15 @@ def test_images_may_be_of_any_format(extension: str, tmp_path: Path) -> None:
     assert {path.suffix for path in data.test_files.paths + data.train_files.paths} == {extension}
 
 
+def test_an_image_with_two_extensions_is_an_error(tmp_path: Path) -> None:
+    write_lfw(tmp_path)
+    write_image(tmp_path / "images" / "Person_0A" / "Person_0A_0001.png", size=(96, 112))
+    with pytest.raises(
+        DataError, match=r"/Person_0A: .* got Person_0A_0001.jpg and Person_0A_0001.png; remove all but"
+    ):
+        LFWFoldDataModule(str(tmp_path), 1, **SMALL)
+
+
 def test_byte_order_mark_is_ignored_and_other_text_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "pairs.txt"
     path.write_text(pairs_text(), encoding="utf-8-sig")

@@ -194,12 +194,38 @@ def test_subset_does_not_depend_on_label_noise() -> None:
         ({"label_noise": 20}, "got 20"),
         ({"label_noise": float("nan")}, "got nan"),
         ({"train_size": 1601}, "train_size: must be at most the 1600 training images .* got 1601; lower it"),
+        ({"train_size": 1}, "each of the 4 classes, got 1, 1 of 1600 images"),
         ({"train_size": 3}, "each of the 4 classes, got 3, .*; use at least 4"),
     ],
 )
 def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         draw(**settings)
+
+
+@pytest.mark.parametrize(("text", "length"), [("1.0", 1293), ("0.5", 646), ("1000", 1000), ("1000.0", 1000), ("1", 1)])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_float_is_a_fraction_and_an_integer_is_a_number(text: str, length: int, in_file: bool) -> None:
+    parser = LightningArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    Path("config.yaml").write_text(f"data: {{class_path: DigitsDataModule, init_args: {{train_size: {text}}}}}")
+    arguments = ["--config=config.yaml"] if in_file else ["--data=DigitsDataModule", f"--data.train_size={text}"]
+    data = parser.instantiate_classes(parser.parse_args(arguments)).data
+    if length == 1:
+        with pytest.raises(InputError, match="must keep an image of each of the 10 classes, got 1, 1 of 1293 images"):
+            data.setup("fit")
+    else:
+        data.setup("fit")
+        assert len(data.train_data.targets) == length
+
+
+def test_a_batch_size_set_after_reading_is_lowered_with_a_warning() -> None:
+    data = ManyDataModule(train_size=400)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="The batch size is lowered from 500 to 400, the number of training images"):
+        data.batch_size = 500
+    assert data.batch_size == 400
 
 
 def test_a_batch_larger_than_the_subset_is_rejected() -> None:
