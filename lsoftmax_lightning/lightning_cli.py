@@ -254,7 +254,9 @@ class LSoftmaxCLI(CommandLine):
         folder = folders.find(settings)
         path = folders.checkpoint(folder)
         if not path.is_file() and settings is None:
-            raise InputError(f"--ckpt_path {word}: the last run of fit has no checkpoint {path}; give a file.")
+            raise InputError(
+                f"--ckpt_path {word}: there is no checkpoint {path} of a run of fit; train, or give a file."
+            )
         self.config_init[self.subcommand].ckpt_path = str(path) if path.is_file() else None
         self.config[self.subcommand].ckpt_path = None  # the saved config must be able to repeat the run
         if not path.is_file():
@@ -311,6 +313,7 @@ class LSoftmaxCLI(CommandLine):
             raise InputError(f"--ckpt_path: {path} contains only weights; use --model.warm_start {path}.")
         if self.subcommand == "fit":
             check_seed(checkpoint)
+            self._check_length(checkpoint["epoch"])
         spec = saved_data_spec(checkpoint)
         if spec is not None and isinstance(self.model, modules.LSoftmaxModule):
             self.model.data_spec = spec
@@ -330,11 +333,18 @@ class LSoftmaxCLI(CommandLine):
                 )
         self._warn_of_another_margin(path, checkpoint.get("hyper_parameters", {}).get("margin"))
 
+    def _check_length(self, epoch: int) -> None:
+        """Reject a run that is shorter than the checkpoint to resume from, before its config is written."""
+        max_epochs = self.trainer.max_epochs
+        if max_epochs is not None and -1 < max_epochs < epoch:
+            raise InputError(
+                f"trainer.max_epochs: must be at least the {epoch} epochs of the checkpoint, got {max_epochs}; raise it."
+            )
+
     def _warn_of_another_margin(self, path: str, saved: Any) -> None:
-        """Warn if the margin differs from that of the checkpoint, unless ``fit --ckpt_path last`` has reported it."""
+        """Warn if the margin differs from that of the checkpoint."""
         margin = getattr(head_of(self.model), "margin", None)
-        reported = self.subcommand == "fit" and self.config[self.subcommand].ckpt_path is None
-        if margin is None or saved in (None, margin) or self.subcommand == "predict" or reported:
+        if margin is None or saved in (None, margin) or self.subcommand == "predict":
             return
         rank_zero_warn(
             f"model.margin: is {saved} in {path}, got {margin}; losses and plots with the margin use {margin}. Set "

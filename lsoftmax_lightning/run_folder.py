@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -169,18 +170,18 @@ def report_changed_settings(config: Path, settings: Mapping[str, Any]) -> None:
         settings: Settings of this command, by name.
 
     Raises:
-        InputError: If the class of the optimizer or lr_scheduler differs.
+        InputError: If the margin, or the class of the optimizer or lr_scheduler differs.
     """
     changed = _changed_settings(config, settings)
     if changed is None:
         rank_zero_warn(f"{config} is not complete, so changed settings are not reported.")
         return
-    for part in ("model.optimizer", "model.lr_scheduler"):
-        kind, other = changed.get(f"{part}.class_path", (None, None))
-        if kind != other:
+    for name in ("model.margin", "model.optimizer.class_path", "model.lr_scheduler.class_path"):
+        before, now = changed.get(name, (None, None))
+        if before != now:
             raise InputError(
-                f"{part}: must be {kind} to resume the run in {config.parent}, got {other}; set it back, or start a "
-                "new run without --ckpt_path."
+                f"{name.removesuffix('.class_path')}: must be {before} to resume the run in {config.parent}, got "
+                f"{now}; set it back, or start a new run without --ckpt_path."
             )
     lines = "".join(f"\n  {name} {before} -> {now}" for name, (before, now) in changed.items())
     rank_zero_info(f"Resuming {config.parent}" + (f" with changed settings:{lines}" if changed else ""))
@@ -194,6 +195,8 @@ def report_changed_settings(config: Path, settings: Mapping[str, Any]) -> None:
 @contextmanager
 def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_folder: str | None) -> Iterator[None]:
     """Lock the folder of a run during the block, and remove incomplete files of a killed run.
+
+    A new folder is removed after an error before the training, when it has no config.
 
     Args:
         log_dir: Folder of the event files.
@@ -214,6 +217,7 @@ def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_fo
             f"{used[0].parent} contains another run; resume it with --ckpt_path last, or choose another "
             "trainer.logger.version and checkpoint.dirpath."
         )
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=LOCK_SECONDS)
@@ -225,7 +229,12 @@ def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_fo
     with lock:
         _remove_parts(folder)
         Path(log_dir, "hparams.yaml").unlink(missing_ok=True)  # it may be incomplete, and is written again
-        yield
+        try:
+            yield
+        except Exception:
+            if is_new and not Path(log_dir, "config.yaml").is_file():
+                shutil.rmtree(folder)
+            raise
 
 
 def remove_leftovers(folder: Path) -> None:

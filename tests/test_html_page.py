@@ -85,6 +85,6 @@ def test_a_page_of_a_comparison_needs_a_folder() -> None:
         report(rows, html=True)
     main(["compare", "--report", str(rows), "--folder", "page", "--html"])
     page = Page(Path("page/report.html"))
-    assert page.headings == ["Comparison page", "Accuracy", "Figures", "How it was measured"]
+    assert page.headings == ["Comparison page", "Accuracy", "Plots", "How it was measured"]
     assert "accuracy" in page.images
     assert any("compare --config" in text for text in page.texts)

@@ -464,3 +464,28 @@ def test_running_workers_are_killed_when_a_command_is_stopped() -> None:
 
     done = run_on(1, stopped)
     assert done.returncode == 143, done.stderr
+
+
+def test_a_start_that_fails_leaves_no_folder_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--config=digits.yaml", *SHORT]
+    assert "train_size: must be at most" in fails(capsys, *fit, "--data.train_size=100000")
+    assert not list(Path("runs/digits").iterdir())
+    main(fit)
+    assert [folder.name for folder in Path("runs/digits").iterdir()] == ["m2-s0"]
+    Path("runs/digits/mine").mkdir()
+    Path("runs/digits/mine/notes.txt").touch()
+    fails(capsys, *fit, "--data.train_size=100000", "--trainer.logger.version=mine")
+    assert Path("runs/digits/mine/notes.txt").is_file()
+
+
+def test_resume_rejects_another_margin_and_a_shorter_run(capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--config=digits.yaml", *SHORT]
+    main([*fit, "--trainer.max_epochs=3"])
+    before = Path("runs/digits/m2-s0/config.yaml").read_text()
+    resume = [*fit, "--trainer.max_epochs=3", "--ckpt_path=last"]
+    assert "model.margin: must be 2 to resume the run in runs/digits/m2-s0, got 3" in fails(
+        capsys, *resume, "--model.margin=3"
+    )
+    printed = fails(capsys, *resume, "--trainer.max_epochs=1")
+    assert "trainer.max_epochs: must be at least the 2 epochs of the checkpoint, got 1; raise it." in printed
+    assert Path("runs/digits/m2-s0/config.yaml").read_text() == before

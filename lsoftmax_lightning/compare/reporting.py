@@ -90,7 +90,7 @@ def report(
     else:
         print(_markdown(header, lines, notes))
     if folder is not None:
-        print(f"\nTable and figures are in {folder}")
+        print(f"\nTable and plots are in {folder}")
     return rows
 
 
@@ -141,7 +141,7 @@ def _write(
         if html:
             html_figures.append(figure_html(figure, name))
     if html:
-        sections = [Section("Accuracy", table_html(header, lines)), Section("Figures", "\n".join(html_figures))]
+        sections = [Section("Accuracy", table_html(header, lines)), Section("Plots", "\n".join(html_figures))]
         sections.append(Section("How it was measured", text_html("\n\n".join(notes))))
         write_page(folder / "report.html", f"Comparison {folder.name}", sections)
 

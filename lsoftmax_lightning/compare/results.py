@@ -68,7 +68,7 @@ class FinishedRun:
         try:
             content: dict[str, Any] = torch.load(path, weights_only=True) if path.is_file() else {}
         except Exception as error:  # a damaged file raises many types
-            rank_zero_warn(f"{path} cannot be read and is left out of the figures: {error or type(error).__name__}")
+            rank_zero_warn(f"{path} cannot be read and is left out of the plots: {error or type(error).__name__}")
             return {}
         return content
 

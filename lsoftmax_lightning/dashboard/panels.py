@@ -113,20 +113,22 @@ def _most_confused(snapshot: ClassSnapshot) -> Plot | None:
     if not is_mistake.any():
         return None
     rows = [
-        (names[target], names[prediction], angle, snapshot.image_id(index))
-        for target, prediction, angle, index in zip(
+        (names[target], names[prediction], gap, angle, snapshot.image_id(index))
+        for target, prediction, gap, angle, index in zip(
             confused.target[is_mistake].tolist(),
             confused.prediction[is_mistake].tolist(),
+            confused.confidence_gap[is_mistake].tolist(),
             confused.angles[is_mistake].tolist(),
             confused.image_index[is_mistake].tolist(),
             strict=True,
         )
     ]
     captions = [
-        f"{target}\ntaken for {prediction}\n{angle:.0f}°, {_short(image)}" for target, prediction, angle, image in rows
+        f"{target}\ntaken for {prediction}\n{angle:.0f}°, {_short(image)}"
+        for target, prediction, _, angle, image in rows
     ]
     figure = plots.image_strip(confused.images[is_mistake], captions, snapshot.title("most confused"))
-    return Plot("most_confused", figure, ("true class", "predicted class", "degrees", "image"), rows)
+    return Plot("most_confused", figure, ("true class", "predicted class", "confidence gap", "degrees", "image"), rows)
 
 
 def _roc(snapshot: PairSnapshot) -> Plot:

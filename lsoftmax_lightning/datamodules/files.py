@@ -250,6 +250,6 @@ class FileDataModule(BatchDataModule):
             raise DataError(f"{count} are not readable images:{details}\nReplace them; pairs.txt requires them.")
         if not self.skip_unreadable:
             raise DataError(
-                f"{count} are not readable images:{details}\nReplace or remove them, or set skip_unreadable=true."
+                f"{count} are not readable images:{details}\nReplace or remove them, or set data.skip_unreadable true."
             )
         rank_zero_warn(f"Skipping {count} that are not readable images:{details}")

@@ -60,8 +60,8 @@ def subset_length(targets: Tensor, train_size: int | float) -> int:
         )
     if length < num_classes:
         raise InputError(
-            f"train_size: must keep an image of each of the {num_classes} classes, got {train_size}, {length} of "
-            f"{len(targets)} images; use at least {num_classes} images."
+            f"train_size: must keep an image of each of the {num_classes} classes, got {train_size} "
+            f"({length} images); use at least {num_classes} images."
         )
     return length
 

@@ -329,7 +329,7 @@ def test_a_damaged_record_is_left_out_of_the_figures(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5)
     path = next(tmp_path.glob("*/test.pt"))
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.warns(UserWarning, match=r"test\.pt cannot be read and is left out of the figures"):
+    with pytest.warns(UserWarning, match=r"test\.pt cannot be read and is left out of the plots"):
         assert len(report(tmp_path)) == 1
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves"}
 
