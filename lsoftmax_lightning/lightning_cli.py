@@ -338,7 +338,7 @@ class LSoftmaxCLI(CommandLine):
         max_epochs = self.trainer.max_epochs
         if max_epochs is not None and -1 < max_epochs < epoch:
             raise InputError(
-                f"trainer.max_epochs: must be at least the {epoch} epochs of the checkpoint, got {max_epochs}; raise it."
+                f"trainer.max_epochs: must be at least the {epoch} epochs of the checkpoint, got {max_epochs}."
             )
 
     def _warn_of_another_margin(self, path: str, saved: Any) -> None:

@@ -647,7 +647,10 @@ def test_testing_random_weights_warns() -> None:
             ["a logger has to name"],
         ),
         (["fit", "--config", "digits.yaml", "--ckpt_path", "gone.ckpt"], ["there is no file gone.ckpt"]),
-        (["fit", "--config", "digits.yaml", "--ckpt_path", "best"], ["the last run of fit", "best.ckpt"]),
+        (
+            ["fit", "--config", "digits.yaml", "--ckpt_path", "best"],
+            ["of a run of fit; train, or give a file", "best.ckpt"],
+        ),
         (["fit", "--config", "digits.yaml", "--ckpt_path", "last", "--trainer.logger=false"], ["TensorBoardLogger"]),
         (["fit"], ["required", "model"]),
         (["fiet"], ["fiet", "fit"]),

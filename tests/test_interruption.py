@@ -487,5 +487,5 @@ def test_resume_rejects_another_margin_and_a_shorter_run(capsys: pytest.CaptureF
         capsys, *resume, "--model.margin=3"
     )
     printed = fails(capsys, *resume, "--trainer.max_epochs=1")
-    assert "trainer.max_epochs: must be at least the 2 epochs of the checkpoint, got 1; raise it." in printed
+    assert "trainer.max_epochs: must be at least the 2 epochs of the checkpoint, got 1." in printed
     assert Path("runs/digits/m2-s0/config.yaml").read_text() == before
