@@ -244,7 +244,7 @@ def image_strip(images: Tensor, captions: Sequence[str], title: str = "", column
     """
     columns = min(columns, max(1, len(images)))
     rows = math.ceil(len(images) / columns)
-    height = 1.8 * images.shape[2] / images.shape[3] + 0.5  # inches for an image and its caption
+    height = 1.8 * min(4, images.shape[2] / images.shape[3]) + 0.5  # inches for an image and its caption
     figure = Figure(figsize=(max(5, 1.8 * columns), height * rows + 0.4), layout="constrained")
     figure.suptitle(title)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
