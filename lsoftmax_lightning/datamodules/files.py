@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
+from rich import get_console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -211,10 +212,12 @@ class FileDataModule(BatchDataModule):
                 generator=torch.Generator(),
             )
         )  # iter() starts the workers before the progress bar starts its thread
-        hidden = self.trainer and (self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero)
+        trainer = self.trainer
+        has_bar = trainer is None or (trainer.progress_bar_callback is not None and trainer.is_global_zero)
+        is_shown = has_bar and get_console().file.isatty()
         problems: dict[Path, str] = {}
         try:
-            for chunk in track(chunks, "Reading images", disable=bool(hidden)):
+            for chunk in track(chunks, "Reading images", disable=not is_shown):
                 store[chunk.start : chunk.stop], found = next(reading)
                 problems |= {paths[index]: problem for index, problem in found.items()}
         finally:
