@@ -124,7 +124,7 @@ class LSoftmaxLinear(nn.Module):
 
     @property
     def uses_chunked_loss(self) -> bool:
-        """Whether to compute the loss by :meth:`cross_entropy`: with many classes, or if the weight is sharded."""
+        """Whether the loss is computed by :meth:`cross_entropy`, as with many classes or a sharded weight."""
         return self.sharded or self.num_classes >= CHUNKED_FROM
 
     def shard(self, mesh: DeviceMesh) -> None:
