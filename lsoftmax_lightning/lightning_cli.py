@@ -54,7 +54,16 @@ from .run_folder import (
     write_results,
 )
 from .screen import print_metrics, quiet_logs
-from .settings import apply_root, as_list, check_monitor, check_writer, checkpoint_mode, is_kind, reads_files
+from .settings import (
+    apply_root,
+    as_list,
+    check_monitor,
+    check_writer,
+    checkpoint_mode,
+    expand_backbone,
+    is_kind,
+    reads_files,
+)
 from .signals import mark_launcher
 from .strategies import ClassShardedStrategy
 from .user_errors import errors_of_settings
@@ -170,6 +179,7 @@ class LSoftmaxCLI(CommandLine):
         settings = self.config[self.subcommand]
         expand_paths(settings)
         apply_root(settings.trainer)
+        expand_backbone(settings.model)
         if self.subcommand == "fit" and not self._callbacks:
             check_monitor(settings)
         settings.checkpoint.mode = checkpoint_mode(settings.checkpoint.monitor, settings.checkpoint.mode)

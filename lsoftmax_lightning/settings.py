@@ -50,6 +50,25 @@ def as_list(loggers: Any) -> list[Any]:
     return loggers if isinstance(loggers, list) else [loggers]
 
 
+def expand_backbone(model: Any) -> None:
+    """Make a backbone that is given by a class path alone a class without arguments; the parser takes it for a name.
+
+    Args:
+        model: Settings of the module. They are changed in place.
+
+    Raises:
+        InputError: If the class cannot be imported.
+    """
+    arguments: Any = model.get("init_args") or {}
+    backbone = arguments.get("backbone")
+    if isinstance(backbone, str) and "." in backbone:
+        try:
+            resolve_name(backbone)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(f"model.backbone: cannot be imported, got {backbone!r} ({error}); correct it.") from error
+        arguments.backbone = Namespace(class_path=backbone, init_args=Namespace())  # type: ignore[no-untyped-call]
+
+
 def apply_root(trainer: Any) -> None:
     """Put the folders of loggers below ``default_root_dir``, as Lightning does for its default logger.
 

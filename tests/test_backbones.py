@@ -175,7 +175,9 @@ def test_command_line_reports_backbone_and_image_shape(capsys: pytest.CaptureFix
     assert "error: backbone: 'alexnet' does not accept images of (1, 8, 8): " in message
 
 
-def test_command_line_accepts_the_class_path_of_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_accepts_the_class_path_of_a_backbone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("networks.py").write_text(
         """from torch import nn
 class Plain(nn.Sequential):
@@ -190,6 +192,9 @@ class Plain(nn.Sequential):
         cli = main([*fit, *settings])
         assert cli is not None
         assert (cli.model.backbone[1].bias is None) == bool(settings)
+    for name in ("networks.Plane", "network.Plain"):
+        printed = fails(capsys, "fit", "--config=digits.yaml", f"--model.backbone={name}")
+        assert f"error: model.backbone: cannot be imported, got {name!r} (" in printed
 
 
 def test_invalid_backbones_are_rejected() -> None:

@@ -99,7 +99,7 @@ class LSoftmaxModule(LightningModule):
     def __init__(
         self,
         num_classes: int,
-        backbone: nn.Module | str,  # in this order a class path on the command line is a class, not a name
+        backbone: str | nn.Module,
         margin: int = 4,
         image_shape: tuple[int, int, int] | None = None,
         backbone_args: dict[str, Any] | None = None,
@@ -139,7 +139,7 @@ class LSoftmaxModule(LightningModule):
         if compile:
             self.backbone.compile(mode="default" if compile is True else compile)
 
-    def configure_model_parts(self, backbone: nn.Module | str) -> None:
+    def configure_model_parts(self, backbone: str | nn.Module) -> None:
         """Set ``self.backbone`` and ``self.head``.
 
         Args:

@@ -38,7 +38,7 @@ class VerificationModule(LSoftmaxModule):
     def __init__(
         self,
         num_classes: int,
-        backbone: nn.Module | str,
+        backbone: str | nn.Module,
         pca_components: int | None = None,
         mirror: bool = False,
         **kwargs: Any,
