@@ -169,10 +169,10 @@ def plan_fewer(
     sweep: dict[str, Any],
     folder: Path,
 ) -> list[Run]:
-    """Plan one seed, and the first values of all other settings: each run takes a quarter of a second."""
+    """Plan one margin and seed, and the first values of all other settings: each run takes a quarter of a second."""
     assert len(margins) * len(seeds) * math.prod(map(len, sweep.values())) >= least
     first = {name: values[:num_values] for name, values in sweep.items()}
-    return plan(configs, margins[:num_values], seeds[:1], settings, first, folder)
+    return plan(configs, margins[:1], seeds[:1], settings, first, folder)
 
 
 @pytest.mark.parametrize(

@@ -254,10 +254,10 @@ def test_two_ranks_stop_together_and_resume_exactly(monkeypatch: pytest.MonkeyPa
     stopped = launch(partial(main, [*args, *stop]), *args, *stop, program=lsoftmax_lightning.__main__)
     assert stopped.returncode == 143, stopped.stderr
     assert (stopped.stdout + stopped.stderr).count("Stopped after") == 1
-    assert 25 < last("runs/stopped/m2-s0")["global_step"] < 320
+    assert 25 < last("runs/stopped/m4-s0")["global_step"] < 320
     done = run_on(2, partial(main, args))
     assert done.returncode == 0, done.stderr
-    one, other = last("runs/whole/m2-s0"), last("runs/stopped/m2-s0")
+    one, other = last("runs/whole/m4-s0"), last("runs/stopped/m4-s0")
     assert_same(one["state_dict"], other["state_dict"])
 
 
