@@ -122,7 +122,7 @@ def training_logger(settings: Namespace, margin: int | None, seed: int | bool | 
     if not parts:
         return arguments
     name = "-".join(parts)
-    runs = TensorBoardLogger(**arguments).root_dir
+    runs = os.path.join(settings.save_dir, settings.name or "")
     exists = get_filesystem(runs).exists
     names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
     return arguments | {"version": next(name for name in names if not exists(os.path.join(runs, name)))}
