@@ -129,7 +129,9 @@ def local_file(path: str | Path) -> Iterator[Path]:
     """
     if "://" not in str(path):
         if not Path(path).is_file():
-            raise InputError(f"there is no file {path}; an example is runs/digits/m4-s0/checkpoints/last.ckpt.")
+            raise InputError(
+                f"{path} does not exist, or is not a file such as runs/digits/m4-s0/checkpoints/last.ckpt."
+            )
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -265,7 +265,7 @@ class LSoftmaxCLI(CommandLine):
         path = folders.checkpoint(folder)
         if not path.is_file() and settings is None:
             raise InputError(
-                f"--ckpt_path {word}: there is no checkpoint {path} of a run of fit; train, or give a file."
+                f"--ckpt_path {word}: needs a checkpoint of a run of fit, got no {path}; train, or give a file."
             )
         self.config_init[self.subcommand].ckpt_path = str(path) if path.is_file() else None
         self.config[self.subcommand].ckpt_path = None  # the saved config must be able to repeat the run

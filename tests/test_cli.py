@@ -477,7 +477,7 @@ def test_checkpoint_of_another_network_is_rejected(capsys: pytest.CaptureFixture
     assert re.search(
         r"loading it would run code \(pathlib(\._local)?\.PosixPath\)", message
     )  # the second name is that of Python 3.13
-    assert "there is no file runs" in fails(capsys, *test, "runs")
+    assert "runs does not exist, or is not a file" in fails(capsys, *test, "runs")
 
 
 def test_another_margin_than_that_of_the_checkpoint_warns(recwarn: pytest.WarningsRecorder) -> None:
@@ -646,7 +646,10 @@ def test_testing_random_weights_warns() -> None:
             ["fit", "--config", "digits.yaml", "--dashboard.save=true", "--trainer.logger=false"],
             ["a logger has to name"],
         ),
-        (["fit", "--config", "digits.yaml", "--ckpt_path", "gone.ckpt"], ["there is no file gone.ckpt"]),
+        (
+            ["fit", "--config", "digits.yaml", "--ckpt_path", "gone.ckpt"],
+            ["gone.ckpt does not exist, or is not a file"],
+        ),
         (
             ["fit", "--config", "digits.yaml", "--ckpt_path", "best"],
             ["of a run of fit", "best.ckpt"],

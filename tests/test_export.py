@@ -104,7 +104,7 @@ def test_export_command_exports_a_checkpoint(capsys: pytest.CaptureFixture[str])
         (["--ckpt_path", "nope.ckpt"], "--config: must be set, because the run folder of the checkpoint, /"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),
         (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is from another network"),
-        (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "there is no file nope.ckpt"),
+        (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "nope.ckpt does not exist, or is not a file"),
     ):
         assert message in fails(capsys, "export", *args)
 

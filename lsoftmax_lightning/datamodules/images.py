@@ -182,7 +182,7 @@ def files_in(folder: str | Path) -> list[str]:
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
     if not files:
-        raise DataError(f"{Path(folder).absolute()}: there is no image in this folder or its subfolders; add images.")
+        raise DataError(f"{Path(folder).absolute()}: must contain images, also in subfolders, got none; add images.")
     return sorted(files)
 
 

@@ -393,7 +393,7 @@ def test_invalid_output_or_input_is_an_error() -> None:
     with pytest.raises(DataError, match=r"^nowhere cannot be read: No such file or directory\."):
         predict("x.csv", predict_folder="nowhere")
     Path("empty").mkdir()
-    with pytest.raises(DataError, match="there is no image in"):
+    with pytest.raises(DataError, match="must contain images, also in subfolders, got none"):
         predict("x.csv", predict_folder="empty")
     Path("empty", os.fsdecode(b"caf\xe9.png")).touch()
     with pytest.raises(DataError, match="is not UTF-8: rename it"):
