@@ -45,39 +45,46 @@ def layout(has_pairs: bool, follows_accuracy: bool) -> dict[str, dict[str, tuple
         has_pairs: Whether the validation is on pairs of images.
         follows_accuracy: Whether lambda follows the training accuracy.
     """
-    annealing = {"lambda": ["lambda$"]}
+    annealing = {"lambda": "lambda$"}
     if follows_accuracy:
-        annealing["accuracy with the margin, which sets lambda"] = ["train/margin_acc$"]
-    annealing["effective margin"] = ["effective_margin$"]
-    annealing["learning rate"] = ["lr$"]
+        annealing["accuracy with the margin, which sets lambda"] = "train/margin_acc$"
+    annealing |= {"effective margin": "effective_margin$", "learning rate": "lr$"}
 
-    separability = {"angle between class weights": ["val/weight_angle_"]}
-    if not has_pairs:
-        separability["angle between class centres"] = ["val/centre_angle_"]
-
-    categories = {
-        "Learning": {
-            "loss with the margin": ["train/loss$", "val/margin_loss$"],
-            "plain cross-entropy": ["train/cross_entropy$", "val/loss$"],
-            "accuracy": ["train/acc$", "val/acc$"],
-        }
+    # TensorBoard colours a curve by its run alone, so training and validation have charts of their own.
+    training = {
+        "loss with the margin": "train/loss$",
+        "plain cross-entropy": "train/cross_entropy$",
+        "accuracy": "train/acc$",
+        "angle of a sample to its class weight, degrees": "train/angle$",
+        "norm of a feature": "train/feature_norm$",
     }
     if has_pairs:
-        categories["Verification"] = {
-            "area under the ROC curve": ["val/auc$"],
-            "equal error rate": ["val/eer$"],
-            "true accept rate at a low false accept rate": ["val/tar_at_far_"],
+        validation = {
+            "accuracy": "val/acc$",
+            "area under the ROC curve": "val/auc$",
+            "equal error rate": "val/eer$",
+            "true accept rate at a low false accept rate": "val/tar_at_far_",
         }
-    categories |= {
+    else:
+        validation = {
+            "loss with the margin": "val/margin_loss$",
+            "plain cross-entropy": "val/loss$",
+            "accuracy": "val/acc$",
+            "angle of a sample to its class weight, degrees": "val/angle$",
+            "norm of a feature": "val/feature_norm$",
+        }
+
+    separability = {"angle between class weights": "val/weight_angle_"}
+    if not has_pairs:
+        separability["angle between class centres"] = "val/centre_angle_"
+    categories = {
+        "Training": training,
+        "Validation": validation,
         "Annealing": annealing,
-        "Compactness": {
-            "angle of a sample to its class weight, degrees": ["train/angle$", "val/angle$"],
-            "norm of a feature": ["train/feature_norm$", "val/feature_norm$"],
-        },
         "Separability": separability,
-        "Speed": {"images per second": ["images_per_second$"]},
+        "Speed": {"images per second": "images_per_second$"},
     }
     return {
-        category: {title: ("Multiline", tags) for title, tags in charts.items()}
+        category: {title: ("Multiline", [tag]) for title, tag in charts.items()}
         for category, charts in categories.items()
     }
