@@ -11,7 +11,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from argparse import Action
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,11 @@ from jsonargparse._typehints import get_all_subclass_paths
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -270,6 +272,17 @@ def disable_default_hp_metric(logger: TensorBoardLogger) -> None:
 def add_summary(logger: TensorBoardLogger, summary: Any) -> None:
     """Write a summary to the event file of a logger (torch 2.6 and 2.14)."""
     logger.experiment._get_file_writer().add_summary(summary)
+
+
+@rank_zero_only
+def log_scalars(logger: Logger, values: Mapping[str, float], step: int) -> None:
+    """Log scalars; for a TensorBoardLogger in one event, because an event takes about 0.3 ms (Lightning 2.6.6)."""
+    if not isinstance(logger, TensorBoardLogger) or type(logger).log_metrics != TensorBoardLogger.log_metrics:
+        logger.log_metrics(dict(values), step)
+        return
+    prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+    scalars = [Summary.Value(tag=prefix + tag, simple_value=value) for tag, value in values.items()]
+    logger.experiment._get_file_writer().add_summary(Summary(value=scalars), step)
 
 
 def epoch_progress(checkpoint: dict[str, Any]) -> dict[str, dict[str, int]]:

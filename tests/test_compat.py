@@ -25,10 +25,11 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities._pytree import _tree_flatten
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.optim import SGD
@@ -53,6 +54,11 @@ class Model(BoringModel):
         super().__init__()
         self.save_hyperparameters(ignore="optimizer")
         self.width, self.optimizer = width, optimizer
+
+
+class OverridingLogger(TensorBoardLogger):
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        super().log_metrics(*args, **kwargs)
 
 
 def test_current_datamodule_ignores_earlier_runs() -> None:
@@ -354,6 +360,31 @@ def test_summaries_are_written_without_the_default_metric() -> None:
     logger.finalize("success")
     events = EventAccumulator("logs").Reload()
     assert events.Tags()["scalars"] == ["loss"]
+
+
+@pytest.mark.parametrize("prefix", ["", "run"])
+def test_scalars_of_a_step_are_one_event(prefix: str, tmp_path: Path) -> None:
+    for name, logger_class in (("one event", TensorBoardLogger), ("an event each", OverridingLogger)):
+        logger = logger_class(tmp_path, name=name, prefix=prefix)
+        compat.log_scalars(logger, {"train/angle": 30.0, "lr": float("nan")}, 4)
+        logger.finalize("success")
+    events = {
+        name: [event for file in (tmp_path / name).rglob("events*") for event in EventFileLoader(str(file)).Load()][1:]
+        for name in ("one event", "an event each")
+    }
+    assert [len(found) for found in events.values()] == [1, 2]
+    written, expected = (
+        [(value.tag, str(value), event.step) for event in found for value in event.summary.value]
+        for found in events.values()
+    )
+    assert written == expected
+
+
+def test_scalars_are_logged_on_other_loggers() -> None:
+    logger = CSVLogger(".")
+    compat.log_scalars(logger, {"lr": 0.5}, 4)
+    logger.save()
+    assert Path(logger.log_dir, "metrics.csv").read_text() == "lr,step\n0.5,4\n"
 
 
 def test_a_checkpoint_has_counts_of_epochs() -> None:

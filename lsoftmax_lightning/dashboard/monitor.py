@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
-from ..compat import add_summary, current_datamodule, disable_default_hp_metric
+from ..compat import add_summary, current_datamodule, disable_default_hp_metric, log_scalars
 from ..geometry import target_angles
 from ..heads import LSoftmaxLinear
 from ..metrics import ANGLE_COUNTS, AngleHistogram, ClassAngles, MeanLoss
@@ -175,7 +175,7 @@ class MarginMonitor(HeadObserver):
 def _log(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Pass values to the loggers directly, because the bookkeeping of ``pl_module.log`` takes longer than they do."""
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=trainer.global_step - 1)  # the step of train/loss and val/loss
+        log_scalars(logger, values, trainer.global_step - 1)  # the step of train/loss and val/loss
 
 
 @runtime_checkable
