@@ -19,6 +19,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor
+from torch.optim import SGD
+from torch.optim.swa_utils import SWALR
 
 from lsoftmax_lightning.callbacks import ExactResume, LastCheckpoint
 from lsoftmax_lightning.checkpoints import read
@@ -189,10 +191,16 @@ def test_run_ended_by_early_stopping_stays_ended(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "callback",
     [
-        lambda: GradientAccumulationScheduler({0: 1, 1: 2, 3: 4}),
-        lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=2),
+        pytest.param(lambda: GradientAccumulationScheduler({0: 1, 1: 2, 3: 4}), id="accumulation"),
+        pytest.param(
+            lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=2),
+            id="averaging",
+            marks=pytest.mark.skipif(
+                "anneal_func" in SWALR(SGD([torch.zeros(1)]), 0.1).state_dict(),
+                reason="torch saves a function with this scheduler, which it refuses to load",
+            ),
+        ),
     ],
-    ids=["accumulation", "averaging"],
 )
 @pytest.mark.parametrize("step", [2, 9, 14])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Swapping scheduler", "ignore:.*lr_scheduler.step")
