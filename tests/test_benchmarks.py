@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from .helpers.formats import write_image
 from .helpers.forked import run_on
+from .helpers.formats import write_image
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +19,9 @@ def test_gpu_benchmarks_run_on_a_cpu(tmp_path: Path) -> None:
     for part in ("train", "test"):
         for label in range(10):
             for index in range(10):
-                write_image(tmp_path / "cifar10" / part / str(label) / f"{index}.png", (20 * label, 100, index), (32, 32))
+                write_image(
+                    tmp_path / "cifar10" / part / str(label) / f"{index}.png", (20 * label, 100, index), (32, 32)
+                )
 
     def measure() -> None:
         sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -11,6 +11,7 @@ from pkgutil import resolve_name, walk_packages
 from urllib.parse import unquote
 
 import pytest
+from filelock import FileLock
 from sphinx.cmd.build import main as build
 
 import lsoftmax_lightning
@@ -47,18 +48,21 @@ def sphinx(folder: Path) -> None:
     raise SystemExit(build(["-q", "-W", "--keep-going", str(DOCS), str(folder)]))
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the site; a warning fails the build."""
-    folder = tmp_path_factory.mktemp("site")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(tmp_path_factory.mktemp("output"))
-        done = run_on(1, partial(sphinx, folder))
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder of the site, which the processes of pytest share; a warning fails the build."""
+    output = tmp_path_factory.mktemp("output")
+    shared = output.parent if worker_id == "master" else output.parent.parent
+    folder = shared / "site"
+    with FileLock(shared / "site.lock"), pytest.MonkeyPatch.context() as monkeypatch:
+        if not folder.exists():
+            monkeypatch.chdir(output)
+            done = run_on(1, partial(sphinx, folder))
+            assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pages(site: Path) -> dict[Path, Page]:
     return {path: Page(path.read_text()) for path in site.rglob("*.html")}
 
