@@ -58,6 +58,7 @@ def layout(has_pairs: bool, follows_accuracy: bool) -> dict[str, dict[str, tuple
         "angle of a sample to its class weight, degrees": "train/angle$",
         "norm of a feature": "train/feature_norm$",
     }
+    separability = {"angle between class weights": "val/weight_angle_"}
     if has_pairs:
         validation = {
             "accuracy": "val/acc$",
@@ -73,9 +74,6 @@ def layout(has_pairs: bool, follows_accuracy: bool) -> dict[str, dict[str, tuple
             "angle of a sample to its class weight, degrees": "val/angle$",
             "norm of a feature": "val/feature_norm$",
         }
-
-    separability = {"angle between class weights": "val/weight_angle_"}
-    if not has_pairs:
         separability["angle between class centres"] = "val/centre_angle_"
     categories = {
         "Training": training,
