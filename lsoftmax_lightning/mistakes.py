@@ -83,11 +83,11 @@ class _Node:
 
     def _resolve(self, name: str) -> tuple[Any, str]:
         """Return the class of a name, or the function that returns one; if there is none, None and the reason."""
-        paths = [path for path in self.class_paths() if path.rpartition(".")[2] == name]
-        if "." not in name and len(paths) != 1:
+        paths = [name] if "." in name else [path for path in self.class_paths() if path.rpartition(".")[2] == name]
+        if len(paths) != 1:
             return None, f"give one of {', '.join(paths)}" if paths else ""
         try:
-            kind = resolve_name(paths[0] if "." not in name else name)
+            kind = resolve_name(paths[0])
         except Exception as error:
             return None, f"{type(error).__name__}: {first_line(error)}"
         if isinstance(kind, type) and not issubclass(kind, tuple(base.kind for base in self.bases)):

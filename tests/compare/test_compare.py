@@ -148,7 +148,7 @@ def test_interrupted_comparison_resumes_exactly(
 
 @pytest.mark.slow
 def test_interrupted_comparison_in_subprocesses_resumes_exactly() -> None:
-    args = [*QUIET, "--trainer.max_epochs=60", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
+    args = [*QUIET, "--trainer.max_epochs=20", "--trainer.limit_train_batches=10", *FIRST_IS_BEST]
     command = ["compare", "--config=digits.yaml", "--margins=2", "--seeds=3", *args]
     comparison = subprocess.Popen(
         [sys.executable, "-m", "lsoftmax_lightning", *command],
@@ -165,7 +165,7 @@ def test_interrupted_comparison_in_subprocesses_resumes_exactly() -> None:
     comparison.send_signal(signal.SIGINT)
     _, printed = comparison.communicate(timeout=120)
     assert printed.startswith("Repeat the command to resume.\nStopped by SIGINT.\n")
-    assert_resumes_exactly(args, 600)
+    assert_resumes_exactly(args, 200)
 
 
 def assert_resumes_exactly(args: list[str], steps: int) -> None:
