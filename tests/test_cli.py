@@ -1,6 +1,5 @@
 """Command line, from the perspective of a user."""
 
-import gc
 import json
 import os
 import pickle
@@ -309,9 +308,7 @@ def test_tuners_of_lightning_run_before_the_training(finder: list[str], num_imag
     name, *settings = finder
     config = ["--config=digits.yaml", f"--data.train_size={num_images}", *QUIET]
     args = ["fit", *config, "--trainer.max_epochs=3", f"--trainer.callbacks+={name}", *settings]
-    gc.freeze()  # Lightning collects garbage at each trial, which is slow with many imports
     cli = LSoftmaxCLI(args, callbacks=[Record()])
-    gc.unfreeze()
     steps = 3 * (num_images // batch_size)
     learning_rate = cli.model.learning_rate if name == "LearningRateFinder" else 0.05
     assert seen[0] == (batch_size, learning_rate, steps)
