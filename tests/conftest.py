@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _imports_without_garbage_collection() -> Iterator[None]:
-    """Exclude what was imported from garbage collection, which takes a seventh of the time, and copies it in forks."""
+    """Leave imported objects out of garbage collection, which takes a seventh of the time and copies them in forks."""
     gc.freeze()
     yield
     gc.unfreeze()
