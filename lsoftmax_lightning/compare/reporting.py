@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ..atomic import atomic_path, write_csv, write_text
+from ..dashboard import plots
 from ..errors import InputError
 from ..html_page import Section, figure_html, table_html, text_html, write_page
 from ..provenance import PACKAGES
@@ -137,7 +138,7 @@ def _write(
             name += f"-{len(written)}"
         written.add(name)
         with atomic_path(folder / f"{name}.png") as part:
-            figure.savefig(part, format="png", dpi=200)
+            figure.savefig(part, format="png", dpi=plots.DPI)
         if html:
             html_figures.append(figure_html(figure, name))
     if html:

@@ -15,9 +15,6 @@ from ..geometry import degrees, segment_counts
 from . import plots
 from .snapshots import ClassSnapshot, PairSnapshot, Snapshot
 
-DPI = 200
-"""Dots an inch of every plot, for loggers and files."""
-
 _Kind = TypeVar("_Kind", bound=Snapshot)
 
 
@@ -45,7 +42,7 @@ def draw(snapshot: Snapshot) -> Iterator[Plot]:
 
 def _draw(panels: Sequence[Callable[[_Kind], Plot | None]], snapshot: _Kind) -> Iterator[Plot]:
     for panel in panels:
-        with rc_context({"figure.dpi": DPI}):
+        with rc_context({"figure.dpi": plots.DPI}):
             plot = panel(snapshot)
         if plot is not None:
             yield plot

@@ -34,6 +34,8 @@ COLORS = (
     "#ece133",
     "#56b4e9",
 )
+DPI = 200
+"""Dots an inch of every plot, for loggers and files."""
 STAGES = {"train": "training", "val": "validation", "test": "test"}
 """Name of each stage in words."""
 _STAGE_COLORS = {"train": COLORS[0], "val": COLORS[1], "test": COLORS[2]}

@@ -334,6 +334,7 @@ def test_a_damaged_record_is_left_out_of_the_figures(tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves"}
 
 
+@pytest.mark.draws
 def test_full_disk_keeps_the_previous_report(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.5)
     report(tmp_path)
