@@ -196,6 +196,7 @@ export(make_model(), BlobsDataModule(), "out/model", "torch_export")
 """
 
 
+@pytest.mark.slow
 def test_killed_export_leaves_no_output_and_the_next_one_cleans_up() -> None:
     # a fork would wait for threads of torch.export that it does not have
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

@@ -1,6 +1,5 @@
 """Files with random damage are read or raise a DataError that names them."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,10 +52,13 @@ def examples(test: Callable[..., None]) -> Callable[..., None]:
 @examples
 @given(data=st.data())
 def test_damaged_images_raise_data_error(data: st.DataObject, tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "images", ignore_errors=True)
-    write_folder(tmp_path / "images", ("train", "val", "test"), count=1)
+    folder = tmp_path / "images" / "train" / "red"
+    if not folder.exists():
+        write_folder(tmp_path / "images", ("train", "val", "test"), count=1)
+    for previous in folder.glob("damaged.*"):
+        previous.unlink()
     kind = data.draw(st.sampled_from(FORMATS))
-    path = tmp_path / "images" / "train" / "red" / f"damaged.{kind}"
+    path = folder / f"damaged.{kind}"
     Image.linear_gradient("L").resize((12, 10)).convert("RGB").save(path)
     path.write_bytes(data.draw(mess(path.read_bytes())))
     module = ImageFolderDataModule(str(tmp_path / "images"), image_size=8, batch_size=2, num_workers=0)
