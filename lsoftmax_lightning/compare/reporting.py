@@ -181,8 +181,12 @@ def _check_comparable(runs: Sequence[FinishedRun], names: Sequence[str]) -> None
         facts = {name: run.group_key([name]) != other.group_key([name]) for name in ("backbone", "batch_size", "paper")}
         explained = {"paper", *(name.rpartition(".")[2] for name in run.averaged)} if run.averaged else set()
         differing = [name for name, differs in facts.items() if differs and name not in explained]
-        if not differing and seen.setdefault((group, run.margin, run.pairing_key), run) is not run:
-            other, differing = seen[group, run.margin, run.pairing_key], ["command"]
+        if not differing and (same := seen.setdefault((group, run.margin, run.pairing_key), run)) is not run:
+            if same.value("command") == run.value("command"):
+                raise InputError(
+                    f"--report: got the run with margin {run.margin} and seed {run.seed} twice; leave out the copy."
+                )
+            other, differing = same, ["command"]
         if differing:
             name = differing[0]
             raise InputError(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -518,8 +519,13 @@ def test_runs_with_differences_outside_the_table_are_rejected(
     ):
         data = {"class_path": "DigitsDataModule", "init_args": {"batch_size": batch_size}}
         write_run(tmp_path / folder, 1, 0, 0.5, data=data, backbone=backbone)
+    (facts,) = tmp_path.glob("b/*/run.json")
+    facts.write_text(facts.read_text().replace("the command", "another command"))
     with pytest.raises(InputError, match=f"--report: two runs differ in {name}"):
         report([tmp_path / "a", tmp_path / "b"])
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    with pytest.raises(InputError, match="--report: got the run with margin 1 and seed 0 twice; leave out the copy"):
+        report([tmp_path / "a", tmp_path / "copy"])
 
 
 def test_every_path_of_a_report_needs_finished_runs(tmp_path: Path) -> None:
