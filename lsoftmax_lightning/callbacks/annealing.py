@@ -143,10 +143,10 @@ class LambdaAnnealing(Callback):
         """
         every = trainer.log_every_n_steps or _MAX_STEPS  # type: ignore[attr-defined]
         if trainer.is_last_batch or trainer.should_stop or trainer.global_step % every == 0:
-            pl_module.log("lambda", _head(pl_module).lambda_)  # not at every step, because it takes half a millisecond
-            trainer.progress_bar_metrics["lambda"] = _head(
-                pl_module
-            ).lambda_  # `prog_bar` would wait for the device at every step
+            lambda_ = _head(pl_module).lambda_
+            pl_module.log("lambda", lambda_)  # not at every step, because it takes half a millisecond
+            # `prog_bar=True` would wait for the device at every step
+            trainer.progress_bar_metrics["lambda"] = lambda_
             if self._accuracy is not None:
                 pl_module.log("train/margin_acc", self._accuracy.value)
             self._stop_if_diverged(trainer, pl_module)

@@ -105,9 +105,8 @@ class InterruptAt25(ProgressFile):
         if trainer.global_step == 25:
             comparison = os.getppid()
             os.kill(comparison if self.target == "comparison" else os.getpid(), self.signum)
-            while (
-                os.getppid() == comparison and SignalHandler.latest < 0
-            ):  # until the end of the comparison or the signal is noticed
+            # until the end of the comparison, or until the signal is noticed
+            while os.getppid() == comparison and SignalHandler.latest < 0:
                 time.sleep(0.01)
         super().on_train_batch_end(trainer, *args, **kwargs)
 
