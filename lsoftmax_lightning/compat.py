@@ -151,6 +151,19 @@ def trains_in_other_processes(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
+def signal_launched_ranks(trainer: Trainer, signum: signal.Signals) -> None:
+    """Send a signal to the ranks that this process launched, if any, and ignore how they end (Lightning 2.6.6).
+
+    Otherwise, a thread of Lightning kills this process when a rank that it launched as a subprocess fails.
+    """
+    launcher = trainer.strategy.launcher
+    if launcher is not None:
+        launcher.kill(signum)
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        for process in launcher.procs:
+            process.returncode = 0
+
+
 def kill_launched_ranks(trainer: Trainer, seconds: float) -> None:
     """Kill the ranks that this process launched as subprocesses, if any (Lightning 2.6.6).
 

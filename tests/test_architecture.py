@@ -243,6 +243,7 @@ PRIVATE_NAMES_IN_TESTS: dict[str, set[str]] = {  # without a public equivalent
     "helpers/training.py": {"_forward_hooks"},
     "kills_process.py": {"_run_after_forkers", "_run_exitfuncs"},
     "test_compat.py": {"_configure_launcher", "_pytree", "_tree_flatten"},
+    "test_interruption.py": {"_ChildProcessObserver", "_SubprocessScriptLauncher"},
 }
 
 

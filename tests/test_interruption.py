@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from lightning import Callback, Trainer
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lsoftmax_lightning.__main__
@@ -171,11 +173,16 @@ def test_a_signal_outside_of_training_ends_with_its_code(command: str, hook: str
 def test_signal_to_one_rank_ends_all_ranks(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = [command, "--config=digits.yaml", *QUIET, "--trainer.devices=2", "--trainer.strategy=ddp"]
     send = Send(signal.SIGTERM, f"on_{command}_batch_end", rank=1)
+    # rank 1 gets the signal of rank 0 while Python exits, and is killed by it
+    kill = _SubprocessScriptLauncher.kill
+    monkeypatch.setattr(_SubprocessScriptLauncher, "kill", lambda *args: (time.sleep(1), kill(*args)))
     Path("program.py").write_text(
-        "import signal\nfrom tests.test_interruption import Send, run_cli\n"
+        "import atexit, signal, time\nfrom tests.test_interruption import Send, run_cli\n"
+        "atexit.register(time.sleep, 3)\n"
         f"run_cli({args}, Send(signal.SIGTERM, 'on_{command}_batch_end', rank=1))\n"
     )
     monkeypatch.setenv("PYTHONPATH", ROOT)
+    monkeypatch.setattr(_ChildProcessObserver.__init__, "__defaults__", (0.01,))  # seconds between two checks
     began = time.monotonic()
     done = launch(lambda: run_cli(args, send))
     assert done.returncode == 143, done.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from ..compat import trains_in_other_processes
+from ..compat import signal_launched_ranks, trains_in_other_processes
 from ..process_group import leave_process_group
 from ..signals import SignalHandler, stop
 
@@ -63,6 +63,5 @@ class ExitOnSignals(Callback):
 
 
 def _stop_all_ranks(trainer: Trainer, signum: signal.Signals) -> None:
-    if (launcher := trainer.strategy.launcher) is not None:
-        launcher.kill(signum)
+    signal_launched_ranks(trainer, signum)
     stop(signum, EXIT_SECONDS)
