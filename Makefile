@@ -10,8 +10,8 @@ check: ## style, types, scripts, schemas
 test: ## the default tests
 	pytest
 
-test-slow: ## the slow tests, which `pytest` skips
-	pytest -m slow
+test-slow: ## the slow tests, which `pytest` skips; dealt out in order, so that no long one runs last and alone
+	pytest -m slow --dist=load
 
 test-oldest: ## tests on Python 3.10 with the oldest releases that pyproject.toml allows
 	python3.10 -m venv .venvs/oldest
