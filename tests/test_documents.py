@@ -4,10 +4,10 @@ import csv
 import glob
 import json
 import math
-import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,21 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 import yaml
-from nbclient import NotebookClient
+from IPython.core.interactiveshell import InteractiveShell
 from sphinx.cmd.build import main as build
 from torchvision.datasets import CIFAR10
+from traitlets.config import Config
 
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.compare.paper import paper_accuracy, paper_experiment
 from lsoftmax_lightning.compare.planning import Run, plan
 from lsoftmax_lightning.datamodules import DigitsDataModule
 
-from .helpers.forked import run_on, srun, torchrun
+from .helpers.forked import launch, run_on, srun, torchrun
 from .helpers.formats import write_cifar, write_folder, write_image, write_lfw, write_mnist
 from .helpers.training import WRITES_ONNX
 
@@ -365,30 +365,43 @@ def outputs(notebook: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[dic
             yield cell, cell["outputs"]
 
 
+def bash(line: str, script: str) -> None:
+    """Run a cell of bash, whose Python commands run in forks of this process."""
+    ours, theirs = socket.socketpair()
+    end = theirs.fileno()
+    python = f"python() {{ printf '%s\\0' \"$@\" >&{end}; echo >&{end}; read -r <&{end}; return $REPLY; }}\n"
+    with ours, ours.makefile() as commands, subprocess.Popen(["bash", "-euc", python + script], pass_fds=[end]) as cell:
+        theirs.close()
+        for words in commands:
+            args = words.split("\0")[2:-1]
+            done = launch(partial(main, args), *args)
+            print(done.stdout, done.stderr)
+            ours.sendall(f"{done.returncode}\n".encode())
+    assert cell.returncode == 0
+
+
+class Shell(InteractiveShell):
+    """IPython without a screen."""
+
+    def enable_gui(self, gui: str | None = None) -> None:
+        """Draw nothing while no cell runs."""
+
+
+def run_cells(path: Path) -> None:
+    """Run a notebook in this process, because to start a kernel takes longer than most notebooks."""
+    shell = Shell(config=Config(HistoryManager={"enabled": False}))
+    shell.register_magic_function(bash, "cell")
+    for cell, _ in outputs(json.loads(path.read_text())):
+        shell.run_cell("".join(cell["source"])).raise_error()
+
+
 @pytest.mark.slow
+@pytest.mark.draws
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_notebook_runs_without_an_error_or_a_warning(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_kernel(Path("jupyter"), monkeypatch)
-    folder = Path("empty")
-    folder.mkdir()
-    notebook = nbformat.read(path, as_version=4)
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=180, kernel_name="python3", resources=resources).execute()
-    for cell, results in outputs(notebook):
-        text = "".join(result["text"] for result in results if result.get("name") == "stderr")
-        assert "warning" not in text.lower(), f"{cell['source']}\n{text}"
-
-
-def write_kernel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernel `python3` be this interpreter, with this checkout, whatever kernels are installed."""
-    kernel = folder / "kernels" / "python3"
-    kernel.mkdir(parents=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = {"argv": command, "display_name": "Python 3", "language": "python"}
-    (kernel / "kernel.json").write_text(json.dumps(spec))
-    monkeypatch.setenv("JUPYTER_PATH", str(folder.absolute()))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # of cells in bash
+def test_every_notebook_runs_without_an_error_or_a_warning(path: Path) -> None:
+    done = run_on(1, partial(run_cells, path), lambda rank, count, port: {"IPYTHONDIR": "ipython"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stderr.lower(), done.stderr
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
