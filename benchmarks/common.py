@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 
+import numpy as np
 import torch
 
 from lsoftmax_lightning.compare.text import markdown_table
@@ -56,5 +56,5 @@ def time_interleaved(
 
 def ratio(times: Sequence[float], floor: Sequence[float]) -> str:
     """Format median and quartiles of the ratios within rounds."""
-    lower, median, upper = statistics.quantiles([a / b for a, b in zip(times, floor, strict=True)], n=4)
+    lower, median, upper = np.quantile([a / b for a, b in zip(times, floor, strict=True)], [0.25, 0.5, 0.75])
     return f"{median:.2f} ({lower:.2f} .. {upper:.2f})"

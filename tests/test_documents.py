@@ -399,6 +399,8 @@ def run_cells(path: Path) -> None:
 @pytest.mark.draws
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_notebook_runs_without_an_error_or_a_warning(path: Path) -> None:
+    if "onnx" in path.read_text() and not WRITES_ONNX:
+        pytest.skip("this torch writes no ONNX")
     done = run_on(1, partial(run_cells, path), lambda rank, count, port: {"IPYTHONDIR": "ipython"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning" not in done.stderr.lower(), done.stderr

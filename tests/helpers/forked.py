@@ -53,7 +53,9 @@ def run_on(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    paths = [[Path(f"{name}_{rank}").absolute() for name in ("stdout", "stderr")] for rank in range(count)]
+    # a process may run another task in this folder
+    names = [[f"{stream}_{os.getpid()}_{rank}" for stream in ("stdout", "stderr")] for rank in range(count)]
+    paths = [[Path(name).absolute() for name in pair] for pair in names]
     ranks = {fork(environment(rank, count, port), task, *paths[rank]): rank for rank in range(count)}
     failed = 0
     while ranks:
