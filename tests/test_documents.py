@@ -367,16 +367,20 @@ def outputs(notebook: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[dic
 
 def bash(line: str, script: str) -> None:
     """Run a cell of bash, whose Python commands run in forks of this process."""
-    ours, theirs = socket.socketpair()
-    end = theirs.fileno()
-    python = f"python() {{ printf '%s\\0' \"$@\" >&{end}; echo >&{end}; read -r <&{end}; return $REPLY; }}\n"
-    with ours, ours.makefile() as commands, subprocess.Popen(["bash", "-euc", python + script], pass_fds=[end]) as cell:
-        theirs.close()
+    server, client = socket.socketpair()
+    fd = client.fileno()
+    python = f"python() {{ printf '%s\\0' \"$@\" >&{fd}; echo >&{fd}; read -r <&{fd}; return $REPLY; }}\n"
+    with (
+        server,
+        server.makefile() as commands,
+        subprocess.Popen(["bash", "-euc", python + script], pass_fds=[fd]) as cell,
+    ):
+        client.close()
         for words in commands:
             args = words.split("\0")[2:-1]
             done = launch(partial(main, args), *args)
             print(done.stdout, done.stderr)
-            ours.sendall(f"{done.returncode}\n".encode())
+            server.sendall(f"{done.returncode}\n".encode())
     assert cell.returncode == 0
 
 
