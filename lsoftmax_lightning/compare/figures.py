@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ..dashboard import plots
@@ -104,30 +105,37 @@ def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) 
     accuracy.set(ylabel="test accuracy, %, with 95 % interval")
     difference.set(ylabel="difference to m = 1, points, with 95 % interval")
     difference.axhline(0, color="gray", linewidth=1)
-    for color, (label, curve) in zip(cycle(COLORS), points.items(), strict=False):
-        style = {"color": color, "marker": "o", "capsize": 3, "label": label}
+    for index, (label, curve) in enumerate(points.items()):
+        style = {"color": COLORS[index % len(COLORS)], "marker": "o", "capsize": 3, "label": label}
+        # equal values of two curves must not hide each other
+        shift = 20 / len(points) * (index - (len(points) - 1) / 2)
         reference = baselines[label] if baselines[label] != label else softmax
-        _errorbars(accuracy, {x: [100 * run.metrics["test/acc"] for run in group] for x, group in curve.items()}, style)
+        accuracies = {x: [100 * run.metrics["test/acc"] for run in group] for x, group in curve.items()}
+        _errorbars(accuracy, accuracies, style, shift)
         if reference in points and reference != label:
             base = points[reference]
             differences = {x: paired_differences(group, base[x]) for x, group in curve.items() if x in base}
-            _errorbars(difference, differences, style)
+            _errorbars(difference, differences, style, shift)
     ticks = sorted({x for curve in points.values() for x in curve})
     for axes in (accuracy, difference):
         axes.set(xlabel=axis, xscale="log" if ticks[0] > 0 and ticks[-1] >= 10 * ticks[0] else "linear")
         axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
+        axes.margins(x=0.08)  # room for the shifts
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     accuracy.legend(frameon=False)
     return figure
 
 
-def _errorbars(axes: Axes, samples: Mapping[float, Sequence[float]], style: Mapping[str, Any]) -> None:
-    """Draw means with their 95 % intervals."""
+def _errorbars(axes: Axes, samples: Mapping[float, Sequence[float]], style: Mapping[str, Any], shift: float) -> None:
+    """Draw means with their 95 % intervals, ``shift`` points (1/72 inch) to the right."""
     drawn = {x: sample for x, sample in sorted(samples.items()) if sample}
     if drawn:
         halves = [half_interval(sample) for sample in drawn.values()]
-        axes.errorbar(list(drawn), list(map(statistics.fmean, drawn.values())), halves, **style)
+        bars = axes.errorbar(list(drawn), list(map(statistics.fmean, drawn.values())), halves, **style)
+        transform = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
+        for artist in bars.get_children():
+            artist.set_transform(transform)  # now: matplotlib finds no limits of moved curves
 
 
 def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:

@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -431,6 +432,10 @@ def test_several_comparisons_are_reported_together(tmp_path: Path) -> None:
     curves = {bars.get_label(): list(bars.lines[0].get_ydata()) for bars in accuracy.containers}
     assert curves["m = 2"] == pytest.approx([81.5, 82.5, 81.0])
     assert curves["m = 1, model.label_smoothing = 0.1"] == pytest.approx([85.0] * 3)
+    lines = [bars.lines[0] for bars in accuracy.containers]
+    drawn = np.stack([line.get_transform().transform(line.get_xydata()) for line in lines])
+    assert np.diff(drawn[:, :, 0], axis=0) == pytest.approx(20 / 3 / 72 * accuracy.figure.dpi)  # none hides another
+    assert (np.abs(accuracy.transAxes.inverted().transform(drawn.reshape(-1, 2)) - 0.5) < 0.5).all()
     gaps = {bars.get_label(): list(bars.lines[0].get_ydata()) for bars in difference.containers}
     assert gaps == {
         "m = 2": pytest.approx([1.0, 2.0, 0.5]),
