@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ..dashboard import plots
 from ..dashboard.plots import COLORS
 from ..geometry import degrees
-from .intervals import half_interval, paired_differences
+from .intervals import half_interval, paired_differences, standard_deviation
 from .results import FinishedRun, as_float, setting_names
 
 _CURVES = {"lambda": "symlog", "train/loss": "log", "val/loss": "log", "val/acc": "linear"}
@@ -68,7 +68,7 @@ def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
                 values[run.margin + shift].append(100 * run.metrics["test/acc"])
                 axes.plot(run.margin + shift, values[run.margin + shift][-1], ".", color=color, alpha=0.35)
         means = [statistics.fmean(group) for group in values.values()]
-        spreads = [statistics.stdev(group) if len(group) > 1 else 0 for group in values.values()]
+        spreads = [standard_deviation(group) if len(group) > 1 else 0 for group in values.values()]
         axes.errorbar(list(values), means, spreads, color=color, marker="o", capsize=4, label=setting or "default")
     axes.set_xticks(sorted({run.margin for runs in settings.values() for run in runs}))
     axes.grid(alpha=0.3)

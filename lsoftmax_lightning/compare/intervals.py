@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from scipy.stats import sem, t
+from scipy.stats import t
 
 from .results import FinishedRun
 
@@ -23,12 +23,17 @@ def paired_differences(runs: Sequence[FinishedRun], baseline: Sequence[FinishedR
     return [100 * (run.metrics["test/acc"] - base[run.pairing_key]) for run in shared]
 
 
+def standard_deviation(values: Sequence[float]) -> float:
+    """Return the standard deviation of several values; NaN if one is NaN or infinite, which ``statistics`` rejects."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def half_interval(values: Sequence[float]) -> float:
     """Return half the width of the 95 % interval (Student's t) of a mean; NaN for a single value."""
     if len(values) < 2:
         return math.nan
     # not ttest_1samp(values, 0).confidence_interval(), which warns if all values are equal
-    return float(t.ppf(0.975, len(values) - 1) * sem(values))
+    return float(t.ppf(0.975, len(values) - 1)) * standard_deviation(values) / math.sqrt(len(values))
 
 
 def mean_and_interval(values: Sequence[float]) -> str:

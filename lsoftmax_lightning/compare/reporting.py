@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..html_page import Section, figure_html, table_html, text_html, write_page
 from ..provenance import PACKAGES
 from .figures import draw
-from .intervals import mean_and_interval, paired_differences
+from .intervals import mean_and_interval, paired_differences, standard_deviation
 from .paper import paper_accuracy, paper_source
 from .results import TRAINING_FACTS, FinishedRun, as_float, column_name, columns, read, setting_names
 from .text import file_name, markdown_table
@@ -253,7 +253,7 @@ def _mean(runs: Sequence[FinishedRun], name: str, factor: float, digits: int) ->
     values = [factor * run.metrics[name] for run in runs if name in run.metrics]
     if not values:
         return "-"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {standard_deviation(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 

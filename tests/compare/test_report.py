@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import shutil
 import statistics
@@ -100,6 +101,18 @@ def test_means_and_paired_differences_equal_a_reference(tmp_path: Path) -> None:
         written = list(csv.DictReader(file))
     assert [float(row["test/acc"]) for row in written] == [*softmax, *margin, 0.1]
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "curves", "features", "confusion", "angles"}
+
+
+@pytest.mark.draws
+@pytest.mark.parametrize("accuracy", [math.nan, math.inf])
+def test_metrics_that_are_not_finite_are_reported(accuracy: float, tmp_path: Path) -> None:
+    for margin in (1, 4):
+        write_run(tmp_path, margin, 0, 0.5)
+        write_run(tmp_path, margin, 1, 0.5 if margin == 1 else accuracy)
+    report(tmp_path)
+    _, _, _, margin_4 = cells(tmp_path)
+    assert margin_4[2:4] == [f"{accuracy} ± nan", f"{accuracy:+}"]
+    assert (tmp_path / "accuracy.png").is_file()
 
 
 @pytest.mark.draws
