@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -110,10 +111,13 @@ def _values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
     values = {}
     for text in texts:
         key, _, listed = text.partition("=")
+        if key in values:
+            raise InputError(f"--{option}: must name a setting once, got {key} twice; list all its values: KEY=V1,V2.")
         try:
-            values[key] = yaml.safe_load(f"[{listed}]")
+            parsed = yaml.safe_load(f"[{listed}]")
         except yaml.YAMLError as error:
             raise InputError(f"--{option}: must be KEY=V1,V2, got {text!r}: {error}") from error
+        values[key] = [str(value) if isinstance(value, date) else value for value in parsed]  # of a folder
     return values
 
 

@@ -55,7 +55,13 @@ def compare_margins(
         RunError: If a run failed. It is raised after the other runs, and table and figures of these are written.
     """
     configs = [config] if isinstance(config, str) else list(config)
-    sweep, average = sweep or {}, average or {}
+    names = [key.replace(".init_args", "") for key in [*(sweep or {}), *(average or {})]]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--sweep and --average: must name a setting once, got {name} twice; list all its values.")
+    sweep, average = (
+        {key.replace(".init_args", ""): values for key, values in (given or {}).items()} for given in (sweep, average)
+    )
     if jobs < 1:
         raise InputError(f"jobs: must be at least 1, got {jobs}; set the number of runs to train at once.")
     path = Path(folder or Path("runs", f"compare-{Path(configs[-1]).stem}")).absolute()
@@ -69,10 +75,6 @@ def compare_margins(
     command += ["--jobs", str(jobs)] if jobs > 1 else []
     command += ["--folder", str(folder)] if folder else []
     command += ["--html"] if html else []
-    if shared := sweep.keys() & average.keys():
-        raise InputError(
-            f"--average: must not repeat a setting of --sweep, got {', '.join(shared)} in both; remove one."
-        )
     runs = plan(configs, margins, seeds, settings, {**sweep, **average}, path)
     facts = {"command": shlex.join([*command, *settings])}
     if average:

@@ -150,12 +150,16 @@ def plan(
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise InputError(f"seeds: must be from 0 to {2**32 - 1}, got {seed}.")
-    options = [word.removeprefix("--").partition("=")[0] for word in settings if word.startswith("--")]
+    words = [word.removeprefix("--").partition("=")[0] for word in settings if word.startswith("--")]
+    options = [word.replace(".init_args", "") for word in words]
     for name in [*options, *sweep]:
-        if _is_under(name.replace(".init_args", ""), _RESERVED_KEYS):
+        if _is_under(name, _RESERVED_KEYS):
             raise InputError(
                 f"{name}: cannot be set, because the comparison sets it; use --margins, --seeds or --folder."
             )
+    for name in sweep:
+        if name in options:
+            raise InputError(f"{name}: must be fixed or swept, got both; remove one.")
     combinations: list[dict[str, Any]] = [
         {"margin": margin} | dict(zip(sweep, values, strict=True))
         for margin, *values in itertools.product(margins, *sweep.values())

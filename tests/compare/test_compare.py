@@ -69,7 +69,8 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
     capsys.readouterr()
-    assert len(compare_margins("digits", [1, 2], [0, 1], SHORT, {"model.label_smoothing": [0]}, jobs=2)) == 6
+    same_setting = {"model.init_args.label_smoothing": [0]}
+    assert len(compare_margins("digits", [1, 2], [0, 1], SHORT, same_setting, jobs=2)) == 6
     assert "2 of 4 runs are already finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -239,8 +240,21 @@ def test_failed_run_is_reported_and_the_others_finish(capsys: pytest.CaptureFixt
         (["--config=digits.yaml", "--average", "data.val_size=[1"], "--average: must be KEY=V1,V2"),
         (
             ["--config=digits.yaml", "--average", "a.b=1", "--sweep", "a.b=2"],
-            "--average: must not repeat a setting of --sweep",
+            "--sweep and --average: must name a setting once, got a.b twice",
         ),
+        (
+            ["--config=digits.yaml", "--sweep=model.backbone=a", "--sweep=model.init_args.backbone=b"],
+            "--sweep and --average: must name a setting once, got model.backbone twice",
+        ),
+        (
+            ["--config=digits.yaml", "--sweep=a.b=1", "--sweep=a.b=2"],
+            "--sweep: must name a setting once, got a.b twice",
+        ),
+        (
+            ["--config=digits.yaml", "--sweep=model.label_smoothing=0,0.1", "--model.init_args.label_smoothing=0.1"],
+            "model.label_smoothing: must be fixed or swept, got both",
+        ),
+        (["--config=folder.yaml", "--sweep=data.root=2020-01-01"], "2020-01-01/train: the folder does not exist"),
         (["--config=digits.yaml", "--average", "model.margin=3,4"], "use --margins, --seeds or --folder"),
         (["--report=gone"], "no run in"),
         (["--report", "gone", "--jobs", "2"], "accepts only --folder"),
