@@ -128,7 +128,8 @@ def run_ours(args: list[str], starter: str, planned: list[int]) -> None:
         return
     if args[0] in ("fit", "validate", "test", "predict"):
         args = [*args, *SMALL, *(["--data.image_size=32"] if "lfw.yaml" in args else [])]
-        args += ["--dashboard.every_n_epochs=1"] if "--dashboard.html" in args else []  # a page needs plots
+        if {"--dashboard.html", "--dashboard.save"} & set(args):  # they need plots
+            args += ["--dashboard.every_n_epochs=1"]
     if "--trainer.devices" in args:
         nodes = 2 if "--trainer.num_nodes" in args else 1
         args[args.index("--trainer.devices") + 1] = str(2 // nodes)

@@ -68,7 +68,8 @@ def test_a_run_and_a_comparison_have_a_page() -> None:
     page = Page(Path("runs/digits/m2-s0/report.html"))
     assert page.headings[0] == "Run runs/digits/m2-s0"
     plots = {"Test: plots", "Validation: plots"}
-    assert plots | {"Test: Accuracy and loss", "Settings", "Machine and versions"} <= set(page.headings)
+    metrics = {"Test: Accuracy and loss", "Validation: Accuracy and loss"}
+    assert plots | metrics | {"Settings", "Machine and versions"} <= set(page.headings)
     assert {"test/confusion", "val/confusion", "val/features"} <= page.images.keys()
     assert any(re.search(r"margin: 2\n", text) for text in page.texts)
     assert "torch" in page.texts

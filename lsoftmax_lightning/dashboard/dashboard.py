@@ -81,11 +81,13 @@ class Dashboard(SnapshotObserver):
             raise InputError(f"max_share must be from 0 to 1, got {max_share}.")
         if save not in (True, False, "png", "svg", "pdf"):
             raise InputError(f"save must be true, false, png, svg or pdf, got {save}.")
-        if html and every_n_epochs == 0:
-            raise InputError("html: the page shows plots, got every_n_epochs 0 (no plots); set it to 1 or more.")
+        if (save or html) and every_n_epochs == 0:
+            raise InputError("save and html: need plots, got every_n_epochs 0 (no plots); set it to 1 or more.")
         self.every_n_epochs, self.max_samples, self.max_share, self.save = every_n_epochs, max_samples, max_share, save
         self.html = html
-        self._sections: dict[str, Section] = {}  # of the page, by stage
+        # of the page, by stage
+        self._metrics: dict[str, list[Section]] = {}
+        self._plots: dict[str, Section] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,7 +102,8 @@ class Dashboard(SnapshotObserver):
             self._check_names(trainer, head.num_classes)
         self._folder = Path(str(log_dir), "dashboard")
         if stage == "fit":
-            self._sections.clear()
+            self._metrics.clear()
+            self._plots.clear()
         self._train_angles: list[Tensor] = []
         self._latest: Snapshot | None = None
         self._last_queued: Snapshot | None = None
@@ -230,19 +233,24 @@ class Dashboard(SnapshotObserver):
                     log_figure(logger, name, plot.figure, snapshot.step)
                 if self.html:
                     pictures.append(figure_html(plot.figure, name))
-        self._sections[snapshot.stage] = Section(f"{STAGES[snapshot.stage].capitalize()}: plots", "\n".join(pictures))
+        self._plots[snapshot.stage] = Section(f"{STAGES[snapshot.stage].capitalize()}: plots", "\n".join(pictures))
 
     def _write_page(self, trainer: Trainer) -> None:
         if not self.html or not trainer.is_global_zero:
             return
         run = self._folder.parent
         with self.optional("report.html"):
-            metrics = trainer.callback_metrics
-            stage = "test" if any(name.startswith("test/") for name in metrics) else "val"
-            groups = labelled({name: value for name, value in metrics.items() if name.startswith(f"{stage}/")})
-            title = STAGES[stage].capitalize()
-            sections = [Section(f"{title}: {name}", table_html((), rows)) for name, rows in groups.items()]
-            sections += [self._sections[stage] for stage in ("test", "val") if stage in self._sections]
+            sections = []
+            for stage in ("test", "val"):
+                metrics = trainer.callback_metrics.items()
+                groups = labelled({name: value for name, value in metrics if name.startswith(f"{stage}/")})
+                if groups:
+                    title = STAGES[stage].capitalize()
+                    self._metrics[stage] = [
+                        Section(f"{title}: {name}", table_html((), rows)) for name, rows in groups.items()
+                    ]
+                sections += self._metrics.get(stage, [])
+                sections += [self._plots[stage]] if stage in self._plots else []
             config = run / "config.yaml"
             if config.is_file():
                 sections.append(Section("Settings", text_html(config.read_text(encoding="utf-8"))))
