@@ -283,13 +283,17 @@ class LSoftmaxCLI(CommandLine):
     def _name_folders(self, loggers: list[Any]) -> None:
         """Replace each TensorBoardLogger without a version by one whose folder is named after the run.
 
-        A command other than ``fit`` writes to a folder of its name in that of the run, or among the runs.
+        A command other than ``fit`` writes to a folder of its name in that of the run, or among the runs, also if the
+        version is that of a run, as in the config of a run with a version.
         """
         run = self.config_init[self.subcommand]
         margin = getattr(head_of(self.model), "margin", None)
         settings = as_list(self.config[self.subcommand].trainer.logger)
         for index, (logger, before) in enumerate(zip(loggers, settings, strict=True)):
-            if not is_kind(before, TensorBoardLogger) or before.init_args.version is not None:
+            if not is_kind(before, TensorBoardLogger):
+                continue
+            is_of_a_run = self.subcommand != "fit" and Path(logger.log_dir, "config.yaml").is_file()
+            if before.init_args.version is not None and not is_of_a_run:
                 continue
             if self.subcommand == "fit":
                 arguments = training_logger(before.init_args, margin, run.seed_everything)

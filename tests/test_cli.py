@@ -124,6 +124,22 @@ def test_test_and_predict_find_the_folder_of_fit() -> None:
     assert {path.name for path in Path("runs/digits").iterdir()} == {"m2-s0", "test"}
 
 
+@pytest.mark.parametrize("version", ["named", ""])
+def test_test_does_not_write_into_a_run_with_a_version(version: str) -> None:
+    name = [f"--trainer.logger.version={version}", "--trainer.logger.name=name"]
+    main(["fit", "--config=digits", *SHORT, *name])
+    run = Path("runs/name", version)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    shutil.copy(run / "checkpoints/best.ckpt", "elsewhere.ckpt")
+    for checkpoint in (str(run / "checkpoints/last.ckpt"), "elsewhere.ckpt"):
+        main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"])
+        assert {path: path.read_bytes() for path in before} == before
+    assert (run / "test/results.json").is_file()
+    assert set(run.glob("events*")) <= before.keys()
+    main(["test", f"--config={run / 'config.yaml'}", "--ckpt_path=elsewhere.ckpt", "--trainer.logger.version=other"])
+    assert Path("runs/name/other/results.json").is_file()
+
+
 ZEROES_WEIGHTS = """
 import torch
 from lightning import Callback

@@ -159,6 +159,12 @@ class Predictions(Callback):
         module_name = type(pl_module).__name__
         _check_outputs(outputs, module_name)
         size = len(next(iter(outputs.values())))
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if isinstance(images, Tensor) and len(images) != size:
+            raise InputError(
+                f"predict_step: {module_name} must return tensors with a row for each image of the batch, got {size} "
+                f"rows for {len(images)} images; mark images in an output instead of leaving them out."
+            )
         indices = [trainer.global_rank + trainer.world_size * (self._count + i) for i in range(size)]
         if self._targets is not None and "prediction" in outputs:
             outputs = {"label": self._targets[indices], **outputs}
@@ -182,6 +188,11 @@ class Predictions(Callback):
         for name in columns.keys() & self._class_columns:
             columns[name] = [self._class_names.get(index, str(index)) for index in columns[name]]
         if self.max_angle is not None:
+            if missing := {"prediction", "angle"} - columns.keys():
+                raise InputError(
+                    f"predictions.max_angle: needs `{min(missing)}` from predict_step of {module_name}, got only "
+                    f"{', '.join(outputs)}; return it, or leave max_angle out."
+                )
             pairs = zip(columns["prediction"], columns["angle"], strict=True)
             columns["prediction"] = [name if angle <= self.max_angle else "unknown" for name, angle in pairs]
         image_ids = [self._paths[index] for index in indices] if self._paths else indices

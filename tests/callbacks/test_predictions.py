@@ -331,6 +331,8 @@ def test_other_dtype_in_a_later_batch_is_an_error() -> None:
         ({"x": torch.ones(()), "y": torch.ones(25)}, r"a row for each image .* got the shapes \{'x': \(\), 'y'"),
         ({"x": torch.ones(25), "y": torch.ones(())}, "a row for each image"),
         ({"x": torch.ones(25), "y": torch.ones(24)}, "a row for each image"),
+        ({"x": torch.ones(24)}, "a row for each image of the batch, got 24 rows for 25 images"),
+        ({"x": torch.ones(50)}, "a row for each image of the batch, got 50 rows for 25 images"),
         ({"index": torch.ones(25)}, "must not return `index`, the name of the first column"),
         ({"x": torch.ones(25), "path": torch.ones(25)}, "must not return `path`"),
     ],
@@ -339,6 +341,16 @@ def test_outputs_without_a_row_for_each_image_are_an_error(outputs: Any, message
     with pytest.raises(InputError, match=rf"^predict_step: Outputs .*{message}"):
         predict_outputs("out.csv", outputs, outputs)
     assert not list(Path().glob("*out*"))
+
+
+@pytest.mark.parametrize("missing", ["prediction", "angle"])
+def test_max_angle_needs_the_angle_of_the_predicted_class(missing: str) -> None:
+    outputs = {name: torch.ones(25) for name in ("prediction", "angle", "x") if name != missing}
+    trainer = make_trainer(callbacks=[Predictions("out.csv", max_angle=60)])
+    data = Blobs()
+    data.batch_size = 25
+    with pytest.raises(InputError, match=f"predictions.max_angle: needs `{missing}` from predict_step of Outputs"):
+        trainer.predict(Outputs(outputs), data, return_predictions=False)
 
 
 @pytest.mark.parametrize("shapes", [[(25,), (25,)], [(25, 3, 4), (25, 3, 4)], [(25, 3), (25, 4)]])
