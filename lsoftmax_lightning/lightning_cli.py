@@ -417,7 +417,9 @@ class LSoftmaxCLI(CommandLine):
 
     def after_fit(self) -> None:
         """Test the best checkpoint."""
-        checkpoint: Any = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
+        # after those of trainer.callbacks
+        checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
+        checkpoint: Any = checkpoints[-1] if checkpoints else None
         if checkpoint and trains_in_other_processes(self.trainer):
             checkpoint.restore_best(self.trainer)
             self.trainer.callback_metrics.clear()  # metrics of the training

@@ -24,7 +24,8 @@ class BestCheckpoint(CheckpointHooks):
 
     The arguments are those of :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. A file that a killed run wrote
     after its last checkpoint is overwritten, whereas Lightning writes ``best-v1.ckpt`` next to it. A ``/`` in a file
-    name, for example from the name of a metric, becomes ``_``, whereas Lightning creates a folder.
+    name, for example from the name of a metric, becomes ``_``, whereas Lightning creates a folder. If several callbacks
+    share a folder, the index is of the last one.
     """
 
     @property
@@ -35,15 +36,14 @@ class BestCheckpoint(CheckpointHooks):
     def format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
         """Return the path of a checkpoint, directly in the folder."""
         path = super().format_checkpoint_name(*args, **kwargs)
-        folder = f"{self.dirpath}/" if self.dirpath else ""
+        folder = f"{str(self.dirpath).rstrip('/')}/" if self.dirpath else ""
         return folder + path.removeprefix(folder).replace("/", "_")
 
     def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
         """Return whether the file exists and must not be overwritten."""
         exists = super().file_exists(filepath, trainer)
-        is_leftover = (
-            self.monitor is not None and str(filepath) not in self.best_k_models and Path(filepath).stem != "last"
-        )
+        kept = {path for callback in _model_checkpoints(trainer) for path in callback.best_k_models}
+        is_leftover = self.monitor is not None and str(filepath) not in kept and Path(filepath).stem != "last"
         return exists and not is_leftover
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -73,8 +73,13 @@ class BestCheckpoint(CheckpointHooks):
 
     @override
     def after_write(self, trainer: Trainer, filepath: str) -> None:
-        if trainer.is_global_zero and "://" not in filepath:
+        others = [c for c in _model_checkpoints(trainer) if isinstance(c, BestCheckpoint) and c.dirpath == self.dirpath]
+        if trainer.is_global_zero and "://" not in filepath and others[-1] is self:
             update_index(Path(filepath).parent, best=Path(self.best_model_path).name)
+
+
+def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
 def relocate(checkpoint: dict[str, Any], trainer: Trainer) -> None:
@@ -90,9 +95,9 @@ def relocate(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         trainer: The Trainer that resumes from it.
     """
     states = checkpoint.get("callbacks", {})
-    for callback in trainer.checkpoint_callbacks:
+    for callback in _model_checkpoints(trainer):
         state = states.get(callback.state_key)
-        if isinstance(callback, ModelCheckpoint) and isinstance(state, dict):
+        if isinstance(state, dict):
             if trainer.is_global_zero:
                 state = _relocated(state, callback, Path(str(trainer.ckpt_path)).parent, checkpoint["global_step"])
             states[callback.state_key] = trainer.strategy.broadcast(state)

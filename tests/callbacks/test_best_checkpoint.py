@@ -110,6 +110,23 @@ def test_kill_between_best_and_last_checkpoint_keeps_the_best(
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_two_best_checkpoints_in_a_folder_keep_both_files(tmp_path: Path) -> None:
+    first, second = (BestCheckpoint(tmp_path, "best", monitor="val/loss", mode=mode) for mode in ("min", "max"))
+    trainer = make_trainer(callbacks=[first, second], enable_checkpointing=True, max_epochs=3, limit_train_batches=2)
+    trainer.fit(make_model(optimizer=partial(torch.optim.SGD, lr=0.01)), BlobsDataModule())
+    epochs = [read(best.best_model_path)["epoch"] for best in (first, second)]
+    assert epochs == [2, 0]  # the loss falls
+    assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "best-v1.ckpt", "index.json"}
+    assert indexed(tmp_path, "best") == Path(second.best_model_path)
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_remote_folder_may_end_in_a_slash(slash: str) -> None:
+    best = BestCheckpoint(f"memory://bucket/checkpoints{slash}", "{val/loss:.2f}", monitor="val/loss")
+    name = best.format_checkpoint_name({"val/loss": torch.tensor(0.5)})
+    assert name == "memory://bucket/checkpoints/val_loss=0.50.ckpt"
+
+
 def test_resume_from_an_earlier_checkpoint_drops_later_ones(tmp_path: Path) -> None:
     keep = {"filename": "{epoch}", "save_top_k": 2}
     best = train(tmp_path, keep, **FALLING)
