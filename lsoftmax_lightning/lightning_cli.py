@@ -46,6 +46,7 @@ from .errors import InputError, LSoftmaxError, SettingsError
 from .library_messages import USED_FOLDER_WARNING
 from .run_folder import (
     RunFolders,
+    check_unused,
     evaluation_logger,
     locked_run,
     remove_leftovers,
@@ -377,7 +378,12 @@ class LSoftmaxCLI(CommandLine):
             rank_zero_info(f"Best checkpoint: {'highest' if highest else 'lowest'} {run.checkpoint.monitor}")
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad and not is_lazy(p))
         rank_zero_info(f"Network: {trained:,} trainable parameters")
-        if not trainer.is_global_zero or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not trainer.loggers:
+            if trainer.checkpoint_callbacks:
+                folder = run.checkpoint.dirpath or Path(trainer.default_root_dir, "checkpoints")
+                check_unused(Path(folder), run.ckpt_path)
             return
         log_dir, sub_dir = (getattr(trainer.loggers[0], name, None) for name in ("log_dir", "sub_dir"))
         if log_dir and "://" not in log_dir:

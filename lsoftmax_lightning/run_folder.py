@@ -192,6 +192,24 @@ def report_changed_settings(config: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
+def check_unused(folder: Path, ckpt_path: str | None) -> None:
+    """Check that no other run wrote its checkpoints to a folder, for a run without a logger, which has no version.
+
+    Args:
+        folder: Folder of the checkpoints.
+        ckpt_path: Checkpoint to resume from, if any.
+
+    Raises:
+        InputError: If it contains checkpoints of another run.
+    """
+    resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
+    if not resumes and any(folder.glob("*.ckpt")):
+        raise InputError(
+            f"{folder} contains another run; choose another checkpoint.dirpath, or resume it with --ckpt_path "
+            f"{folder / 'last.ckpt'}."
+        )
+
+
 @contextmanager
 def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_folder: str | None) -> Iterator[None]:
     """Lock the folder of a run during the block, and remove incomplete files of a killed run.

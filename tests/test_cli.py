@@ -124,6 +124,18 @@ def test_test_and_predict_find_the_folder_of_fit() -> None:
     assert {path.name for path in Path("runs/digits").iterdir()} == {"m2-s0", "test"}
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_without_a_logger_does_not_overwrite_another(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["fit", "--config=digits", *SHORT, "--trainer.logger=false"]
+    main(command)
+    before = {path: path.read_bytes() for path in Path("checkpoints").iterdir()}
+    assert "checkpoints contains another run; choose another checkpoint.dirpath" in fails(capsys, *command)
+    assert {path: path.read_bytes() for path in Path("checkpoints").iterdir()} == before
+    resumed = main([*command, "--ckpt_path=checkpoints/last.ckpt", "--trainer.max_epochs=2"])
+    assert resumed is not None
+    assert resumed.trainer.current_epoch == 2
+
+
 @pytest.mark.parametrize("version", ["named", ""])
 def test_test_does_not_write_into_a_run_with_a_version(version: str) -> None:
     name = [f"--trainer.logger.version={version}", "--trainer.logger.name=name"]
