@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import yaml
 
+from .checkpoints import local_file
 from .command_parser import CommandParser
 from .compare import compare_margins, report
 from .config_paths import expand_path
@@ -45,12 +46,8 @@ def run_compare(args: list[str]) -> None:
     parser.add_argument(
         "-c", "--config", action="append", metavar="NAME", help="path of a config, or name of a shipped one"
     )
-    parser.add_argument(
-        "--margins", nargs="+", type=int, default=list(defaults["margins"]), metavar="M", help=f"default: {margins}"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=list(defaults["seeds"]), metavar="S", help=f"default: {seeds}"
-    )
+    parser.add_argument("--margins", action="extend", nargs="+", type=int, metavar="M", help=f"default: {margins}")
+    parser.add_argument("--seeds", action="extend", nargs="+", type=int, metavar="S", help=f"default: {seeds}")
     parser.add_argument(
         "--sweep",
         action="append",
@@ -99,7 +96,15 @@ def run_compare(args: list[str]) -> None:
     sweep, average = (_values(option, getattr(given, option)) for option in ("sweep", "average"))
     try:
         compare_margins(
-            given.config, given.margins, given.seeds, settings, sweep, given.jobs, given.folder, average, given.html
+            given.config,
+            given.margins or defaults["margins"],
+            given.seeds or defaults["seeds"],
+            settings,
+            sweep,
+            given.jobs,
+            given.folder,
+            average,
+            given.html,
         )
     except Stopped:
         print("Repeat the command to resume.", file=sys.stderr)
@@ -154,9 +159,10 @@ def run_export(args: list[str]) -> None:
     given, settings = parser.parse_options(args)
     config = given.config or Path(given.ckpt_path).absolute().parent.parent / "config.yaml"
     if not given.config and not config.is_file():
-        raise InputError(
-            f"--config: must be set, because the run folder of the checkpoint, {config.parent}, has no config.yaml."
-        )
+        with local_file(given.ckpt_path):  # raises an error if it does not exist
+            raise InputError(
+                f"--config: must be set, because the run folder of the checkpoint, {config.parent}, has no config.yaml."
+            )
     alone = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
     restored = InstantiatedCLI(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
     output = given.output or suffixes[given.format]

@@ -201,7 +201,8 @@ class LSoftmaxCLI(CommandLine):
         spec = saved_data_spec(read(settings.ckpt_path))
         if spec is None or not spec.class_names:  # from an earlier release, or a datamodule without names
             return
-        names = ("predict_folder", "image_size", "mean", "std", "batch_size", "num_workers", "skip_unreadable")
+        names = ["predict_folder", "image_size", "mean", "std", "batch_size", "num_workers", "skip_unreadable"]
+        names += ["memory_gib", "device_memory_gib"]
         arguments = {name: settings.data.init_args[name] for name in names}
         settings.data.class_path = f"{PredictFolderDataModule.__module__}.{PredictFolderDataModule.__name__}"
         settings.data.init_args = Namespace(checkpoint=settings.ckpt_path, **arguments)  # type: ignore[no-untyped-call]

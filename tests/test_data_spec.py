@@ -15,6 +15,7 @@ from lsoftmax_lightning.checkpoints import read, saved_data_spec
 from lsoftmax_lightning.cli import main
 from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
+from lsoftmax_lightning.datamodules.images import ImageFiles
 from lsoftmax_lightning.errors import InputError
 
 from .helpers.command_line import QUIET, SHORT, fails
@@ -99,6 +100,11 @@ def test_prediction_of_a_folder_needs_no_dataset(checkpoint: str, capsys: pytest
     shutil.rmtree("images")
     main(["predict", *args, "--data.predict_folder=photos"])
     assert [row.partition(",")[2] for row in Path("out.csv").read_text().splitlines()] == expected
+    memory = ["--data.memory_gib=0", "--data.device_memory_gib=0", "--data.skip_unreadable=true"]
+    predicted = main(["predict", *args, "--data.predict_folder=photos", *memory])
+    assert predicted is not None
+    assert isinstance(predicted.datamodule.predict_data.images, ImageFiles)
+    assert predicted.datamodule.device_memory_gib == 0
     message = fails(capsys, "predict", *args, "--data.predict_folder=photos", "--data.image_size=9")
     assert "image_shape (3, 9, 9) instead of (3, 8, 8)" in message
     assert "images/train: the folder does not exist" in fails(capsys, "predict", *args)
@@ -122,6 +128,9 @@ def test_export_needs_no_dataset(capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree("images")
     main(["export", f"--ckpt_path={BEST}", "--format=torch_export"])
     assert "On random images, it differs from the module by at most" in capsys.readouterr().out
+    message = fails(capsys, "export", f"--ckpt_path={BEST}", "--format=state_dict", "--output=.")
+    assert "output: must be a file, got the folder ." in message
+    assert "last does not exist, or is not a file such as" in fails(capsys, "export", "--ckpt_path=last")
     extra = {"metadata.json": ""}
     torch.export.load("model.pt2", extra_files=extra)
     metadata = json.loads(extra["metadata.json"])

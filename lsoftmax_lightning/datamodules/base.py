@@ -46,6 +46,8 @@ def stratified_split(targets: Tensor, val_size: int | float, seed: int) -> tuple
     Raises:
         InputError: If a class would have no training or no validation image.
     """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"split_seed: must be from 0 to {2**32 - 1}, got {seed}; use 0.")
     # imported here, because it is slow and help and --print_config do not need it
     from sklearn.model_selection import train_test_split
 
@@ -123,11 +125,16 @@ class BatchDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size: must be at least 1, got {batch_size}; the paper uses 256.")
-        side = max(self.image_shape[1:])
-        if crop_padding > side:  # some crops would be black, and padded images fill the memory
+        side = min(self.image_shape[1:])
+        if not 0 <= crop_padding < side:  # otherwise some crops are black, and padded images fill the memory
             raise InputError(
-                f"crop_padding: must be at most the image's side of {side} pixels, got {crop_padding}; the paper uses "
-                "4 for images of 32 pixels."
+                f"crop_padding: must be from 0 to {side - 1} pixels, below the shorter side of the image, got "
+                f"{crop_padding}; the paper uses 4 for images of 32 pixels."
+            )
+        if not (all(0 <= value <= 1 for value in self.mean) and all(0 < value <= 1 for value in self.std)):
+            raise InputError(
+                f"mean and std: must be within 0 .. 1, with std above 0, got {self.mean} and {self.std}; divide values "
+                "for 0 .. 255 by 255."
             )
         if not 0 <= label_noise <= 1:
             raise InputError(
@@ -231,19 +238,37 @@ class BatchDataModule(LightningDataModule):
             subset_length(torch.tensor(targets), self.train_size)
 
     def _checked(self, data: Images) -> Images:
-        """Return the data if every image has a valid label; raise a DataError otherwise."""
-        if len(data.images) != len(data.targets) or len(data.targets) == 0:
+        """Return the data, with int64 labels, if images and labels are valid; raise a DataError otherwise."""
+        name, (images, targets) = type(self).__name__, data
+        if len(images) != len(targets) or len(targets) == 0:
             raise DataError(
-                f"{type(self).__name__}: must load as many images as labels, and at least one, got {len(data.images)} "
-                f"images and {len(data.targets)} labels; check the files."
+                f"{name}: must load as many images as labels, and at least one, got {len(images)} images and "
+                f"{len(targets)} labels; check the files."
             )
-        low, high = int(data.targets.min()), int(data.targets.max())
+        if targets.ndim != 1 or targets.is_floating_point():
+            raise DataError(
+                f"{name}: labels must be integers of shape (N,), got {targets.dtype} of shape {tuple(targets.shape)}; "
+                "convert them."
+            )
+        low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= self.num_classes:
             raise DataError(
-                f"{type(self).__name__}: labels must be 0 to {self.num_classes - 1} for its {self.num_classes} "
-                f"classes, got {low} to {high}; check labels and class_names."
+                f"{name}: labels must be 0 to {self.num_classes - 1} for its {self.num_classes} classes, got {low} to "
+                f"{high}; check labels and class_names."
             )
-        return data
+        if isinstance(images, Tensor):
+            if images.shape[1:] != tuple(self.image_shape):
+                raise DataError(
+                    f"{name}: images must have the shape {tuple(self.image_shape)}, got {tuple(images.shape[1:])}; "
+                    "check images and image_shape."
+                )
+            is_scaled = images.is_floating_point() and images.min() >= 0 and images.max() <= 1
+            if images.dtype != torch.uint8 and not is_scaled:
+                raise DataError(
+                    f"{name}: images must be uint8, or floats from 0 to 1, got {images.dtype} from {images.min():.4g} "
+                    f"to {images.max():.4g}; convert them."
+                )
+        return Images(images, targets.long())
 
     def train_dataloader(self) -> BatchLoader:
         """Return shuffled batches (uint8 images, classes), with draws if there is an augmentation."""

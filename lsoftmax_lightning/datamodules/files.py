@@ -157,11 +157,6 @@ class FileDataModule(BatchDataModule):
                 f"image_size: must have at most {limit:,} pixels, Pillow's limit, got {image_size}; the usual size "
                 "is 224."
             )
-        if not (all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)):
-            raise InputError(
-                f"mean and std: must be within 0 .. 1, with std above 0, got {mean} and {std}; divide values for "
-                "0 .. 255 by 255."
-            )
         if (num_workers or 0) < 0 or not memory_gib >= 0:
             raise InputError(
                 f"num_workers and memory_gib: must be at least 0, got {num_workers} and {memory_gib}; raise them."
@@ -231,6 +226,10 @@ class FileDataModule(BatchDataModule):
             kept = [index for index, path in enumerate(split.paths) if path not in problems]
             kept_paths, kept_targets = [split.paths[i] for i in kept], [split.targets[i] for i in kept]
             empty = set(split.targets) - set(kept_targets)
+            if UNKNOWN_CLASS in empty:
+                raise DataError(
+                    f"predict_folder: must have a readable image, got none in {len(split.paths)} files; add images."
+                )
             if empty:
                 first = split.paths[split.targets.index(min(empty))].parent
                 raise DataError(

@@ -165,6 +165,13 @@ def test_unreadable_images_are_reported_or_skipped(skip_unreadable: bool) -> Non
             trainer.predict(model, data, return_predictions=False)
         assert {row["path"] for row in read("out.csv")} == {str(path) for path in Path("photos").rglob("*.png")}
         assert "label" not in read("out.csv")[0]
+        for image in Path("photos").rglob("*.png"):
+            image.write_text("no image")
+        with (
+            pytest.warns(UserWarning, match="Skipping 13 of 13 files"),
+            pytest.raises(DataError, match="predict_folder: must have a readable image, got none in 13 files"),
+        ):
+            data.setup("predict")
     else:
         with pytest.raises(DataError, match=r"photos/notes.txt"):
             trainer.predict(model, data, return_predictions=False)

@@ -216,6 +216,7 @@ def test_failed_run_is_reported_and_the_others_finish(capsys: pytest.CaptureFixt
         (["--config=digits.yaml", "--margins", "1", "0"], "integer from 1 to 100"),
         (["--config=digits.yaml", "--margins", "1.5"], "1.5"),
         (["--config=digits.yaml", "--margins", "2", "2"], "margins: must be one or more distinct values"),
+        (["--config=digits.yaml", "--seeds", "2", "--seeds", "3", "2"], "got [2, 3, 2]"),
         (["--config=digits.yaml", "--jobs=0"], "jobs: must be at least 1"),
         (["--config=digits.yaml", "--trainer.epochs=3"], "trainer.epochs"),
         (["--config=digits.yaml", "--trainer.fast_dev_run=true"], "trainer.fast_dev_run: leaves no results to compare"),

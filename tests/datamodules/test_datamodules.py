@@ -1,6 +1,7 @@
 """Split, batches, normalisation, and errors for invalid settings and damaged files."""
 
 import gzip
+import math
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -215,11 +216,32 @@ def test_loaders_work_without_a_trainer() -> None:
         ({"val_size": 1.5}, "val_size"),
         ({"val_size": -3}, "val_size"),
         ({"val_size": 1.0}, r"val_size: must leave training images, got 1\.0, which leaves none; use 0\.1"),
+        ({"split_seed": -1}, "split_seed: must be from 0 to 4294967295, got -1"),
     ],
 )
 def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        BlobsDataModule(**settings)
+        BlobsDataModule(**settings).setup("fit")
+
+
+@pytest.mark.parametrize(("mean", "std"), [((78.0,), (0.3,)), ((0.3,), (96.0,)), ((0.3,), (0.0,))])
+def test_normalization_on_another_scale_is_rejected(
+    mean: tuple[float], std: tuple[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BlobsDataModule, "mean", mean)
+    monkeypatch.setattr(BlobsDataModule, "std", std)
+    with pytest.raises(InputError, match=r"mean and std: must be within 0 \.\. 1, with std above 0, got"):
+        BlobsDataModule()
+
+
+def test_labels_may_be_of_any_integer_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, targets = BlobsDataModule().load(train=True)
+    monkeypatch.setattr(BlobsDataModule, "load", lambda self, train: Images(images, targets.byte()))
+    data = BlobsDataModule()
+    data.train_size = 100
+    data.setup("fit")
+    assert len(data.train_data.targets) == 100
+    assert data.train_data.targets.dtype == torch.int64
 
 
 @pytest.mark.parametrize("val_size", [2, 198, 500])  # fewer than one of each class, on either side
@@ -241,9 +263,24 @@ def test_impossible_split_is_rejected(val_size: int) -> None:
         ),
         (Images(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1, 2])), "2 images and 3 labels"),
         (Images(torch.zeros(0, 1, 8, 8), torch.zeros(0)), "0 images"),
+        (
+            Images(torch.zeros(2, 1, 8, 8), torch.zeros(2)),
+            r"integers of shape \(N,\), got torch.float32 of shape \(2,\)",
+        ),
+        (Images(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1).long()), r"got torch.int64 of shape \(2, 1\)"),
+        (Images(torch.zeros(2, 8, 8), torch.tensor([0, 1])), r"must have the shape \(1, 8, 8\), got \(8, 8\)"),
+        (
+            Images(torch.full((2, 1, 8, 8), 255), torch.tensor([0, 1])),
+            "must be uint8, or floats from 0 to 1, got torch.int64 from 255 to 255",
+        ),
+        (
+            Images(torch.full((2, 1, 8, 8), 255.0), torch.tensor([0, 1])),
+            "must be uint8, or floats from 0 to 1, got torch.float32 from 255 to 255",
+        ),
+        (Images(torch.full((2, 1, 8, 8), math.nan), torch.tensor([0, 1])), "got torch.float32 from nan to nan"),
     ],
 )
-def test_invalid_labels_are_rejected(data: Images, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_images_and_labels_are_rejected(data: Images, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlobsDataModule, "load", lambda self, train: data)
     with pytest.raises(DataError, match=message):
         BlobsDataModule().setup("test")
