@@ -36,8 +36,9 @@ class MarginMonitor(HeadObserver):
 
     In validation ``val/weight_angle_mean``, ``_nearest`` and ``_min``, the
     :func:`~lsoftmax_lightning.geometry.separation` of the class weights. If validation is on the classes of the head,
-    also ``val/margin_loss`` and the metrics of :class:`~lsoftmax_lightning.metrics.ClassAngles`, as ``val/angle`` and
-    so on. In a test the same, without the loss.
+    also the metrics of :class:`~lsoftmax_lightning.metrics.ClassAngles`, as ``val/angle`` and so on, and
+    ``val/margin_loss``, by the criterion of a module with ``configure_losses``, otherwise by cross-entropy. In a test
+    the same, without the loss.
 
     A checkpoint gets the histogram of the angles of the validation images to their predicted class
     (:class:`~lsoftmax_lightning.metrics.AngleHistogram`), from which ``predictions.max_angle_quantile`` takes its
@@ -62,6 +63,8 @@ class MarginMonitor(HeadObserver):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._measuring = False
+        if stage == "fit" and trainer.global_step == 0:  # the callback may have observed another training
+            self._angle_counts = None
         if self.is_observing:
             for logger in tensorboard_loggers(trainer):
                 disable_default_hp_metric(logger)  # on_fit_start names the metrics
@@ -124,7 +127,7 @@ class MarginMonitor(HeadObserver):
             self._angles.update(features, head.full_weight, target)
             self._predicted_angles.update(target_angles(features, head.full_weight[logits.argmax(dim=1)]))
             margin_logits = head.apply_margin(logits, features, target)
-            self._margin_loss.update(F.cross_entropy(margin_logits, target), len(target))
+            self._margin_loss.update(self._criterion(margin_logits, target), len(target))
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,6 +167,9 @@ class MarginMonitor(HeadObserver):
             self._angles = ClassAngles(head.num_classes, head.in_features, head.margin).to(pl_module.device)
             self._predicted_angles = AngleHistogram().to(pl_module.device)
             self._margin_loss = MeanLoss().to(pl_module.device)
+            # only LSoftmaxModule defines the arguments of its criterion
+            has_criterion = hasattr(pl_module, "configure_losses")
+            self._criterion: Any = pl_module.criterion if has_criterion else F.cross_entropy
 
     def _evaluation_scalars(self, head: LSoftmaxLinear, stage: str) -> dict[str, Tensor]:
         values = weight_scalars(head)

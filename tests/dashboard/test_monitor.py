@@ -19,6 +19,7 @@ from lsoftmax_lightning.callbacks import LambdaAnnealing, MarginMonitor
 from lsoftmax_lightning.datamodules import LFWFoldDataModule
 from lsoftmax_lightning.functional import margin_logits
 from lsoftmax_lightning.geometry import effective_margin
+from lsoftmax_lightning.metrics import ANGLE_COUNTS
 from lsoftmax_lightning.schedules import AccuracyFeedback, Constant, PowerLaw
 
 from ..helpers.formats import write_lfw
@@ -68,6 +69,23 @@ def test_metrics_equal_those_computed_from_the_images() -> None:
     assert found["val/margin_loss"] > found["val/loss"]
     assert found["effective_margin"] == pytest.approx(effective_margin(3, 2.0))
     assert found["lr"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_margin_loss_equals_the_plain_loss_without_a_margin(smoothing: float) -> None:
+    trainer, _ = fit(make_model(margin=1, label_smoothing=smoothing))
+    metrics = trainer.callback_metrics
+    assert metrics["val/margin_loss"] == pytest.approx(metrics["val/loss"].item())
+
+
+def test_checkpoint_has_no_angles_of_another_training() -> None:
+    monitor = MarginMonitor()
+    for index, batches in enumerate((1.0, 0)):
+        trainer = make_trainer(callbacks=[monitor], limit_val_batches=batches)
+        trainer.fit(make_model(), BlobsDataModule())
+        trainer.save_checkpoint(f"{index}.ckpt")
+    found = [ANGLE_COUNTS in torch.load(f"{index}.ckpt", weights_only=True) for index in range(2)]
+    assert found == [True, False]
 
 
 def test_test_logs_the_angles() -> None:
