@@ -74,7 +74,7 @@ class LSoftmaxModule(LightningModule):
         lr_scheduler: Callable from the optimizer to a learning rate scheduler. Default: a constant learning rate. The
             milestones of a :class:`~lsoftmax_lightning.lr_schedulers.FractionalMultiStepLR` are fractions of the run.
         lr_scheduler_interval: ``step`` to step the scheduler after each optimizer step, as in the paper, or ``epoch``.
-            A ``ReduceLROnPlateau`` of a validation metric is always stepped after each validation epoch.
+            A ``ReduceLROnPlateau`` of a validation metric is always stepped at the end of an epoch with a validation.
         label_smoothing: As in :class:`torch.nn.CrossEntropyLoss`.
         channels_last: Whether to store images and weights in the channels-last memory format.
         compile: Whether to apply :func:`torch.compile` to the backbone: True, or a mode. Evaluation always runs
@@ -371,7 +371,7 @@ class LSoftmaxModule(LightningModule):
 
         Raises:
             InputError: If the length of the run is unknown, the scheduler is not stepped once per optimizer step, or a
-                ``OneCycleLR`` has fewer steps than the run.
+                ``OneCycleLR`` has fewer steps than the run, or there is no validation before a ``ReduceLROnPlateau``.
         """
         schedulers, callbacks = self.trainer.lr_scheduler_configs, self.trainer.callbacks  # type: ignore[attr-defined]
         self._logs_every_loss = any(
@@ -379,6 +379,7 @@ class LSoftmaxModule(LightningModule):
         )
         for config in schedulers:
             self._check_one_cycle(config)
+            self._check_plateau(config)
             if not isinstance(config.scheduler, FractionalMultiStepLR):
                 continue
             if (config.interval, config.frequency) != ("step", 1):
@@ -406,6 +407,16 @@ class LSoftmaxModule(LightningModule):
                     f"total_steps: OneCycleLR must have at least the {steps:g} steps of the run, got "
                     f"{scheduler.total_steps}; {cure}."
                 )
+
+    def _check_plateau(self, config: LRSchedulerConfig) -> None:
+        trainer: Any = self.trainer
+        interval, batches = trainer.val_check_batch, trainer.num_training_batches
+        is_of_validation = config.reduce_on_plateau and str(config.monitor).startswith("val/")
+        if is_of_validation and trainer.check_val_every_n_epoch is None and interval > batches:
+            raise InputError(
+                f"lr_scheduler: ReduceLROnPlateau needs {config.monitor} at the end of an epoch, after {batches} "
+                f"batches, got val_check_interval {interval}; set it to at most {batches}."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the release, the format and the specification of the training data to the checkpoint."""

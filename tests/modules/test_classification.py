@@ -164,6 +164,13 @@ def test_plateau_scheduler_monitors_the_validation_loss(interval: Any, every: in
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)  # no epoch was good enough
 
 
+def test_plateau_scheduler_without_a_validation_in_the_first_epoch_is_an_error() -> None:
+    model = make_model(lr_scheduler=lambda o: ReduceLROnPlateau(o, "val/loss"))
+    trainer = make_trainer(max_epochs=6, check_val_every_n_epoch=None, val_check_interval=20)
+    with pytest.raises(InputError, match="needs val/loss at the end of an epoch, after 8 batches, got"):
+        trainer.fit(model, BlobsDataModule())
+
+
 def test_plateau_scheduler_of_the_training_loss_steps_with_the_optimiser() -> None:
     model = make_model(lr_scheduler=lambda o: ReduceLROnPlateau(o, "train/loss", patience=0, threshold=1e9))
     trainer = make_trainer(limit_train_batches=3)
