@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -80,20 +81,26 @@ def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
 def _numeric_setting(runs: Sequence[FinishedRun], names: Sequence[str]) -> str | None:
     """Return the setting with the most numeric values, at least three; None if there is none."""
     tested = [run for run in runs if "test/acc" in run.metrics]
-    numbers = {name: {as_float(run.value(name)) for run in tested} - {None} for name in names}
+    numbers = {name: {_position(run, name) for run in tested} - {None} for name in names}
     name = max(names, key=lambda name: len(numbers[name]), default=None)
     return name if name and len(numbers[name]) > 2 else None
 
 
+def _position(run: FinishedRun, axis: str) -> float | None:
+    """Return the position of a run on an axis, None if its value is not a finite number."""
+    value = as_float(run.value(axis))
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _accuracy_by(axis: str, runs: Sequence[FinishedRun], others: Sequence[str]) -> Figure:
     """Draw the test accuracy by a setting, and its difference to m = 1: a curve for each margin."""
-    left_out = {str(run.value(axis)): None for run in runs if as_float(run.value(axis)) is None}
+    left_out = {str(run.value(axis)): None for run in runs if _position(run, axis) is None}
     if left_out:
         rank_zero_warn(f"accuracy_by_{axis} leaves out runs in which {axis} is {' or '.join(left_out)}.")
     points: dict[str, dict[float, list[FinishedRun]]] = defaultdict(lambda: defaultdict(list))
     baselines = {}  # label of the curve at m = 1 that a curve is compared with
     for run in runs:
-        x = as_float(run.value(axis))
+        x = _position(run, axis)
         if x is not None and "test/acc" in run.metrics:
             label, baseline = (", ".join(filter(None, [f"m = {m}", _label(run, others)])) for m in (run.margin, 1))
             points[label][x].append(run)

@@ -564,6 +564,14 @@ def test_rows_are_sorted_numerically(tmp_path: Path) -> None:
     assert list(curve.lines[0].get_xdata()) == [0.001, 0.01, 0.1]
 
 
+def test_infinite_values_of_an_axis_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    for value in (0.0, 5.0, 50.0, math.inf):
+        write_run(tmp_path, 2, 0, 0.5, {"model.value": value})
+    with pytest.warns(UserWarning, match="accuracy_by_model.value leaves out runs in which model.value is inf"):
+        accuracy, _ = dict(draw(list(read(tmp_path))))["accuracy_by_model.value"].axes
+    assert list(accuracy.containers[0].lines[0].get_xdata()) == [0.0, 5.0, 50.0]
+
+
 def test_swept_train_size_is_an_axis(tmp_path: Path) -> None:
     for size in (500.0, 1000.0, 5000.0, None):
         for margin in (1, 2):
