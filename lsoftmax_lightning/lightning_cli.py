@@ -14,9 +14,9 @@ import yaml
 from jsonargparse import Namespace, set_loader
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -46,8 +46,9 @@ from .errors import InputError, LSoftmaxError, SettingsError
 from .library_messages import USED_FOLDER_WARNING
 from .run_folder import (
     RunFolders,
-    check_unused,
+    check_no_checkpoints,
     evaluation_logger,
+    is_run_folder,
     locked_run,
     remove_leftovers,
     report_changed_settings,
@@ -201,9 +202,9 @@ class LSoftmaxCLI(CommandLine):
         spec = saved_data_spec(read(settings.ckpt_path))
         if spec is None or not spec.class_names:  # from an earlier release, or a datamodule without names
             return
-        names = ["predict_folder", "image_size", "mean", "std", "batch_size", "num_workers", "skip_unreadable"]
-        names += ["memory_gib", "device_memory_gib"]
-        arguments = {name: settings.data.init_args[name] for name in names}
+        of_images = ("predict_folder", "image_size", "mean", "std", "skip_unreadable")
+        of_loading = ("batch_size", "num_workers", "memory_gib", "device_memory_gib")
+        arguments = {name: settings.data.init_args[name] for name in (*of_images, *of_loading)}
         settings.data.class_path = f"{PredictFolderDataModule.__module__}.{PredictFolderDataModule.__name__}"
         settings.data.init_args = Namespace(checkpoint=settings.ckpt_path, **arguments)  # type: ignore[no-untyped-call]
 
@@ -285,20 +286,29 @@ class LSoftmaxCLI(CommandLine):
     def _name_folders(self, loggers: list[Any]) -> None:
         """Replace each TensorBoardLogger without a version by one whose folder is named after the run.
 
-        A command other than ``fit`` writes to a folder of its name in that of the run, or among the runs, also if the
-        version is that of a run, as in the config of a run with a version.
+        A command other than ``fit`` writes to a folder of its name in that of the run, or among the runs. This also
+        applies if the version of the logger names the folder of a run, as the config of that run may do.
         """
         run = self.config_init[self.subcommand]
         margin = getattr(head_of(self.model), "margin", None)
         settings = as_list(self.config[self.subcommand].trainer.logger)
         for index, (logger, before) in enumerate(zip(loggers, settings, strict=True)):
-            if not is_kind(before, TensorBoardLogger):
+            is_csv = is_kind(before, CSVLogger)
+            if not is_csv and not is_kind(before, TensorBoardLogger):
                 continue
-            is_of_a_run = self.subcommand != "fit" and Path(logger.log_dir, "config.yaml").is_file()
-            if before.init_args.version is not None and not is_of_a_run:
-                continue
+            is_named = before.init_args.version is not None
             if self.subcommand == "fit":
+                if is_named or is_csv:  # Lightning counts the versions of a CSVLogger
+                    continue
                 arguments = training_logger(before.init_args, margin, run.seed_everything)
+            elif (not is_named and is_csv) or (is_named and not is_run_folder(logger.log_dir)):
+                continue
+            elif is_csv:
+                arguments = before.init_args.as_dict() | {
+                    "save_dir": logger.log_dir,
+                    "name": "",
+                    "version": self.subcommand,
+                }
             else:
                 arguments = evaluation_logger(before.init_args, str(self.subcommand), run.ckpt_path)
             loggers[index] = type(logger)(**arguments)
@@ -382,9 +392,9 @@ class LSoftmaxCLI(CommandLine):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not trainer.loggers:
-            if trainer.checkpoint_callbacks:
-                folder = run.checkpoint.dirpath or Path(trainer.default_root_dir, "checkpoints")
-                check_unused(Path(folder), run.ckpt_path)
+            default = f"{trainer.default_root_dir}/checkpoints"
+            callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+            check_no_checkpoints([c.dirpath or default for c in callbacks], run.ckpt_path)
             return
         log_dir, sub_dir = (getattr(trainer.loggers[0], name, None) for name in ("log_dir", "sub_dir"))
         if log_dir and "://" not in log_dir:
@@ -424,9 +434,9 @@ class LSoftmaxCLI(CommandLine):
 
     def after_fit(self) -> None:
         """Test the best checkpoint."""
-        # after those of trainer.callbacks
-        checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
-        checkpoint: Any = checkpoints[-1] if checkpoints else None
+        checkpoint: Any = self.config_init[self.subcommand].checkpoint
+        if checkpoint not in self.trainer.checkpoint_callbacks:  # trainer.enable_checkpointing is false
+            checkpoint = None
         if checkpoint and trains_in_other_processes(self.trainer):
             checkpoint.restore_best(self.trainer)
             self.trainer.callback_metrics.clear()  # metrics of the training

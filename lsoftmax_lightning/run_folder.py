@@ -6,9 +6,9 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -146,6 +146,12 @@ def evaluation_logger(settings: Namespace, command: str, ckpt_path: str | None) 
     return arguments | {"save_dir": str(run.parent), "name": "", "version": run.name, "sub_dir": sub_dir}
 
 
+def is_run_folder(log_dir: str) -> bool:
+    """Return whether ``fit`` wrote to the folder of a logger; other commands do not write these files there."""
+    exists = get_filesystem(log_dir).exists
+    return any(exists(os.path.join(log_dir, name)) for name in ("config.yaml", "metrics.csv"))
+
+
 def _version(folder: Path) -> int | str:
     """Return the version of a run as a logger accepts it."""
     number = folder.name.removeprefix("version_")
@@ -192,22 +198,24 @@ def report_changed_settings(config: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_unused(folder: Path, ckpt_path: str | None) -> None:
-    """Check that no other run wrote its checkpoints to a folder, for a run without a logger, which has no version.
+def check_no_checkpoints(folders: Iterable[str | Path], ckpt_path: str | None) -> None:
+    """Check that folders contain no checkpoints of another run. Without a logger, a run has no folder of its own.
 
     Args:
-        folder: Folder of the checkpoints.
-        ckpt_path: Checkpoint to resume from, if any.
+        folders: Folders or URLs of the checkpoints.
+        ckpt_path: Checkpoint to resume from, if any. It may be in one of the folders.
 
     Raises:
-        InputError: If it contains checkpoints of another run.
+        InputError: If they contain checkpoints of another run.
     """
-    resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
-    if not resumes and any(folder.glob("*.ckpt")):
-        raise InputError(
-            f"{folder} contains another run; choose another checkpoint.dirpath, or resume it with --ckpt_path "
-            f"{folder / 'last.ckpt'}."
-        )
+    if ckpt_path and any(Path(ckpt_path).resolve().parent == Path(folder).resolve() for folder in folders):
+        return
+    for folder in folders:
+        if found := get_filesystem(folder).glob(f"{folder}/*.ckpt"):
+            raise InputError(
+                f"{folder} contains another run, got {PurePath(found[0]).name}; choose another "
+                "trainer.default_root_dir or checkpoint.dirpath, or resume it with --ckpt_path."
+            )
 
 
 @contextmanager

@@ -125,15 +125,42 @@ def test_test_and_predict_find_the_folder_of_fit() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_run_without_a_logger_does_not_overwrite_another(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("best", ["checkpoints", "best"])
+def test_a_run_without_a_logger_does_not_overwrite_another(best: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["fit", "--config=digits", *SHORT, "--trainer.logger=false"]
-    main(command)
-    before = {path: path.read_bytes() for path in Path("checkpoints").iterdir()}
-    assert "checkpoints contains another run; choose another checkpoint.dirpath" in fails(capsys, *command)
-    assert {path: path.read_bytes() for path in Path("checkpoints").iterdir()} == before
-    resumed = main([*command, "--ckpt_path=checkpoints/last.ckpt", "--trainer.max_epochs=2"])
+    main([*command, f"--checkpoint.dirpath={best}"])
+    before = {path: path.read_bytes() for path in Path().rglob("*.ckpt")}
+    assert set(before) == {Path(best, "best.ckpt"), Path("checkpoints/last.ckpt")}
+    for folder in (best, "other"):
+        message = fails(capsys, *command, f"--checkpoint.dirpath={folder}")
+        assert "contains another run, got " in message
+    assert {path: path.read_bytes() for path in Path().rglob("*.ckpt")} == before
+    resume = [f"--checkpoint.dirpath={best}", "--ckpt_path=checkpoints/last.ckpt", "--trainer.max_epochs=2"]
+    resumed = main([*command, *resume])
     assert resumed is not None
     assert resumed.trainer.current_epoch == 2
+
+
+@pytest.mark.filterwarnings("ignore:There is no best checkpoint")
+def test_a_run_without_a_logger_does_not_overwrite_another_in_a_remote_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["fit", "--config=digits", *SHORT, "--trainer.logger=false", "--trainer.default_root_dir=memory://runs"]
+    main(command)
+    assert "memory://runs/checkpoints contains another run" in fails(capsys, *command)
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_test_does_not_write_into_a_run_with_a_csv_logger() -> None:
+    loggers = "[{class_path: CSVLogger, init_args: {save_dir: logs, version: named}}]"
+    main(["fit", "--config=digits", *SHORT, f"--trainer.logger={loggers}"])
+    run = Path("logs/digits/named")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert run / "metrics.csv" in before
+    for _ in range(2):
+        main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints/last.ckpt'}"])
+        assert {path: path.read_bytes() for path in before} == before
+        assert (run / "test/results.json").is_file()
 
 
 @pytest.mark.parametrize("version", ["named", ""])
