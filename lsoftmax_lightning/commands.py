@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
-from .checkpoints import local_file
 from .command_parser import CommandParser
 from .compare import compare_margins, report
 from .config_paths import expand_path
@@ -111,18 +109,24 @@ def run_compare(args: list[str]) -> None:
         raise
 
 
+class _DatesAreTexts(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
+    """Loader that reads a date, such as the name of a folder, as a text."""
+
+
+_DatesAreTexts.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
+
+
 def _values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
     """Parse ``KEY=V1,V2``."""
     values = {}
     for text in texts:
         key, _, listed = text.partition("=")
         if key in values:
-            raise InputError(f"--{option}: must name a setting once, got {key} twice; list all its values: KEY=V1,V2.")
+            raise InputError(f"--{option}: has a duplicate setting, got {key} twice; list all its values: KEY=V1,V2.")
         try:
-            parsed = yaml.safe_load(f"[{listed}]")
+            values[key] = yaml.load(f"[{listed}]", _DatesAreTexts)
         except yaml.YAMLError as error:
             raise InputError(f"--{option}: must be KEY=V1,V2, got {text!r}: {error}") from error
-        values[key] = [str(value) if isinstance(value, date) else value for value in parsed]  # of a folder
     return values
 
 
@@ -159,10 +163,11 @@ def run_export(args: list[str]) -> None:
     given, settings = parser.parse_options(args)
     config = given.config or Path(given.ckpt_path).absolute().parent.parent / "config.yaml"
     if not given.config and not config.is_file():
-        with local_file(given.ckpt_path):  # raises an error if it does not exist
-            raise InputError(
-                f"--config: must be set, because the run folder of the checkpoint, {config.parent}, has no config.yaml."
-            )
+        if "://" not in given.ckpt_path and not Path(given.ckpt_path).is_file():
+            raise InputError(f"--ckpt_path: must be a checkpoint of fit, got {given.ckpt_path}, which does not exist.")
+        raise InputError(
+            f"--config: must be set, because the run folder of the checkpoint, {config.parent}, has no config.yaml."
+        )
     alone = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
     restored = InstantiatedCLI(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
     output = given.output or suffixes[given.format]

@@ -90,7 +90,7 @@ def export(
         )
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"output: must be a file, got the folder {path}; use {path / 'model.onnx'}.")
+        raise InputError(f"output: must be a file, got the folder {path}; name a file in it.")
     with disk_errors("output", path), temporary_path(path) as folder:
         folder.mkdir()  # to report an unwritable path before the export
     model = model.cpu().eval()

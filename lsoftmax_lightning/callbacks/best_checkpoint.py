@@ -25,7 +25,7 @@ class BestCheckpoint(CheckpointHooks):
     The arguments are those of :class:`~lightning.pytorch.callbacks.ModelCheckpoint`. A file that a killed run wrote
     after its last checkpoint is overwritten, whereas Lightning writes ``best-v1.ckpt`` next to it. A ``/`` in a file
     name, for example from the name of a metric, becomes ``_``, whereas Lightning creates a folder. If several callbacks
-    share a folder, the index is of the last one.
+    share a folder, the index names the best checkpoint of the last one.
     """
 
     @property
@@ -42,7 +42,7 @@ class BestCheckpoint(CheckpointHooks):
     def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
         """Return whether the file exists and must not be overwritten."""
         exists = super().file_exists(filepath, trainer)
-        kept = {path for callback in _model_checkpoints(trainer) for path in callback.best_k_models}
+        kept = {path for each in _model_checkpoints(trainer) for path in (*each.best_k_models, each.best_model_path)}
         is_leftover = self.monitor is not None and str(filepath) not in kept and Path(filepath).stem != "last"
         return exists and not is_leftover
 
@@ -73,8 +73,9 @@ class BestCheckpoint(CheckpointHooks):
 
     @override
     def after_write(self, trainer: Trainer, filepath: str) -> None:
-        others = [c for c in _model_checkpoints(trainer) if isinstance(c, BestCheckpoint) and c.dirpath == self.dirpath]
-        if trainer.is_global_zero and "://" not in filepath and others[-1] is self:
+        in_folder = [c for c in _model_checkpoints(trainer) if c.dirpath == self.dirpath and c.best_model_path]
+        last = [callback for callback in in_folder if isinstance(callback, BestCheckpoint)][-1]
+        if trainer.is_global_zero and "://" not in filepath and last is self:
             update_index(Path(filepath).parent, best=Path(self.best_model_path).name)
 
 

@@ -127,6 +127,7 @@ class Predictions(Callback):
             )
         datamodule = current_datamodule(trainer)
         data = getattr(datamodule, "predict_data", None)
+        self._has_images = data is not None  # in batches, whose order is that of the data
         self._paths = getattr(getattr(data, "images", None), "paths", ())
         targets = getattr(data, "targets", None)
         self._targets = targets if isinstance(targets, Tensor) and not (targets < 0).any() else None  # -1 is unknown
@@ -160,7 +161,7 @@ class Predictions(Callback):
         _check_outputs(outputs, module_name)
         size = len(next(iter(outputs.values())))
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        if isinstance(images, Tensor) and len(images) != size:
+        if self._has_images and len(images) != size:
             raise InputError(
                 f"predict_step: {module_name} must return tensors with a row for each image of the batch, got {size} "
                 f"rows for {len(images)} images; mark images in an output instead of leaving them out."

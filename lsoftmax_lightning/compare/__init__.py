@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
-from .planning import plan
+from .planning import plan, setting_name
 from .reporting import report
 from .text import format_argument
 from .training import train
@@ -55,12 +55,13 @@ def compare_margins(
         RunError: If a run failed. It is raised after the other runs, and table and figures of these are written.
     """
     configs = [config] if isinstance(config, str) else list(config)
-    names = [key.replace(".init_args", "") for key in [*(sweep or {}), *(average or {})]]
+    names = [setting_name(key) for key in [*(sweep or {}), *(average or {})]]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"--sweep and --average: must name a setting once, got {name} twice; list all its values.")
+            raise InputError(f"--sweep and --average: have a duplicate setting, got {name} twice; list all its values.")
     sweep, average = (
-        {key.replace(".init_args", ""): values for key, values in (given or {}).items()} for given in (sweep, average)
+        {setting_name(key): values for key, values in (values_by_key or {}).items()}
+        for values_by_key in (sweep, average)
     )
     if jobs < 1:
         raise InputError(f"jobs: must be at least 1, got {jobs}; set the number of runs to train at once.")

@@ -142,7 +142,7 @@ def _errorbars(axes: Axes, samples: Mapping[float, Sequence[float]], style: Mapp
         bars = axes.errorbar(list(drawn), list(map(statistics.fmean, drawn.values())), halves, **style)
         transform = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
         for artist in bars.get_children():
-            artist.set_transform(transform)  # now: matplotlib finds no limits of moved curves
+            artist.set_transform(transform)  # after errorbar(), which computes the axis limits from unshifted curves
 
 
 def _curves(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Figure:

@@ -111,6 +111,11 @@ def _is_truncated(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool
     )
 
 
+def setting_name(key: str) -> str:
+    """Return the name of a setting without ``init_args``, as in :func:`~lsoftmax_lightning.config_files.flat`."""
+    return ".".join(part for part in key.split(".") if part != "init_args")
+
+
 def _is_under(key: str, settings: Collection[str]) -> bool:
     """Return whether a key is one of these settings or below one."""
     return any(key == setting or key.startswith(f"{setting}.") for setting in settings)
@@ -150,8 +155,7 @@ def plan(
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise InputError(f"seeds: must be from 0 to {2**32 - 1}, got {seed}.")
-    words = [word.removeprefix("--").partition("=")[0] for word in settings if word.startswith("--")]
-    options = [word.replace(".init_args", "") for word in words]
+    options = [setting_name(word[2:].partition("=")[0]) for word in settings if word.startswith("--")]
     for name in [*options, *sweep]:
         if _is_under(name, _RESERVED_KEYS):
             raise InputError(

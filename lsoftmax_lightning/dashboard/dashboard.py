@@ -85,7 +85,7 @@ class Dashboard(SnapshotObserver):
             raise InputError("save and html: need plots, got every_n_epochs 0 (no plots); set it to 1 or more.")
         self.every_n_epochs, self.max_samples, self.max_share, self.save = every_n_epochs, max_samples, max_share, save
         self.html = html
-        # of the page, by stage
+        # sections of the page by stage
         self._metrics: dict[str, list[Section]] = {}
         self._plots: dict[str, Section] = {}
 

@@ -37,8 +37,8 @@ class MarginMonitor(HeadObserver):
     In validation ``val/weight_angle_mean``, ``_nearest`` and ``_min``, the
     :func:`~lsoftmax_lightning.geometry.separation` of the class weights. If validation is on the classes of the head,
     also the metrics of :class:`~lsoftmax_lightning.metrics.ClassAngles`, as ``val/angle`` and so on, and
-    ``val/margin_loss``, by the criterion of a module with ``configure_losses``, otherwise by cross-entropy. In a test
-    the same, without the loss.
+    ``val/margin_loss``, computed with the ``criterion`` of a module with ``configure_losses``, otherwise with
+    cross-entropy. In a test the same, without the loss.
 
     A checkpoint gets the histogram of the angles of the validation images to their predicted class
     (:class:`~lsoftmax_lightning.metrics.AngleHistogram`), from which ``predictions.max_angle_quantile`` takes its
@@ -63,7 +63,7 @@ class MarginMonitor(HeadObserver):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._measuring = False
-        if stage == "fit" and trainer.global_step == 0:  # the callback may have observed another training
+        if stage == "fit":  # the callback may have observed another training; a checkpoint is loaded later
             self._angle_counts = None
         if self.is_observing:
             for logger in tensorboard_loggers(trainer):
@@ -168,7 +168,7 @@ class MarginMonitor(HeadObserver):
             self._predicted_angles = AngleHistogram().to(pl_module.device)
             self._margin_loss = MeanLoss().to(pl_module.device)
             # only LSoftmaxModule defines the arguments of its criterion
-            has_criterion = hasattr(pl_module, "configure_losses")
+            has_criterion = hasattr(pl_module, "configure_losses") and hasattr(pl_module, "criterion")
             self._criterion: Any = pl_module.criterion if has_criterion else F.cross_entropy
 
     def _evaluation_scalars(self, head: LSoftmaxLinear, stage: str) -> dict[str, Tensor]:

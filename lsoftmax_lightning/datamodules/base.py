@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import DataError, InputError
+from ..pairs import pairs_of
 from ..seeds import global_seed
 from ..transforms import Augmentation, Normalize, RandomCropFlip
 from .images import ImageFiles, ImageStore, ImageSubset, files_in, select
@@ -131,6 +132,12 @@ class BatchDataModule(LightningDataModule):
                 f"crop_padding: must be from 0 to {side - 1} pixels, below the shorter side of the image, got "
                 f"{crop_padding}; the paper uses 4 for images of 32 pixels."
             )
+        channels = self.image_shape[0]
+        if not {len(self.mean), len(self.std)} <= {1, channels}:
+            raise InputError(
+                f"mean and std: must have a value for each of the {channels} channels, or one, got {self.mean} and "
+                f"{self.std}."
+            )
         if not (all(0 <= value <= 1 for value in self.mean) and all(0 < value <= 1 for value in self.std)):
             raise InputError(
                 f"mean and std: must be within 0 .. 1, with std above 0, got {self.mean} and {self.std}; divide values "
@@ -197,7 +204,9 @@ class BatchDataModule(LightningDataModule):
         """
         if stage in ("fit", "validate") and not hasattr(self, "train_data"):
             train_data, self.val_data = self.load_train_val()
-            self.train_data = self._apply_train_settings(train_data)
+            self.train_data = self._apply_train_settings(self._checked(train_data))
+            if pairs_of(self, "val") is None:
+                self.val_data = self._checked(self.val_data)
         if stage == "fit" and self._train_summary:
             rank_zero_info(self._train_summary)
         if stage == "predict" and self.predict_folder is not None:
@@ -205,6 +214,8 @@ class BatchDataModule(LightningDataModule):
             return
         if stage in ("test", "predict") and not hasattr(self, "test_data"):
             self.test_data = self.load_test()
+            if pairs_of(self, "test") is None:
+                self.test_data = self._checked(self.test_data)
         if stage == "predict":
             self.predict_data = self.test_data
 
@@ -239,7 +250,8 @@ class BatchDataModule(LightningDataModule):
 
     def _checked(self, data: Images) -> Images:
         """Return the data, with int64 labels, if images and labels are valid; raise a DataError otherwise."""
-        name, (images, targets) = type(self).__name__, data
+        name = type(self).__name__
+        images, targets = data
         if len(images) != len(targets) or len(targets) == 0:
             raise DataError(
                 f"{name}: must load as many images as labels, and at least one, got {len(images)} images and "
@@ -262,11 +274,14 @@ class BatchDataModule(LightningDataModule):
                     f"{name}: images must have the shape {tuple(self.image_shape)}, got {tuple(images.shape[1:])}; "
                     "check images and image_shape."
                 )
-            is_scaled = images.is_floating_point() and images.min() >= 0 and images.max() <= 1
-            if images.dtype != torch.uint8 and not is_scaled:
+            if not images.is_floating_point() and images.dtype != torch.uint8:
+                raise DataError(
+                    f"{name}: images must be uint8, or floats from 0 to 1, got {images.dtype}; convert them."
+                )
+            if images.is_floating_point() and not (images.min() >= 0 and images.max() <= 1):
                 raise DataError(
                     f"{name}: images must be uint8, or floats from 0 to 1, got {images.dtype} from {images.min():.4g} "
-                    f"to {images.max():.4g}; convert them."
+                    f"to {images.max():.4g}; divide values for 0 .. 255 by 255."
                 )
         return Images(images, targets.long())
 
@@ -361,4 +376,4 @@ class ImageDataModule(BatchDataModule):
 
     @override
     def load_test(self) -> Images:
-        return self._checked(self.load(train=False))
+        return self.load(train=False)

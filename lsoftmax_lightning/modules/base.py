@@ -371,7 +371,7 @@ class LSoftmaxModule(LightningModule):
 
         Raises:
             InputError: If the length of the run is unknown, the scheduler is not stepped once per optimizer step, or a
-                ``OneCycleLR`` has fewer steps than the run, or there is no validation before a ``ReduceLROnPlateau``.
+                ``OneCycleLR`` has fewer steps than the run, or a ``ReduceLROnPlateau`` is stepped before validation.
         """
         schedulers, callbacks = self.trainer.lr_scheduler_configs, self.trainer.callbacks  # type: ignore[attr-defined]
         self._logs_every_loss = any(
@@ -410,9 +410,10 @@ class LSoftmaxModule(LightningModule):
 
     def _check_plateau(self, config: LRSchedulerConfig) -> None:
         trainer: Any = self.trainer
-        interval, batches = trainer.val_check_batch, trainer.num_training_batches
-        is_of_validation = config.reduce_on_plateau and str(config.monitor).startswith("val/")
-        if is_of_validation and trainer.check_val_every_n_epoch is None and interval > batches:
+        interval = trainer.val_check_batch or 0  # None for a time
+        batches = trainer.num_training_batches
+        monitors_validation = config.reduce_on_plateau and str(config.monitor).startswith("val/")
+        if monitors_validation and trainer.check_val_every_n_epoch is None and interval > batches:
             raise InputError(
                 f"lr_scheduler: ReduceLROnPlateau needs {config.monitor} at the end of an epoch, after {batches} "
                 f"batches, got val_check_interval {interval}; set it to at most {batches}."

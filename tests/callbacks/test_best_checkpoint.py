@@ -120,6 +120,18 @@ def test_two_best_checkpoints_in_a_folder_keep_both_files(tmp_path: Path) -> Non
     assert indexed(tmp_path, "best") == Path(second.best_model_path)
 
 
+def test_best_checkpoint_keeps_the_file_of_a_callback_without_a_monitor(tmp_path: Path) -> None:
+    latest = ModelCheckpoint(tmp_path, "best", save_last=False)
+    best = BestCheckpoint(tmp_path, "best", monitor="val/loss")
+    never = BestCheckpoint(tmp_path, "never", monitor="val/acc", every_n_epochs=9)
+    callbacks = [latest, best, never]
+    trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=2, limit_train_batches=2)
+    trainer.fit(make_model(optimizer=partial(torch.optim.SGD, lr=0.01)), BlobsDataModule())
+    assert len({latest.best_model_path, best.best_model_path}) == 2
+    assert all(Path(callback.best_model_path).is_file() for callback in (latest, best))
+    assert indexed(tmp_path, "best") == Path(best.best_model_path)
+
+
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_a_remote_folder_may_end_in_a_slash(slash: str) -> None:
     best = BestCheckpoint(f"memory://bucket/checkpoints{slash}", "{val/loss:.2f}", monitor="val/loss")

@@ -241,21 +241,22 @@ def test_failed_run_is_reported_and_the_others_finish(capsys: pytest.CaptureFixt
         (["--config=digits.yaml", "--average", "data.val_size=[1"], "--average: must be KEY=V1,V2"),
         (
             ["--config=digits.yaml", "--average", "a.b=1", "--sweep", "a.b=2"],
-            "--sweep and --average: must name a setting once, got a.b twice",
+            "--sweep and --average: have a duplicate setting, got a.b twice",
         ),
         (
             ["--config=digits.yaml", "--sweep=model.backbone=a", "--sweep=model.init_args.backbone=b"],
-            "--sweep and --average: must name a setting once, got model.backbone twice",
+            "--sweep and --average: have a duplicate setting, got model.backbone twice",
         ),
         (
             ["--config=digits.yaml", "--sweep=a.b=1", "--sweep=a.b=2"],
-            "--sweep: must name a setting once, got a.b twice",
+            "--sweep: has a duplicate setting, got a.b twice",
         ),
         (
             ["--config=digits.yaml", "--sweep=model.label_smoothing=0,0.1", "--model.init_args.label_smoothing=0.1"],
             "model.label_smoothing: must be fixed or swept, got both",
         ),
         (["--config=folder.yaml", "--sweep=data.root=2020-01-01"], "2020-01-01/train: the folder does not exist"),
+        (["--config=folder.yaml", "--sweep=data.root=2020-01-01T10:00:00Z"], "2020-01-01T10:00:00Z/train: the folder"),
         (["--config=digits.yaml", "--average", "model.margin=3,4"], "use --margins, --seeds or --folder"),
         (["--report=gone"], "no run in"),
         (["--report", "gone", "--jobs", "2"], "accepts only --folder"),

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lsoftmax_lightning.datamodules import DigitsDataModule, MNISTDataModule
-from lsoftmax_lightning.datamodules.base import Images
+from lsoftmax_lightning.datamodules.base import BatchDataModule, Images
 from lsoftmax_lightning.datamodules.loader import GlobalBatchSampler
 from lsoftmax_lightning.errors import DataError, InputError
 from lsoftmax_lightning.transforms import RandomCropFlip
@@ -234,6 +234,36 @@ def test_normalization_on_another_scale_is_rejected(
         BlobsDataModule()
 
 
+@pytest.mark.parametrize("values", [(0.3, 0.3), ()])
+def test_normalization_of_other_channels_is_rejected(
+    values: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BlobsDataModule, "mean", values)
+    with pytest.raises(InputError, match="mean and std: must have a value for each of the 1 channels, or one, got"):
+        BlobsDataModule()
+
+
+class OwnBatches(BatchDataModule):
+    """Batches of given images."""
+
+    class_names, image_shape, mean, std = ("a", "b"), (1, 8, 8), (0.5,), (0.5,)
+    data = Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+
+    def load_train_val(self) -> tuple[Images, Images]:
+        return self.data, self.data
+
+    def load_test(self) -> Images:
+        return self.data
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_images_of_every_datamodule_are_checked(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    OwnBatches().setup(stage)
+    monkeypatch.setattr(OwnBatches, "data", Images(torch.full((4, 1, 8, 8), 255.0), OwnBatches.data.targets))
+    with pytest.raises(DataError, match="OwnBatches: images must be uint8, or floats from 0 to 1"):
+        OwnBatches().setup(stage)
+
+
 def test_labels_may_be_of_any_integer_type(monkeypatch: pytest.MonkeyPatch) -> None:
     images, targets = BlobsDataModule().load(train=True)
     monkeypatch.setattr(BlobsDataModule, "load", lambda self, train: Images(images, targets.byte()))
@@ -271,7 +301,7 @@ def test_impossible_split_is_rejected(val_size: int) -> None:
         (Images(torch.zeros(2, 8, 8), torch.tensor([0, 1])), r"must have the shape \(1, 8, 8\), got \(8, 8\)"),
         (
             Images(torch.full((2, 1, 8, 8), 255), torch.tensor([0, 1])),
-            "must be uint8, or floats from 0 to 1, got torch.int64 from 255 to 255",
+            "must be uint8, or floats from 0 to 1, got torch.int64",
         ),
         (
             Images(torch.full((2, 1, 8, 8), 255.0), torch.tensor([0, 1])),

@@ -53,7 +53,7 @@ def run_on(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # a process may run another task in this folder
+    # unique names, because a task may call run_on in the same folder
     names = [[f"{stream}_{os.getpid()}_{rank}" for stream in ("stdout", "stderr")] for rank in range(count)]
     paths = [[Path(name).absolute() for name in pair] for pair in names]
     ranks = {fork(environment(rank, count, port), task, *paths[rank]): rank for rank in range(count)}

@@ -171,6 +171,13 @@ def test_plateau_scheduler_without_a_validation_in_the_first_epoch_is_an_error()
         trainer.fit(model, BlobsDataModule())
 
 
+def test_plateau_scheduler_accepts_validations_by_time() -> None:
+    model = make_model(lr_scheduler=lambda o: ReduceLROnPlateau(o, "val/loss"))
+    trainer = make_trainer(check_val_every_n_epoch=None, val_check_interval="00:00:00:00")
+    trainer.fit(model, BlobsDataModule())
+    assert trainer.current_epoch == 1
+
+
 def test_plateau_scheduler_of_the_training_loss_steps_with_the_optimiser() -> None:
     model = make_model(lr_scheduler=lambda o: ReduceLROnPlateau(o, "train/loss", patience=0, threshold=1e9))
     trainer = make_trainer(limit_train_batches=3)
