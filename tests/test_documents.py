@@ -380,7 +380,7 @@ def bash(line: str, script: str) -> None:
         for words in commands:
             args = words.split("\0")[2:-1]
             done = launch(partial(main, args), *args)
-            print(done.stdout, done.stderr)
+            print(done.stdout, done.stderr)  # the cells end with 2>&1
             server.sendall(f"{done.returncode}\n".encode())
     assert cell.returncode == 0
 
@@ -406,7 +406,7 @@ def run_cells(path: Path) -> None:
 def test_every_notebook_runs_without_an_error_or_a_warning(path: Path) -> None:
     if "onnx" in path.read_text() and not WRITES_ONNX:
         pytest.skip("this torch writes no ONNX")
-    done = run_on(1, partial(run_cells, path), lambda rank, count, port: {"IPYTHONDIR": "ipython"})
+    done = run_on(1, partial(run_cells, path), lambda rank, count, port: {"IPYTHONDIR": Path("ipython").absolute()})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning" not in done.stderr.lower(), done.stderr
 

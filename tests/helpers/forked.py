@@ -87,6 +87,11 @@ def launch(task: Callable[[], object], *args: str, program: ModuleType | None = 
     return run_on(1, start, lambda rank, count, port: {})
 
 
+def show_warning(message: Warning | str, category: type[Warning], file: str, line: int, *args: object) -> None:
+    """Write a warning to stderr, as Python does; pytest would record it in a list that is lost with the fork."""
+    sys.stderr.write(warnings.formatwarning(message, category, file, line))
+
+
 def fork(environment: dict[str, object], task: Callable[[], object], stdout: Path, stderr: Path) -> int:
     """Run a task in a fork, and return its process ID."""
     pid = os.fork()
@@ -99,7 +104,10 @@ def fork(environment: dict[str, object], task: Callable[[], object], stdout: Pat
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         # reset state that a new process does not have
         multiprocessing.util._run_after_forkers()  # otherwise tensors of workers go to the parent
-        warnings.resetwarnings()
+        warnings.resetwarnings()  # and those that Python hides by default
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = show_warning
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.path.insert(0, os.getcwd())
