@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc, binary_eer, binary_roc
@@ -134,6 +134,21 @@ def angle_quantile(counts: Tensor, q: float) -> float:
     return (int((cumulative < q).sum()) + 1) / 10
 
 
+def loss_weight(criterion: object, target: Tensor) -> Tensor | int:
+    """Return the weight of the mean loss of a batch: the number of samples, or the sum of their class weights, 0-d.
+
+    Args:
+        criterion: A loss. :class:`torch.nn.CrossEntropyLoss` divides by this sum, without ignored classes.
+        target: Class of each sample, ``(N,)``, int64.
+    """
+    if not isinstance(criterion, nn.CrossEntropyLoss) or criterion.reduction != "mean":
+        return len(target)
+    if criterion.weight is None and criterion.ignore_index < 0:  # no class is ignored
+        return len(target)
+    weights = torch.ones_like(target) if criterion.weight is None else criterion.weight[target]
+    return (weights * (target != criterion.ignore_index)).sum()
+
+
 class MeanLoss(Metric):
     """Mean over samples of losses that are means over batches.
 
@@ -146,32 +161,35 @@ class MeanLoss(Metric):
     full_state_update = False
 
     total: Tensor
-    count: Tensor
+    weight: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("total", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("weight", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
 
     @override
-    def update(self, loss: Tensor, size: int) -> None:
+    def update(self, loss: Tensor, weight: Tensor | int) -> None:
         """Add the mean loss of a batch.
 
         Args:
             loss: Mean loss, 0-d.
-            size: Number of samples in the batch.
+            weight: Number of samples in the batch, or the sum of their weights, 0-d, on the device of the loss.
         """
-        if not size:  # the mean of an empty batch is NaN
-            return
         # Not in place: a Trainer may validate in inference mode and then train outside it. At least float32, because
         # the state may have half precision (with bf16-true, for example).
-        self.total = self.total + loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * size
-        self.count = self.count + size
+        total = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * weight
+        if isinstance(weight, Tensor):
+            total = total.where(weight != 0, 0)  # the mean of an empty batch is NaN; `if` would wait for the device
+        elif not weight:
+            return
+        self.total = self.total + total
+        self.weight = self.weight.to(torch.float32) + weight
 
     @override
     def compute(self) -> Tensor:
         """Compute the mean, 0-d."""
-        return self.total / self.count
+        return self.total / self.weight
 
 
 class PairVerification(Metric):

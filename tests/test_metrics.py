@@ -9,10 +9,17 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsoftmax_lightning.errors import InputError
-from lsoftmax_lightning.metrics import AngleHistogram, ClassAngles, MeanLoss, PairVerification, angle_quantile
+from lsoftmax_lightning.metrics import (
+    AngleHistogram,
+    ClassAngles,
+    MeanLoss,
+    PairVerification,
+    angle_quantile,
+    loss_weight,
+)
 from lsoftmax_lightning.pairs import Pairs
 
 
@@ -312,6 +319,18 @@ def test_the_mean_loss_weighs_batches_by_their_size_and_keeps_nan() -> None:
     assert loss.compute() == 1.25
     loss.update(torch.tensor(float("nan")), 2)
     assert loss.compute().isnan()
+
+
+@pytest.mark.parametrize("ignored", [-100, 2])
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 10.0, 0.5])])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_mean_loss_equals_the_loss_of_one_batch(ignored: int, weight: Tensor | None, smoothing: float) -> None:
+    criterion = nn.CrossEntropyLoss(weight, ignore_index=ignored, label_smoothing=smoothing)
+    logits, target = torch.randn(60, 3), torch.arange(60) // 20
+    loss = MeanLoss()
+    for part in torch.arange(60).split(7):  # a batch has only the ignored class
+        loss.update(criterion(logits[part], target[part]), loss_weight(criterion, target[part]))
+    torch.testing.assert_close(loss.compute(), criterion(logits, target))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -17,7 +17,7 @@ from typing_extensions import override
 from ..compat import add_summary, current_datamodule, disable_default_hp_metric, log_scalars
 from ..geometry import target_angles
 from ..heads import LSoftmaxLinear
-from ..metrics import ANGLE_COUNTS, AngleHistogram, ClassAngles, MeanLoss
+from ..metrics import ANGLE_COUNTS, AngleHistogram, ClassAngles, MeanLoss, loss_weight
 from ..pairs import pairs_of
 from ..schedules import LambdaSchedule
 from ..seeds import global_seed
@@ -127,7 +127,7 @@ class MarginMonitor(HeadObserver):
             self._angles.update(features, head.full_weight, target)
             self._predicted_angles.update(target_angles(features, head.full_weight[logits.argmax(dim=1)]))
             margin_logits = head.apply_margin(logits, features, target)
-            self._margin_loss.update(self._criterion(margin_logits, target), len(target))
+            self._margin_loss.update(self._criterion(margin_logits, target), loss_weight(self._criterion, target))
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

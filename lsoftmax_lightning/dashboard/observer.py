@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from ..compat import logs_this_step
 from ..errors import first_line
 from ..functional import plain_logits
 from ..heads import HeadCall, LSoftmaxLinear
@@ -91,8 +92,7 @@ class HeadObserver(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not every or (trainer.global_step + 1) % every != 0:
+        if not logs_this_step(trainer):
             return
         head, observed = self.observed_head(pl_module), self._take_call(self._batch)
         if head is not None and observed is not None:

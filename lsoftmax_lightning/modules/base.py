@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from lightning.pytorch.utilities.parsing import collect_init_args
 from lightning.pytorch.utilities.types import (
     LRSchedulerConfig,
     LRSchedulerConfigType,
@@ -118,7 +120,12 @@ class LSoftmaxModule(LightningModule):
         self._unlogged_loss: Tensor | None = None
         # A run resumes without the file of warm_start, and compile depends on the machine.
         ignored = ["lambda_schedule", "optimizer", "lr_scheduler", "compile", "warm_start"]
-        self.save_hyperparameters(ignore=ignored if isinstance(backbone, str) else [*ignored, "backbone"])
+        ignored += [] if isinstance(backbone, str) else ["backbone"]
+        # Arguments that a subclass fixes are not its own: load_from_checkpoint would pass them to it.
+        frame: Any = inspect.currentframe()
+        *inner, outermost = collect_init_args(frame, [], classes=(HyperparametersMixin,))
+        ignored += [name for args in inner for name in args if name not in outermost]
+        self.save_hyperparameters(ignore=ignored)
         # Not read from hparams: under LightningCLI these have only the arguments of the subclass.
         self.num_classes, self.margin, self.label_smoothing = num_classes, margin, label_smoothing
         self.image_shape, self.backbone_args = image_shape, backbone_args
@@ -374,6 +381,7 @@ class LSoftmaxModule(LightningModule):
                 ``OneCycleLR`` has fewer steps than the run, or a ``ReduceLROnPlateau`` is stepped before validation.
         """
         schedulers, callbacks = self.trainer.lr_scheduler_configs, self.trainer.callbacks  # type: ignore[attr-defined]
+        self.train_metrics.reset()  # of an interrupted training
         self._logs_every_loss = any(
             getattr(each, "monitor", None) == "train/loss" for each in [*schedulers, *callbacks]
         )

@@ -15,7 +15,7 @@ from ..data_spec import DataSpec
 from ..errors import InputError
 from ..functional import gather_target_logits
 from ..geometry import target_angles
-from ..metrics import MeanLoss
+from ..metrics import MeanLoss, loss_weight
 from ..pairs import pairs_of
 from .base import LSoftmaxModule
 
@@ -78,7 +78,7 @@ class ClassificationModule(LSoftmaxModule):
         x, target = batch
         logits = self(x)
         _, target = gather_target_logits(logits, target)
-        loss.update(self.criterion(logits, target), len(target))
+        loss.update(self.criterion(logits, target), loss_weight(self.criterion, target))
         metrics.update(logits, target)
         self.log(loss_name, loss, prog_bar=True)
         self.log_dict(metrics, prog_bar=True)

@@ -258,7 +258,6 @@ def test_plots_need_tensorboard_or_save() -> None:
     for logger, dashboard in (
         (False, Dashboard()),
         (CSVLogger(".", "csv"), Dashboard()),
-        (CSVLogger(".", "none"), Dashboard(every_n_epochs=0, save=True)),
         (CSVLogger(".", "saved"), Dashboard(save=True)),
     ):
         trainer = make_trainer(logger=logger, callbacks=[dashboard])

@@ -171,6 +171,58 @@ def test_plateau_scheduler_without_a_validation_in_the_first_epoch_is_an_error()
         trainer.fit(model, BlobsDataModule())
 
 
+class Fixed(ClassificationModule):
+    """Module that sets an argument of its base."""
+
+    def __init__(self, num_classes: int, backbone: str = "digits", width: int = 3, **kwargs: Any) -> None:
+        super().__init__(num_classes, backbone, label_smoothing=0.1, image_shape=(1, 8, 8), **kwargs)
+        self.width = width
+
+
+class FixedAgain(Fixed):
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, width=5, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Fixed, FixedAgain])
+def test_a_subclass_with_fixed_arguments_loads_from_its_checkpoint(kind: type[Fixed]) -> None:
+    model = kind(4, margin=3)
+    trainer = make_trainer()
+    trainer.fit(model, BlobsDataModule())
+    trainer.save_checkpoint("fixed.ckpt")
+    loaded = kind.load_from_checkpoint("fixed.ckpt", weights_only=True)
+    assert (loaded.margin, loaded.label_smoothing, loaded.width) == (3, 0.1, model.width)
+    assert kind.load_from_checkpoint("fixed.ckpt", margin=2, weights_only=True).margin == 2
+
+
+class Interrupts(Callback):
+    """Callback that fails within an epoch."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            raise RuntimeError("interrupted")
+
+
+def test_training_metrics_are_logged_after_an_interrupted_training() -> None:
+    model = make_model()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        make_trainer(callbacks=[Interrupts()]).fit(model, BlobsDataModule())
+    trainer = make_trainer()
+    trainer.fit(model, BlobsDataModule())
+    assert "train/acc" in trainer.callback_metrics
+
+
+def test_weighted_loss_does_not_depend_on_the_batch_size() -> None:
+    model = make_model()
+    model.criterion = nn.CrossEntropyLoss(weight=torch.tensor([10.0, 1.0, 1.0, 1.0]))
+    data = BlobsDataModule()
+    found = []
+    for batch_size in (7, 50):
+        data.batch_size = batch_size
+        found.append(make_trainer().test(model, data, verbose=False)[0]["test/loss"])
+    assert found[0] == pytest.approx(found[1])
+
+
 def test_plateau_scheduler_accepts_validations_by_time() -> None:
     model = make_model(lr_scheduler=lambda o: ReduceLROnPlateau(o, "val/loss"))
     trainer = make_trainer(check_val_every_n_epoch=None, val_check_interval="00:00:00:00")
