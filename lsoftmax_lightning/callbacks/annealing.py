@@ -31,7 +31,8 @@ class LambdaAnnealing(Callback):
 
     Works with any LightningModule whose ``head`` is an :class:`~lsoftmax_lightning.LSoftmaxLinear`. lambda changes once
     per optimiser step, so gradient accumulation does not speed it up, and a resumed run continues with the lambda
-    of its step. The paper anneals lambda in section 4.
+    of its step. With manual optimization, a schedule of steps needs one call of ``optimizer.step`` for each batch. The
+    paper anneals lambda in section 4.
 
     A schedule with an ``accuracy_decay`` also gets the mean accuracy of the training logits. The mean is logged as
     ``train/margin_acc``, is the same on every rank, is saved in the checkpoint, and is read without waiting for the

@@ -113,6 +113,7 @@ class Predictions(Callback):
                 "a call of its own."
             )
         if hasattr(pl_module, "top_k"):
+            self._module_top_k = pl_module.top_k
             pl_module.top_k = self.top_k  # type: ignore[assignment]
         elif self.top_k > 1 or self.max_angle is not None or self.max_angle_quantile is not None:
             raise InputError(
@@ -132,7 +133,8 @@ class Predictions(Callback):
         targets = getattr(data, "targets", None)
         self._targets = targets if isinstance(targets, Tensor) and not (targets < 0).any() else None  # -1 is unknown
         self._id_column = "path" if self._paths else "index"
-        self._class_names = names_by_index(datamodule)
+        spec = getattr(pl_module, "data_spec", None)  # of the training data
+        self._class_names = names_by_index(datamodule) or names_by_index(spec)
         self._count = 0  # rows written by this rank
         self._is_integer: dict[str, bool] = {}  # by output, in the order of the columns
         self._embedding_dim = 0
@@ -240,6 +242,12 @@ class Predictions(Callback):
             rank_zero_info(f"The predictions are in {self._path}")
         trainer.strategy.barrier()
         self._temporary_files.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore ``top_k`` of the module."""
+        if hasattr(self, "_module_top_k"):
+            pl_module.top_k = self._module_top_k
+            del self._module_top_k
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the rows of a single rank; remove the temporary files."""

@@ -38,6 +38,9 @@ class ExactResume(Callback):
     - A run whose folder was moved, or that continues in another folder: Lightning loses the best checkpoint
       (:func:`~lsoftmax_lightning.callbacks.best_checkpoint.relocate`).
 
+    A shuffled DataLoader of your own draws the order of an epoch at its start, from the generator of torch, and so has
+    another order after a resume. The datamodules of this package, or a sampler that follows ``set_epoch``, do not.
+
     Lightning skips a validation, or the end of an epoch, that follows the step of the checkpoint.
     :class:`LastCheckpoint` saves no checkpoint before them, but ``every_n_train_steps`` may.
 

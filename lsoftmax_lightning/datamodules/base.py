@@ -157,6 +157,7 @@ class BatchDataModule(LightningDataModule):
         self.label_noise = label_noise
         self.train_seed = train_seed
         self._train_summary = ""
+        self._train_settings: tuple[int | float | None, float, int | None] | None = None
         if not hasattr(self, "num_workers"):
             self.num_workers = min(8, torch.get_num_threads())
         self.augment = RandomCropFlip(crop_padding, flip) if crop_padding or flip else None
@@ -199,14 +200,19 @@ class BatchDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the images of a stage, unless they were read before.
 
+        The subset of ``train_size`` and the labels of ``label_noise`` are drawn again if these settings or the seed
+        have changed.
+
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
         """
         if stage in ("fit", "validate") and not hasattr(self, "train_data"):
             train_data, self.val_data = self.load_train_val()
-            self.train_data = self._apply_train_settings(self._checked(train_data))
+            self.train_data = self._all_train_data = self._checked(train_data)
             if pairs_of(self, "val") is None:
                 self.val_data = self._checked(self.val_data)
+        if stage in ("fit", "validate") and hasattr(self, "_all_train_data"):  # not if train_data was set by hand
+            self._apply_train_settings(self._all_train_data)
         if stage == "fit" and self._train_summary:
             rank_zero_info(self._train_summary)
         if stage == "predict" and self.predict_folder is not None:
@@ -223,12 +229,19 @@ class BatchDataModule(LightningDataModule):
         """Return the images of ``predict_folder``, with class -1 for unknown."""
         return Images(ImageFiles(paths, self.image_shape), torch.full((len(paths),), UNKNOWN_CLASS))
 
-    def _apply_train_settings(self, data: Images) -> Images:
-        """Apply ``train_size`` and ``label_noise``."""
-        if self.train_size is None and not self.label_noise:
-            return data
-        images, targets = data
+    def _apply_train_settings(self, data: Images) -> None:
+        """Set ``train_data`` to the subset and the labels of ``train_size``, ``label_noise`` and the seed."""
         seed = (global_seed() or 0) if self.train_seed is None else self.train_seed
+        is_changed = self.train_size is not None or self.label_noise > 0
+        settings = (self.train_size, self.label_noise, seed if is_changed else None)
+        if settings == self._train_settings:
+            return
+        self._train_settings = settings
+        self._train_summary = ""
+        self.train_data = data
+        if not is_changed:
+            return
+        images, targets = data
         if self.train_size is not None:
             length = subset_length(targets, self.train_size)
             index = stratified_subset(targets, length, seeded_generator(f"{seed} train_size"))
@@ -241,7 +254,7 @@ class BatchDataModule(LightningDataModule):
                 f"; {count:,} of {len(targets):,} training labels drawn at random (label_noise {self.label_noise:g})"
             )
         self._train_summary += f"; seed {seed}."
-        return Images(images, targets)
+        self.train_data = Images(images, targets)
 
     def _check_train_size(self, targets: Sequence[int]) -> None:
         """Check ``train_size`` before the images are read."""

@@ -239,7 +239,10 @@ class LSoftmaxModule(LightningModule):
         return features
 
     def embed(self, images: Tensor) -> Tensor:
-        """Compute embeddings (N, D) for verification, prediction and export; the features unless overridden."""
+        """Compute embeddings (N, D) for verification, prediction and export; the features unless overridden.
+
+        Prediction and export classify the embeddings, ``head(embed(images))``; validation and test use ``forward``.
+        """
         return self.forward_features(images)
 
     def forward(self, x: Tensor) -> Tensor:

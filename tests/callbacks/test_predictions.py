@@ -22,10 +22,12 @@ from lightning import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from pyarrow import parquet
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lsoftmax_lightning import ClassificationModule, VerificationModule
 from lsoftmax_lightning.atomic import csv_safe
 from lsoftmax_lightning.callbacks import MarginMonitor, Predictions
+from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.datamodules import ImageFolderDataModule
 from lsoftmax_lightning.datamodules.images import read_image
 from lsoftmax_lightning.errors import DataError, InputError, RunError
@@ -348,6 +350,19 @@ def test_outputs_without_a_row_for_each_image_are_an_error(outputs: Any, message
     with pytest.raises(InputError, match=rf"^predict_step: Outputs .*{message}"):
         predict_outputs("out.csv", outputs, outputs)
     assert not list(Path().glob("*out*"))
+
+
+def test_names_of_the_training_data_are_written_for_a_plain_dataloader() -> None:
+    model = ClassificationModule(4, "digits", image_shape=(1, 8, 8))
+    model.data_spec = DataSpec(class_names=("a", "b", "c", "d"))
+    model.top_k = 3
+    trainer = make_trainer(callbacks=[Predictions("out.csv", top_k=2)])
+    trainer.predict(model, DataLoader(torch.rand(5, 1, 8, 8)), return_predictions=False)
+    rows = read("out.csv")
+    assert {row["prediction"] for row in rows} <= {"a", "b", "c", "d"}
+    assert "prediction_2" in rows[0]
+    assert "prediction_3" not in rows[0]
+    assert model.top_k == 3
 
 
 @pytest.mark.parametrize("missing", ["prediction", "angle"])

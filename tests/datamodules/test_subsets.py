@@ -127,6 +127,18 @@ def test_drawing_a_subset_keeps_split_and_random_state() -> None:
     assert set(indices(drawn.train_data.images).tolist()) < set(indices(plain.train_data.images).tolist())
 
 
+def test_subset_and_noise_follow_the_seed_of_each_training() -> None:
+    reused = ManyDataModule()
+    for seed, size, noise in ((0, 100, 0.5), (1, 100, 0.5), (1, 200, 0.0), (2, None, 0.0)):
+        seed_everything(seed)
+        new = ManyDataModule()
+        for data in (reused, new):
+            data.train_size, data.label_noise = size, noise
+            data.setup("fit")
+        assert torch.equal(reused.train_data.targets, new.train_data.targets)
+        assert torch.equal(indices(reused.train_data.images), indices(new.train_data.images))
+
+
 def test_default_uses_all_images_and_true_labels() -> None:
     index, targets = draw()
     assert len(index) == 1600
