@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,8 +101,10 @@ def test_export_command_exports_a_checkpoint(capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert "Wrote model.pt2. On test images, it differs from the module by at most" in printed
 
+    shutil.copy(checkpoint, "moved.ckpt")
     for args, message in (
-        (["--ckpt_path", "nope.ckpt"], "--config: must be set, because the run folder of the checkpoint, /"),
+        (["--ckpt_path", "nope.ckpt"], "--ckpt_path: must be a checkpoint of fit, got nope.ckpt, which does not exist"),
+        (["--ckpt_path", "moved.ckpt"], "--config: must be set, because the run folder of the checkpoint, /"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),
         (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is from another network"),
         (["--ckpt_path", "nope.ckpt", "--config", "digits.yaml"], "nope.ckpt does not exist, or is not a file"),
