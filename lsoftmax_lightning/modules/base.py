@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.utilities.parsing import collect_init_args
 from lightning.pytorch.utilities.types import (
     LRSchedulerConfig,
@@ -123,7 +122,7 @@ class LSoftmaxModule(LightningModule):
         ignored += [] if isinstance(backbone, str) else ["backbone"]
         # Arguments that a subclass fixes are not its own: load_from_checkpoint would pass them to it.
         frame: Any = inspect.currentframe()
-        *inner, outermost = collect_init_args(frame, [], classes=(HyperparametersMixin,))
+        *inner, outermost = collect_init_args(frame, [], classes=(type(self),))
         ignored += [name for args in inner for name in args if name not in outermost]
         self.save_hyperparameters(ignore=ignored)
         # Not read from hparams: under LightningCLI these have only the arguments of the subclass.

@@ -195,6 +195,16 @@ def test_a_subclass_with_fixed_arguments_loads_from_its_checkpoint(kind: type[Fi
     assert kind.load_from_checkpoint("fixed.ckpt", margin=2, weights_only=True).margin == 2
 
 
+def test_a_module_within_another_keeps_its_arguments() -> None:
+    class Outer(LightningModule):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.inner = Fixed(size, margin=2)
+
+    given = {"num_classes": 4, "backbone": "digits", "width": 3, "margin": 2}
+    assert given.items() <= Outer(4).inner.hparams.items()  # Lightning adds those of the outer module
+
+
 class Interrupts(Callback):
     """Callback that fails within an epoch."""
 
