@@ -102,6 +102,8 @@ class Predictions(Callback):
                 f"predictions.output: .parquet requires pyarrow, which is not installed, got {self._path}; pip install "
                 "'lsoftmax-lightning[parquet]'."
             )
+        if self._path.is_dir():
+            raise InputError(f"predictions.output: must be a file, got the folder {self._path}; name a file in it.")
         with self._disk_errors():
             self._path.parent.mkdir(parents=True, exist_ok=True)
 

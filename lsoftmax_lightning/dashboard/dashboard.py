@@ -82,7 +82,7 @@ class Dashboard(SnapshotObserver):
         if save not in (True, False, "png", "svg", "pdf"):
             raise InputError(f"save must be true, false, png, svg or pdf, got {save}.")
         if (save or html) and every_n_epochs == 0:
-            raise InputError("save and html: need plots, got every_n_epochs 0 (no plots); set it to 1 or more.")
+            raise InputError("every_n_epochs: must be at least 1 with save or html, got 0 (no plots); set it to 1.")
         self.every_n_epochs, self.max_samples, self.max_share, self.save = every_n_epochs, max_samples, max_share, save
         self.html = html
         # sections of the page by stage

@@ -419,6 +419,9 @@ def test_invalid_output_or_input_is_an_error() -> None:
         Predictions("x.txt")
     with pytest.raises(InputError, match=r"^predictions\.output: without a logger there is no folder of the run"):
         predict(None)
+    Path("folder.csv").mkdir()
+    with pytest.raises(InputError, match=r"^predictions\.output: must be a file, got the folder folder\.csv"):
+        predict("folder.csv")
     write_folder(Path("photos"))
     Path("photos/broken.png").write_text("no image")
     with pytest.raises(DataError, match=r"^photos/broken\.png is not a readable image"):

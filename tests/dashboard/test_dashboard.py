@@ -715,8 +715,8 @@ def test_pairs_have_their_own_plots(tmp_path: Path) -> None:
         ({"every_n_epochs": -1}, "every_n_epochs must be 0 .* or more, got -1"),
         ({"max_samples": 0}, "max_samples must be at least 1, got 0"),
         ({"max_share": 3}, "max_share must be from 0 to 1, got 3"),
-        ({"html": True, "every_n_epochs": 0}, "save and html: need plots, got every_n_epochs 0"),
-        ({"save": "pdf", "every_n_epochs": 0}, "save and html: need plots, got every_n_epochs 0"),
+        ({"html": True, "every_n_epochs": 0}, "every_n_epochs: must be at least 1 with save or html, got 0"),
+        ({"save": "pdf", "every_n_epochs": 0}, "every_n_epochs: must be at least 1 with save or html, got 0"),
         ({"save": "gif"}, "save must be true, false, png, svg or pdf, got gif"),
     ],
 )
