@@ -104,7 +104,8 @@ def fork(environment: dict[str, object], task: Callable[[], object], stdout: Pat
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         # reset state that a new process does not have
         multiprocessing.util._run_after_forkers()  # otherwise tensors of workers go to the parent
-        warnings.resetwarnings()  # and those that Python hides by default
+        warnings.resetwarnings()
+        # Python ignores these by default
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", category)
         warnings.showwarning = show_warning
