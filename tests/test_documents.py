@@ -157,7 +157,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def at_least(page: Path) -> int:
     """Return the minimum number of runs of the comparisons on a page."""
-    return 4 if page.name == "results.md" else 5
+    return 3 if page.name == "results.md" else 5
 
 
 def plan_fewer(
