@@ -71,6 +71,25 @@ def test_metrics_equal_those_computed_from_the_images() -> None:
     assert found["lr"] == pytest.approx(0.1)
 
 
+def test_training_scalars_are_logged_with_several_optimizers() -> None:
+    class Two(ClassificationModule):
+        def __init__(self) -> None:
+            super().__init__(4, "digits", image_shape=(1, 8, 8))
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.manual_backward(super().training_step(batch, batch_idx))  # type: ignore[arg-type]
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.backbone, self.head)]
+
+    _, events = fit(Two(), max_epochs=2)  # epochs of 8 batches
+    assert len(steps(events, "train/angle")) == 4  # every four batches
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_margin_loss_equals_the_plain_loss_without_a_margin(smoothing: float) -> None:
     trainer, _ = fit(make_model(margin=1, label_smoothing=smoothing))
