@@ -146,6 +146,11 @@ def read_yaml(path: Path) -> dict[str, Any] | None:
     return content if content and isinstance(content, dict) else None
 
 
+def setting_name(key: str) -> str:
+    """Return the name of a setting on the command line, which needs no ``init_args``."""
+    return ".".join(part for part in key.split(".") if part != "init_args")
+
+
 def flat(settings: Any, path: str = "") -> dict[str, Any]:
     """Return nested settings by their names on the command line.
 
@@ -159,6 +164,6 @@ def flat(settings: Any, path: str = "") -> dict[str, Any]:
         {'model.class_path': 'Net', 'model.width': 2}
     """
     if not isinstance(settings, dict) or not settings:
-        return {path.replace(".init_args", "").removeprefix("."): settings}
+        return {setting_name(path).removeprefix("."): settings}
     groups = (flat(value, f"{path}.{key}") for key, value in settings.items())
     return {name: value for group in groups for name, value in group.items()}

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import Namespace, set_loader
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
@@ -36,6 +36,7 @@ from .callbacks import (
     Predictions,
     RunProgress,
 )
+from .callbacks.best_checkpoint import model_checkpoints
 from .callbacks.resume import check_seed
 from .checkpoints import local_file, read, saved_data_spec
 from .compat import CommandLine, kill_launched_ranks, trains_in_other_processes
@@ -296,13 +297,11 @@ class LSoftmaxCLI(CommandLine):
             is_csv = is_kind(before, CSVLogger)
             if not is_csv and not is_kind(before, TensorBoardLogger):
                 continue
-            is_named = before.init_args.version is not None
-            if self.subcommand == "fit":
-                if is_named or is_csv:  # Lightning counts the versions of a CSVLogger
-                    continue
-                arguments = training_logger(before.init_args, margin, run.seed_everything)
-            elif (not is_named and is_csv) or (is_named and not is_run_folder(logger.log_dir)):
+            has_version = before.init_args.version is not None or is_csv  # a CSVLogger counts its versions
+            if has_version and (self.subcommand == "fit" or not is_run_folder(logger.log_dir)):
                 continue
+            if self.subcommand == "fit":
+                arguments = training_logger(before.init_args, margin, run.seed_everything)
             elif is_csv:
                 arguments = before.init_args.as_dict() | {
                     "save_dir": logger.log_dir,
@@ -393,8 +392,8 @@ class LSoftmaxCLI(CommandLine):
             return
         if not trainer.loggers:
             default = f"{trainer.default_root_dir}/checkpoints"
-            callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-            check_no_checkpoints([c.dirpath or default for c in callbacks], run.ckpt_path)
+            folders = [callback.dirpath or default for callback in model_checkpoints(trainer)]
+            check_no_checkpoints(folders, run.ckpt_path)
             return
         log_dir, sub_dir = (getattr(trainer.loggers[0], name, None) for name in ("log_dir", "sub_dir"))
         if log_dir and "://" not in log_dir:
@@ -434,7 +433,8 @@ class LSoftmaxCLI(CommandLine):
 
     def after_fit(self) -> None:
         """Test the best checkpoint."""
-        checkpoint: Any = self.config_init[self.subcommand].checkpoint
+        run = self.config_init[self.subcommand]
+        checkpoint: Any = run.checkpoint
         if checkpoint not in self.trainer.checkpoint_callbacks:  # trainer.enable_checkpointing is false
             checkpoint = None
         if checkpoint and trains_in_other_processes(self.trainer):
@@ -443,7 +443,6 @@ class LSoftmaxCLI(CommandLine):
         best = checkpoint.best_model_path if checkpoint else ""
         chosen_by = {}
         if not Path(best).is_file():
-            run = self.config_init[self.subcommand]
             expected = checkpoint and checkpoint.monitor and not run.trainer.fast_dev_run
             report = rank_zero_warn if expected else rank_zero_info
             report("There is no best checkpoint; testing the model with its last weights.")

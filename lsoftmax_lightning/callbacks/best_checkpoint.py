@@ -42,7 +42,7 @@ class BestCheckpoint(CheckpointHooks):
     def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
         """Return whether the file exists and must not be overwritten."""
         exists = super().file_exists(filepath, trainer)
-        kept = {path for each in _model_checkpoints(trainer) for path in (*each.best_k_models, each.best_model_path)}
+        kept = {path for each in model_checkpoints(trainer) for path in (*each.best_k_models, each.best_model_path)}
         is_leftover = self.monitor is not None and str(filepath) not in kept and Path(filepath).stem != "last"
         return exists and not is_leftover
 
@@ -73,13 +73,14 @@ class BestCheckpoint(CheckpointHooks):
 
     @override
     def after_write(self, trainer: Trainer, filepath: str) -> None:
-        in_folder = [c for c in _model_checkpoints(trainer) if c.dirpath == self.dirpath and c.best_model_path]
+        in_folder = [c for c in model_checkpoints(trainer) if c.dirpath == self.dirpath and c.best_model_path]
         last = [callback for callback in in_folder if isinstance(callback, BestCheckpoint)][-1]
         if trainer.is_global_zero and "://" not in filepath and last is self:
             update_index(Path(filepath).parent, best=Path(self.best_model_path).name)
 
 
-def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Return the callbacks of a Trainer that have a folder of checkpoints."""
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
@@ -96,7 +97,7 @@ def relocate(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         trainer: The Trainer that resumes from it.
     """
     states = checkpoint.get("callbacks", {})
-    for callback in _model_checkpoints(trainer):
+    for callback in model_checkpoints(trainer):
         state = states.get(callback.state_key)
         if isinstance(state, dict):
             if trainer.is_global_zero:

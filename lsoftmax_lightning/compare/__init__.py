@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config_files import setting_name
 from ..errors import InputError, RunError
-from .planning import plan, setting_name
+from .planning import plan
 from .reporting import report
 from .text import format_argument
 from .training import train

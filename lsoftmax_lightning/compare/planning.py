@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..atomic import write_text
-from ..config_files import flat, read_yaml
+from ..config_files import flat, read_yaml, setting_name
 from ..errors import InputError
 from ..functional import check_margin
 from ..lightning_cli import InstantiatedCLI
@@ -109,11 +109,6 @@ def _is_truncated(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool
     return names[:-1] == list(expected)[: len(names[:-1])] and (
         len(found) < len(expected) or found[names[-1]] != expected.get(names[-1])
     )
-
-
-def setting_name(key: str) -> str:
-    """Return the name of a setting without ``init_args``, as in :func:`~lsoftmax_lightning.config_files.flat`."""
-    return ".".join(part for part in key.split(".") if part != "init_args")
 
 
 def _is_under(key: str, settings: Collection[str]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..atomic import from_csv_safe
-from ..config_files import read_yaml
+from ..config_files import read_yaml, setting_name
 from ..errors import InputError
 from .paper import paper_experiment
 
@@ -97,7 +97,7 @@ def setting_names(runs: Sequence[FinishedRun]) -> list[str]:
 
 def column_name(setting: str) -> str:
     """Return the name of a setting in a table: ``train_size``, one of the facts, for ``data.train_size``."""
-    name = setting.replace(".init_args", "")
+    name = setting_name(setting)
     return name.removeprefix("data.") if name in ("data.train_size", "data.label_noise") else setting
 
 

@@ -77,13 +77,14 @@ class ImageFolderDataModule(FileDataModule):
                 for index in stratified_split(torch.tensor(train.targets), self.val_size, self.split_seed)
             ]
         self._check_train_size(splits[0].targets)
-        train_data, val_data, self.test_data = map(self._checked, self.read(*splits, self.files["test"]))
+        train_data, val_data, test_data = self.read(*splits, self.files["test"])
+        self.test_data = self._checked(test_data)
         return train_data, val_data
 
     @override
     def load_test(self) -> Images:
         (test_data,) = self.read(self.files["test"])
-        return self._checked(test_data)
+        return test_data
 
 
 class PredictFolderDataModule(FileDataModule):

@@ -176,7 +176,7 @@ class PairsDataModule(FileDataModule):
         """Read the images of all splits, including test, to report all unreadable files before training."""
         self._check_train_size(self.train_files.targets)
         train_data, val_data, self.test_data = self.read(self.train_files, self.val_files, self.test_files)
-        return self._checked(train_data), val_data
+        return train_data, val_data
 
     @override
     def load_test(self) -> Images:

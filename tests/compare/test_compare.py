@@ -69,10 +69,12 @@ def test_comparison_trains_and_a_second_call_continues(capsys: pytest.CaptureFix
 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
     capsys.readouterr()
-    same_setting = {"model.init_args.label_smoothing": [0]}
-    assert len(compare_margins("digits", [1, 2], [0, 1], SHORT, same_setting, jobs=2)) == 6
+    assert len(compare_margins("digits", [1, 2], [0, 1], SHORT, {"model.label_smoothing": [0]}, jobs=2)) == 6
     assert "2 of 4 runs are already finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    same_setting = {"model.init_args.label_smoothing": [0]}
+    assert len(compare_margins("digits", [1, 2], [0, 1], SHORT, same_setting, jobs=2)) == 6
 
     averaged = Path("averaged")
     rows = compare_margins(
