@@ -288,8 +288,14 @@ def add_summary(logger: TensorBoardLogger, summary: Any) -> None:
 
 
 @rank_zero_only
-def log_scalars(logger: Logger, values: Mapping[str, float], step: int) -> None:
-    """Log scalars; for a TensorBoardLogger in one event, because an event takes about 0.3 ms (Lightning 2.6.6)."""
+def log_scalars(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Log scalars at the step of the training metrics, without the 0.3 ms of ``pl_module.log`` (Lightning 2.6.6)."""
+    for logger in trainer.loggers:
+        _log_scalars(logger, values, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _log_scalars(logger: Logger, values: Mapping[str, float], step: int) -> None:
+    """Log scalars; for a TensorBoardLogger in one event, because an event takes about 0.3 ms."""
     if not isinstance(logger, TensorBoardLogger) or type(logger).log_metrics != TensorBoardLogger.log_metrics:
         logger.log_metrics(dict(values), step)
         return

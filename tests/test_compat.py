@@ -366,7 +366,7 @@ def test_summaries_are_written_without_the_default_metric() -> None:
 def test_scalars_of_a_step_are_one_event(prefix: str, tmp_path: Path) -> None:
     for name, logger_class in (("one event", TensorBoardLogger), ("an event each", OverridingLogger)):
         logger = logger_class(tmp_path, name=name, prefix=prefix)
-        compat.log_scalars(logger, {"train/angle": 30.0, "lr": float("nan")}, 4)
+        compat.log_scalars(make_trainer(logger=logger), {"train/angle": 30.0, "lr": float("nan")})
         logger.finalize("success")
     events = {
         name: [event for file in (tmp_path / name).rglob("events*") for event in EventFileLoader(str(file)).Load()][1:]
@@ -382,9 +382,9 @@ def test_scalars_of_a_step_are_one_event(prefix: str, tmp_path: Path) -> None:
 
 def test_scalars_are_logged_on_other_loggers() -> None:
     logger = CSVLogger(".")
-    compat.log_scalars(logger, {"lr": 0.5}, 4)
+    compat.log_scalars(make_trainer(logger=logger), {"lr": 0.5})
     logger.save()
-    assert Path(logger.log_dir, "metrics.csv").read_text() == "lr,step\n0.5,4\n"
+    assert Path(logger.log_dir, "metrics.csv").read_text() == "lr,step\n0.5,0\n"
 
 
 def test_a_checkpoint_has_counts_of_epochs() -> None:

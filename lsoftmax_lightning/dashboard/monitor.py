@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch.nn.functional as F
@@ -108,7 +107,7 @@ class MarginMonitor(HeadObserver):
         if self._pending and trainer.global_step > self._pending_step:  # the step was taken
             values = convert_tensors_to_scalars(self._pending)  # waits for the device
             values["images_per_second"] = self._images / (time.perf_counter() - self._clock_start)
-            _log(trainer, values)
+            log_scalars(trainer, values)
             self._restart_clock()
 
     @override
@@ -140,7 +139,7 @@ class MarginMonitor(HeadObserver):
                 values["val/margin_loss"] = self._margin_loss.compute()
                 self._angle_counts = self._predicted_angles.compute().cpu()
             trainer.callback_metrics.update(values)  # for callbacks that monitor one
-            _log(trainer, convert_tensors_to_scalars(values))
+            log_scalars(trainer, convert_tensors_to_scalars(values))
         else:
             pl_module.log_dict(values, sync_dist=True)
 
@@ -176,12 +175,6 @@ class MarginMonitor(HeadObserver):
         if self._measuring:
             values |= self._angles.compute()
         return {f"{stage}/{name}": value for name, value in values.items()}
-
-
-def _log(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Pass values to the loggers directly, because the bookkeeping of ``pl_module.log`` takes longer than they do."""
-    for logger in trainer.loggers:
-        log_scalars(logger, values, trainer.global_step - 1)  # the step of train/loss and val/loss
 
 
 @runtime_checkable
