@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from .paper import paper_experiment
 
 TRAINING_FACTS = {"data": "-", "train_size": "all", "label_noise": 0, "checkpoint": "last"}
 """Facts that are settings of a run, with their defaults. Runs with different values are not compared."""
+COMPARISON_OPTIONS = {"margins", "seeds", "sweep", "average", "jobs", "folder", "html"}
+"""Options of ``compare`` that are not settings of its runs, except ``config``."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,20 @@ class FinishedRun:
     def pairing_key(self) -> tuple[str, ...]:
         """Seed and values of the averaged settings, which two paired runs share."""
         return (str(self.seed), *self.group_key(self.averaged))
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """Number of steps, and the settings that the command fixes, by name."""
+        fixed = {"steps": [str(self.value("steps"))]}
+        values: list[str] = []
+        for word in shlex.split(str(self.value("command"))):
+            if word.startswith("--"):
+                name, *value = word[2:].split("=", 1)
+                values = fixed.setdefault(setting_name(name), [])
+                values += value
+            else:
+                values.append(word)
+        return {name: " ".join(values) for name, values in fixed.items() if name not in COMPARISON_OPTIONS}
 
     def value(self, name: str) -> Any:
         """Return the value of a setting; its default or "-" if it is not set. An integral float becomes an int."""

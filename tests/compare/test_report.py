@@ -258,6 +258,30 @@ def test_facts_include_train_size_and_label_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        ("--jobs 2 --folder b --model.width 8", None),
+        ("--model.width=8 --data.train_size 9", None),  # a column of the table
+        ("--model.init_args.width 8 --trainer.max_steps 9", "trainer.max_steps (not set / 9)."),
+        ("--model.width '8 9' --html", "model.width (8 / 8 9)."),
+    ],
+)
+def test_a_note_names_settings_in_which_compared_runs_differ(
+    arguments: str, note: str | None, tmp_path: Path
+) -> None:
+    data = {"class_path": "DigitsDataModule", "init_args": {"batch_size": 8, "train_size": 9}}
+    for margin, command in ((1, "--margins 1 --seeds 0 --model.width 8"), (2, f"--margins 2 --seeds 0 {arguments}")):
+        write_run(tmp_path / f"m{margin}", margin, 0, 0.9, data=data if "train_size" in command else None)
+        (file,) = tmp_path.glob(f"m{margin}/*/run.json")
+        file.write_text(file.read_text().replace("the command", f"python -m lsoftmax_lightning compare {command}"))
+    report([tmp_path / "m1", tmp_path / "m2"], folder=tmp_path / "both")
+    text = (tmp_path / "both/table.md").read_text()
+    before, _, differences = text.partition("Runs that are compared here were trained with different settings: ")
+    assert differences.partition("\n")[0] == note if note else before == text
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_notes_leave_out_absent_facts(tmp_path: Path) -> None:
     write_run(tmp_path, 1, 0, 0.9)
     report(tmp_path)
