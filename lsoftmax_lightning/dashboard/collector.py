@@ -134,14 +134,14 @@ class EvalCollector:
             **fields,
         )
 
-    def _select(self, target: Tensor) -> slice | Tensor:
+    def _select(self, target: Tensor) -> Tensor:
         """Return the rows of a batch to keep, and drop earlier samples if there are too many."""
+        # Multiples of the golden ratio modulo 1 are spread evenly over [0, 1), whatever the order of the classes.
+        keys = (torch.arange(len(target), dtype=torch.float64) + self._num_seen) * _GOLDEN_RATIO % 1
         if self._num_batches != math.inf:
             index = len(self._predictions)
             start, end = (i * self._max_samples // self._num_batches for i in (index, index + 1))
-            return slice(int(end - start))
-        # Multiples of the golden ratio modulo 1 are spread evenly over [0, 1), whatever the order of the classes.
-        keys = (torch.arange(len(target), dtype=torch.float64) + self._num_seen) * _GOLDEN_RATIO % 1
+            return keys.argsort()[: int(end - start)].sort().values.to(target.device)
         found = torch.cat([self._keys, keys[keys < self._fraction]])
         if len(found) > self._max_samples:
             self._fraction = float(found.sort().values[max(1, self._max_samples // 2)])

@@ -94,6 +94,10 @@ def test_training_writes_plots() -> None:
     )  # the logged steps since the last snapshot
 
 
+KEPT = [0, 5, 10, 13, 18, 23, 26, 31, 34, 39]
+"""Ten samples spread over two batches of 20."""
+
+
 def test_projector_has_features_names_and_images() -> None:
     trainer, folder = with_logger(Dashboard(max_samples=10))
     model, data = make_model(), BlobsDataModule()
@@ -106,7 +110,7 @@ def test_projector_has_features_names_and_images() -> None:
     assert (len(rows), len(rows[0])) == (10, 64)
     assert metadata[0] == ["class", "index"]
     images, targets = data.val_data
-    kept = [*range(5), *range(20, 25)]  # of two batches of 20 images
+    kept = KEPT
     assert metadata[1:] == [[data.class_names[number], str(number)] for number in targets[kept].tolist()]
     with torch.inference_mode():
         features = model.eval().forward_features(data.normalize(images[kept]))
@@ -361,7 +365,7 @@ def test_collector_is_incomplete_after_an_error() -> None:
     batch = (features, features @ torch.eye(2), target, torch.eye(2))
     collector.update(torch.rand(4, 1, 2, 2), *batch)
     assert collector.is_complete
-    with pytest.raises(RuntimeError):
+    with pytest.raises(IndexError):
         collector.update(torch.rand(4, 1, 2, 2), features[:2], *batch[1:])
     collector.update(torch.rand(4, 1, 2, 2), *batch)
     assert not collector.is_complete
@@ -418,7 +422,7 @@ def test_sprites_hold_images_of_any_shape(size: tuple[int, int]) -> None:
     assert width == max(height, shown)
     pixels = pil_to_tensor(Image.open(sprite).convert("L"))
     images = next(iter(data.val_dataloader()))[0]
-    for row, column, index in ((0, 0, 0), (0, 3, 3), (1, 0, 4)):  # in a square of four by four
+    for row, column, index in ((0, 0, KEPT[0]), (0, 3, KEPT[3]), (1, 0, KEPT[4])):  # in a square of four by four
         tile = pixels[0, row * height : (row + 1) * height, column * width : (column + 1) * width]
         image = images[index, 0]
         expected = 255 * (image - image.min()) / (image.max() - image.min())
@@ -626,6 +630,17 @@ def test_max_samples_limits_data_of_known_length(batches: int, expected: int) ->
     assert len(kept) == expected
     quarters = torch.histc(kept, 4, 0, batches)
     assert batches < 4 or quarters.max() - quarters.min() <= 20
+
+
+@pytest.mark.parametrize(("classes", "images", "size"), [(100, 100, 256), (200, 50, 256), (10, 500, 2500), (2, 9, 4)])
+def test_samples_of_sorted_images_are_of_all_classes(classes: int, images: int, size: int) -> None:
+    values = torch.arange(classes * images, dtype=torch.float64) // images
+    batches = values.split(size)
+    collector = EvalCollector(max(2000, 2 * classes), None, len(batches))
+    for batch in batches:
+        collect(collector, torch.zeros(len(batch), 1, 1, 1), batch.unsqueeze(1))
+    kept = torch.bincount(snapshot_of(collector).features.flatten().long(), minlength=classes)
+    assert kept.min() >= 0.5 * kept.float().mean()
 
 
 @pytest.mark.parametrize(("batches", "size"), [(4000, 4), (200, 64), (2, 5000), (500, 7)])
