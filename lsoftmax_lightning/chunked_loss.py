@@ -14,6 +14,7 @@ from .distributed import ClassShard
 from .errors import InputError
 from .functional import (
     autocast_disabled,
+    check_lambda,
     check_margin,
     check_target,
     is_in_range,
@@ -134,6 +135,7 @@ def chunked_cross_entropy(
             ``label_smoothing`` is not from 0 to 1.
     """
     check_margin(margin)
+    check_lambda(lambda_)
     if isinstance(lambda_, Tensor) and lambda_.requires_grad:
         raise InputError("lambda_: must not require gradients in the chunked loss; pass lambda_.detach().")
     if not 0 <= label_smoothing <= 1:

@@ -44,6 +44,18 @@ def check_margin(margin: int) -> int:
     return margin
 
 
+def check_lambda(lambda_: float | Tensor) -> None:
+    """Check that lambda is at least 0; a tensor is not checked, because reading it would synchronise the device.
+
+    Raises:
+        InputError: If it is negative or NaN.
+    """
+    if not isinstance(lambda_, Tensor) and not lambda_ >= 0:
+        raise InputError(
+            f"lambda_: must be at least 0, got {lambda_}; use 0 for the pure loss, or infinity for plain softmax."
+        )
+
+
 def cos_multiple(cosine: Tensor, m: int) -> Tensor:
     """Compute cos(m theta) from cos(theta) by the Chebyshev polynomial T_m.
 
@@ -232,7 +244,8 @@ def margin_logits(
         Logits, (N, C); float32 for half-precision input when ``margin`` > 1.
 
     Raises:
-        InputError: If ``margin`` is out of range, or ``target`` is invalid (:func:`gather_target_logits`).
+        InputError: If ``margin`` or a number ``lambda_`` is out of range, or ``target`` is invalid
+            (:func:`gather_target_logits`).
 
     Example:
         >>> import torch
@@ -242,6 +255,7 @@ def margin_logits(
         tensor([[-1.,  1.]])
     """
     check_margin(margin)
+    check_lambda(lambda_)
     plain, target = gather_target_logits(logits, target)
     if margin == 1:
         return logits

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from typing_extensions import override
 
 from .chunked_loss import CHUNKED_FROM, ChunkedLoss, chunked_cross_entropy, lsoftmax_cross_entropy
 from .distributed import ClassShard
 from .errors import InputError
-from .functional import check_margin, is_in_range, margin_logits, plain_logits
+from .functional import check_lambda, check_margin, is_in_range, margin_logits, plain_logits
 
 
 class HeadCall(NamedTuple):
@@ -84,7 +85,8 @@ class LSoftmaxLinear(nn.Module):
         super().__init__()
         for name, value, minimum in (("in_features", in_features, 1), ("num_classes", num_classes, 2)):
             if not isinstance(value, int) or value < minimum:
-                raise InputError(f"{name}: must be an integer of at least {minimum}, got {value!r}; raise it.")
+                advice = "raise it" if isinstance(value, int) else f"pass an int instead of {type(value).__name__}"
+                raise InputError(f"{name}: must be an integer of at least {minimum}, got {value!r}; {advice}.")
         self.in_features = in_features
         self.num_classes = num_classes
         self.margin = check_margin(margin)
@@ -110,17 +112,14 @@ class LSoftmaxLinear(nn.Module):
 
     @lambda_.setter
     def lambda_(self, value: float) -> None:
-        if math.isnan(value) or value < 0:
-            raise InputError(
-                f"lambda_: must be at least 0, got {value}; use 0 for the pure loss, or infinity for plain softmax."
-            )
+        check_lambda(float(value))
         self._lambda.fill_(value)
         self._lambda_unset = False
 
     @property
     def sharded(self) -> bool:
-        """Whether the weight is sharded over ranks by class."""
-        return isinstance(self.weight, DTensor)
+        """Whether the weight is sharded over ranks by class, also by FSDP2, which gathers it for a while."""
+        return isinstance(self.weight, DTensor) or isinstance(self, FSDPModule)
 
     @property
     def uses_chunked_loss(self) -> bool:
@@ -128,7 +127,7 @@ class LSoftmaxLinear(nn.Module):
         return self.sharded or self.num_classes >= CHUNKED_FROM
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Shard the weight over ranks by class; a rank may get no class.
+        """Shard the weight over ranks by class, unless it is sharded already; a rank may get no class.
 
         The weight becomes a DTensor, which optimizers, gradient clipping and checkpoints support. Compute the loss by
         :meth:`cross_entropy`.
@@ -136,6 +135,8 @@ class LSoftmaxLinear(nn.Module):
         Args:
             mesh: One-dimensional mesh. The weight must be the same on all its ranks.
         """
+        if self.sharded:
+            return
         rows = self._rows_per_rank(mesh)
         start = rows * mesh.get_local_rank()
         local = self.weight.detach()[start : start + rows].to(mesh.device_type, copy=True)
@@ -178,6 +179,8 @@ class LSoftmaxLinear(nn.Module):
             InputError: As :meth:`forward`.
         """
         self._check_lambda(stacklevel=3)
+        if torch.is_grad_enabled():
+            self.free_full_weight()
         return self._margin_and_plain_logits(x, target)
 
     def _margin_and_plain_logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +246,7 @@ class LSoftmaxLinear(nn.Module):
         """W, (num_classes, in_features); for a sharded head, a gathered copy without gradients.
 
         Reading it from a sharded head is a collective, so read it on all ranks. The copy is kept until the next
-        training step or :meth:`free_full_weight`.
+        training step, validation, ``load_state_dict`` or :meth:`free_full_weight`.
 
         Raises:
             InputError: If the head is sharded and gradients are enabled.
@@ -258,23 +261,31 @@ class LSoftmaxLinear(nn.Module):
         return self._full_weight
 
     def free_full_weight(self) -> None:
-        """Free the copy that :attr:`full_weight` keeps."""
+        """Free the copy that :attr:`full_weight` keeps, or the one that FSDP2 has gathered, which gets no gradients."""
         self._full_weight = None
+        if isinstance(self, FSDPModule):
+            self.reshard()
+
+    @override
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.free_full_weight()
+        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def class_weights(self, target: Tensor) -> Tensor:
         """Gather the weight of each sample's class, without gradients; also for a sharded head.
 
         Args:
-            target: Class of each sample, int64 (N,). If the head is sharded, N must be the same on every rank.
+            target: Class of each sample, (N,), an integer type. If the head is sharded, N must be the same on every
+                rank.
 
         Returns:
             Weights, (N, in_features).
         """
         weight, shard = self._local_weight()
         if shard is None:
-            return weight.detach()[target]
-        local_target = shard.all_gather(target) - shard.start
+            return weight.detach()[target.long()]
+        local_target = shard.all_gather(target.long()) - shard.start
         is_local = is_in_range(local_target, len(weight))
         rows = weight.new_zeros(len(local_target), self.in_features)
         rows[is_local] = weight[local_target[is_local]]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -62,12 +64,15 @@ class ClassShardedStrategy(ModelParallelStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        _check_settings(trainer, self._module)
         if is_overridden("configure_model", self._module):
+            _check_all_are_sharded(self._module)
             super().setup(trainer)
-            return
-        if not self._is_sharded:
-            self._shard()
-        super(ModelParallelStrategy, self).setup(trainer)  # ModelParallelStrategy requires configure_model
+        else:
+            if not self._is_sharded:
+                self._shard()
+            super(ModelParallelStrategy, self).setup(trainer)  # ModelParallelStrategy requires configure_model
+        self._broadcast_buffers()
 
     @property
     def _module(self) -> LightningModule:
@@ -87,8 +92,19 @@ class ClassShardedStrategy(ModelParallelStrategy):
                 f"ClassShardedStrategy: `head` of {type(module).__name__} must be an LSoftmaxLinear, got "
                 f"{type(head).__name__}; set it, or override configure_model."
             )
-        parts = [part for part in module.children() if part is not head and any(True for _ in part.parameters())]
-        _check_sharding(module, [head, *parts])
+        parts = [part for part in _parts(module) if part is not head and any(True for _ in part.parameters())]
+        uses = Counter(parameter for part in (head, *parts) for parameter in part.parameters())
+        for name, parameter in module.named_parameters():
+            if uses[parameter] != 1:
+                raise InputError(
+                    "ClassShardedStrategy: every parameter must belong to exactly one child module with a `forward`, "
+                    f"got {name} in {uses[parameter]} of {type(module).__name__}; move it into an nn.Module of its own."
+                )
+            if parameter.is_meta:
+                raise InputError(
+                    f"ClassShardedStrategy: every parameter must have values, got {name} on the meta device; create "
+                    "the module without `empty_init`."
+                )
         mesh = self.device_mesh["data_parallel"]
         head.shard(mesh)
         for part in parts:
@@ -99,9 +115,14 @@ class ClassShardedStrategy(ModelParallelStrategy):
         # Ranks may have different numbers of batches, so every rank evaluates the whole network.
         with torch.inference_mode(False):  # training continues with these parameters
             for part in self._module.modules():
+                if isinstance(part, LSoftmaxLinear):
+                    part.free_full_weight()  # of an earlier step
                 if isinstance(part, FSDPModule):
                     part.unshard()
-        for buffer in self._module.buffers():  # batch statistics differ between ranks
+        self._broadcast_buffers()  # batch statistics differ between ranks
+
+    def _broadcast_buffers(self) -> None:
+        for buffer in self._module.buffers():
             dist.broadcast(buffer, src=0)
 
     @override
@@ -165,8 +186,17 @@ class ClassShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict(state | {"state": values})
 
 
-def _check_sharding(module: LightningModule, parts: Sequence[nn.Module]) -> None:
-    """Reject configurations that would silently train incorrectly."""
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the child modules that have a ``forward``, also those in containers."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _parts(child)
+        elif not isinstance(child, nn.ParameterList | nn.ParameterDict):
+            yield child
+
+
+def _check_settings(trainer: Trainer, module: LightningModule) -> None:
+    """Reject settings that would silently train incorrectly, or fail late."""
     if dist.get_backend() == "gloo" and compare_version("torch", operator.lt, "2.9"):
         raise InputError(
             f"ClassShardedStrategy: the gloo backend requires torch>=2.9, got {torch.__version__}; upgrade torch. "
@@ -178,12 +208,22 @@ def _check_sharding(module: LightningModule, parts: Sequence[nn.Module]) -> None
             f"criterion: must be nn.CrossEntropyLoss with default weight, reduction and ignore_index, got {criterion}; "
             "use another strategy for other losses."
         )
-    known = {id(parameter) for part in parts for parameter in part.parameters()}
-    if lost := [name for name, parameter in module.named_parameters() if id(parameter) not in known]:
-        raise InputError(
-            f"ClassShardedStrategy: every parameter must belong to a child module, got {lost[0]} on the "
-            "LightningModule; move it into an nn.Module."
-        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise InputError(
+                f"ClassShardedStrategy: cannot average sharded weights, got {type(callback).__name__}; remove it, or "
+                "use another strategy."
+            )
+
+
+def _check_all_are_sharded(module: LightningModule) -> None:
+    """Reject parameters that the ``configure_model`` of a user left out: the ranks would train different ones."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            raise InputError(
+                f"configure_model: must shard every trained parameter, got {name} unsharded; call fully_shard on its "
+                "module, or shard on an LSoftmaxLinear."
+            )
 
 
 def _sharded_like(value: Any, current: Any) -> Any:

@@ -91,6 +91,9 @@ def test_unsupported_settings_are_rejected() -> None:
     x, weight, target = batch(4, 16, 5)
     with pytest.raises(InputError, match="lambda_: must not require gradients"):
         chunked_cross_entropy(x, weight, target, 3, torch.tensor(1.0, requires_grad=True))
+    for compute in (chunked_cross_entropy, lsoftmax_cross_entropy):
+        with pytest.raises(InputError, match=r"lambda_: must be at least 0, got -1\.0"):
+            compute(x, weight, target, 3, -1.0)
     with pytest.raises(InputError, match="label_smoothing: must be from 0 to 1, got 2"):
         chunked_cross_entropy(x, weight, target, 3, label_smoothing=2.0)
 

@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,8 @@ def test_weight_has_msra_initialisation() -> None:
     ("settings", "message"),
     [
         ({"in_features": 0}, "in_features"),
-        ({"num_classes": 1}, "num_classes"),
+        ({"num_classes": 1}, "num_classes: must be an integer of at least 2, got 1; raise it"),
+        ({"num_classes": np.int64(4)}, "num_classes: must be an integer .* pass an int instead of int64"),
         ({"margin": 0}, "margin"),
         ({"margin": 2.5}, "margin"),
         ({"lambda_": -1.0}, "lambda"),
@@ -211,6 +213,12 @@ def test_exports_without_the_margin(head: LSoftmaxLinear, x: Tensor) -> None:
 
 def test_repr_shows_the_settings(head: LSoftmaxLinear) -> None:
     assert repr(head) == "LSoftmaxLinear(in_features=6, num_classes=4, margin=3, lambda_=2)"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_class_weights_take_any_integer_type(dtype: torch.dtype, head: LSoftmaxLinear) -> None:
+    target = torch.tensor([1, 0, 3, 1])
+    assert torch.equal(head.class_weights(target.to(dtype)), head.weight[target])
 
 
 def test_head_learns_in_a_plain_loop(x: Tensor, target: Tensor) -> None:

@@ -14,7 +14,7 @@ from lsoftmax_lightning import ClassificationModule
 
 from .helpers.forked import run_on
 from .helpers.processes import Net
-from .helpers.sharding import COUNTS, RUNS, evaluate, rejections, resume, work
+from .helpers.sharding import COUNTS, RUNS, evaluate, rejections, resume, train_unusual, work
 from .helpers.training import SHARDS_ON_CPUS
 
 pytestmark = [
@@ -31,6 +31,15 @@ def difference(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
 def test_all_processes_evaluate_one_network(tmp_path: Path) -> None:
     done = run_on(2, partial(evaluate, tmp_path))
     assert done.returncode == 0, done.stderr
+
+
+def test_unusual_modules_are_trained_as_on_one_process(tmp_path: Path) -> None:
+    for count in (1, 2):
+        done = run_on(count, partial(train_unusual, tmp_path))
+        assert done.returncode == 0, done.stderr
+    for name in ("several", "fully sharded"):
+        one, two = (torch.load(tmp_path / f"{name} {count}.pt", weights_only=True) for count in (1, 2))
+        assert difference(one, two) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -91,7 +100,15 @@ def test_training_does_not_depend_on_the_number_of_processes(
 
     expected = {
         "criterion": "criterion: must be nn.CrossEntropyLoss with default weight, reduction and ignore_index, got",
-        "parameter": "ClassShardedStrategy: every parameter must belong to a child module, got scale on the Lightning",
+        "parameter": "ClassShardedStrategy: every parameter must belong to exactly one child module with a `forward`, "
+        "got scale in 0 of ClassificationModule",
+        "container": "ClassShardedStrategy: every parameter must belong to exactly one child module with a `forward`, "
+        "got scales.0 in 0",
+        "shared": "ClassShardedStrategy: every parameter must belong to exactly one child module with a `forward`, "
+        "got backbone.1.weight in 2",
+        "averaging": "ClassShardedStrategy: cannot average sharded weights, got StochasticWeightAveraging; remove it",
+        "unsharded": "configure_model: must shard every trained parameter, got backbone.1.weight unsharded",
+        "meta": "ClassShardedStrategy: every parameter must have values, got head.weight on the meta device",
         "torch": "ClassShardedStrategy: the gloo backend requires torch>=2.9, got 2.8.0; upgrade torch.",
         "logits": "head: is sharded, so it has no logits to train on; use head.cross_entropy(x, target).",
     }

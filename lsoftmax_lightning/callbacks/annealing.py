@@ -39,8 +39,8 @@ class LambdaAnnealing(Callback):
     device. It requires a ``training_step`` that calls ``head(x, target)`` or ``head.cross_entropy(x, target)``.
 
     A NaN or infinite loss stops the run before another checkpoint is written. The losses are kept on the device and
-    checked every ``log_every_n_steps`` steps, before a validation or checkpoint and at the end of an epoch, so that a
-    step does not wait for the device.
+    checked every ``log_every_n_steps`` steps, before a validation or checkpoint and at the end of an epoch and of the
+    run, so that a step does not wait for the device.
 
     Args:
         schedule: Schedule of lambda. Default: the ``lambda_schedule`` of the module, or
@@ -151,6 +151,10 @@ class LambdaAnnealing(Callback):
             if self._accuracy is not None:
                 pl_module.log("train/margin_acc", self._accuracy.value)
             self._stop_if_diverged(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop a diverged run that ends within an epoch."""
+        self._stop_if_diverged(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop a diverged run before a validation can make it the best checkpoint."""

@@ -250,6 +250,13 @@ def test_diverged_run_saves_no_checkpoint_by_step(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {f"step={step}.ckpt" for step in range(1, 6)}
 
 
+def test_diverged_run_that_ends_within_an_epoch_is_stopped() -> None:
+    model = make_model()
+    model.criterion = Poison(4, math.nan)
+    with pytest.raises(DivergenceError, match="optimiser step 4,"):
+        fit(model, max_steps=6)
+
+
 def test_annealing_works_without_logging() -> None:
     fit(make_model(), log_every_n_steps=0)
 

@@ -267,9 +267,7 @@ def test_facts_include_train_size_and_label_noise(tmp_path: Path) -> None:
         ("--model.width '8 9' --html", "model.width (8 / 8 9)."),
     ],
 )
-def test_a_note_names_settings_in_which_compared_runs_differ(
-    arguments: str, note: str | None, tmp_path: Path
-) -> None:
+def test_a_note_names_settings_in_which_compared_runs_differ(arguments: str, note: str | None, tmp_path: Path) -> None:
     data = {"class_path": "DigitsDataModule", "init_args": {"batch_size": 8, "train_size": 9}}
     for margin, command in ((1, "--margins 1 --seeds 0 --model.width 8"), (2, f"--margins 2 --seeds 0 {arguments}")):
         write_run(tmp_path / f"m{margin}", margin, 0, 0.9, data=data if "train_size" in command else None)

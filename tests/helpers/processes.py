@@ -2,12 +2,14 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning import Trainer, seed_everything
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 
 from lsoftmax_lightning.callbacks import MarginMonitor
@@ -73,12 +75,12 @@ def trainer(**settings: Any) -> Trainer:
     return make_trainer(strategy="ddp", devices=devices, callbacks=[MarginMonitor()], **settings)
 
 
-def train(precision: Any, *norm: nn.Module) -> dict[str, Tensor]:
+def train(precision: Any, *norm: nn.Module, **settings: Any) -> dict[str, Tensor]:
     """Return the weights after 50 steps, and the losses of a validation on 37 images."""
     seed_everything(0)
     data = BlobsDataModule(batch_size=16, val_size=37)
     data.augment = RandomCropFlip(padding=1, flip=True)
-    model = make_model(backbone=Net(*norm), margin=4)
+    model = make_model(backbone=Net(*norm), margin=4, **settings)
     trained = trainer(max_epochs=-1, max_steps=50, precision=precision)
     trained.fit(model, data)
     assert trained.global_step == 50
@@ -102,6 +104,8 @@ def work(folder: Path) -> None:
         for precision in ("32-true", "64-true")
         for name, norms in (("", []), ("synced-norm-", [SyncedNorm(32)]))
     }
+    plateau = partial(ReduceLROnPlateau, monitor="train/loss", patience=0, factor=0.5)
+    weights["plateau"] = train("64-true", lr_scheduler=plateau)
     metrics = {size: test(size) for size in SIZES}
     if os.environ["RANK"] == "0":
         count = os.environ["WORLD_SIZE"]

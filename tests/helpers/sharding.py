@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
 
-from lsoftmax_lightning import ClassificationModule
+from lsoftmax_lightning import ClassificationModule, LSoftmaxLinear
 from lsoftmax_lightning.callbacks import Dashboard, ExactResume, MarginMonitor
 from lsoftmax_lightning.chunked_loss import ClassShard, chunked_cross_entropy
 from lsoftmax_lightning.errors import InputError
@@ -165,12 +166,82 @@ def evaluate(folder: Path) -> None:
         assert model.norm.running_mean == 0
 
 
+class Several(ClassificationModule):
+    """Module with layers in a container, a second head, and a buffer that each process draws differently."""
+
+    order: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(4, Net(), margin=2, lambda_schedule=PowerLaw(base=10, gamma=0.1, power=1))
+        self.layers = nn.ModuleList([nn.Linear(16, 16)])
+        self.second = LSoftmaxLinear(16, 3, margin=2, lambda_=1.0)
+        generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
+        self.register_buffer("order", torch.randperm(16, generator=generator))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        features: Tensor = self.layers[0](super().forward_features(x)[:, self.order])
+        return features
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        features, target = self.forward_features(batch[0]), batch[1]
+        loss = self.head.cross_entropy(features, target).loss + self.second.cross_entropy(features, target % 3).loss
+        with torch.no_grad():
+            self.head(features)  # keeps the weight before the step
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        weight = self.head.weight
+        assert torch.equal(self.head.full_weight, weight.full_tensor() if isinstance(weight, DTensor) else weight)
+
+
+class FullyShardedHead(ClassificationModule):
+    """Module that shards its head like any other layer."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            for part in (self.backbone, self.head):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
+
+
+def train_unusual(folder: Path) -> None:
+    """Train modules that are sharded in other ways, with validations before and between the steps."""
+    count = int(os.environ["WORLD_SIZE"])
+    by_two: Any = ModelParallelStrategy(data_parallel_size=count, tensor_parallel_size=1)
+    for name, kind, strategy in (
+        ("several", Several, ClassShardedStrategy()),
+        ("fully sharded", partial(FullyShardedHead, 4, Net(), margin=2), by_two),
+    ):
+        seed_everything(0)
+        model = kind()
+        trainer = make_trainer(
+            strategy=strategy if count > 1 else "auto", devices=count, max_steps=8, val_check_interval=3
+        )
+        trainer.fit(model, BlobsDataModule(batch_size=16))
+        weights = whole(model)
+        if os.environ["RANK"] == "0":
+            torch.save(weights, folder / f"{name} {count}.pt")
+        with torch.no_grad():
+            assert model.head.full_weight.any()
+            model.head.load_state_dict({"weight": 0 * model.head.weight})
+            assert not model.head.full_weight.any()
+
+
 def rejections(folder: Path) -> None:
     """Save the error messages of unsupported settings."""
     messages, version = {}, torch.__version__
-    for name in ("criterion", "parameter", "torch", "logits"):
-        model = make_model(backbone=Net())
-        if name == "criterion":
+    for name in ("averaging", "shared", "container", "unsharded", "meta", "criterion", "parameter", "torch", "logits"):
+        model, callbacks = make_model(backbone=Net()), []
+        if name == "averaging":
+            callbacks = [StochasticWeightAveraging(0.1)]
+        elif name == "shared":
+            model.both = nn.Sequential(model.backbone, model.head)
+        elif name == "container":
+            model.scales = nn.ParameterList([nn.Parameter(torch.ones(()))])
+        elif name == "unsharded":
+            model.configure_model = lambda: None  # type: ignore[method-assign]
+        elif name == "meta":
+            model.head.to("meta")
+        elif name == "criterion":
             model.criterion = nn.MultiMarginLoss()
         elif name == "parameter":
             model.scale = nn.Parameter(torch.ones(()))
@@ -180,7 +251,8 @@ def rejections(folder: Path) -> None:
             torch.__version__ = version
             model.margin_loss = partial(lambda head, x, target: (head(x, target), target), model.head)  # type: ignore[method-assign]
         try:
-            make_trainer(strategy=ClassShardedStrategy(), devices=2).fit(model, BlobsDataModule())
+            trainer = make_trainer(strategy=ClassShardedStrategy(), devices=2, callbacks=callbacks)
+            trainer.fit(model, BlobsDataModule())
         except InputError as error:
             messages[name] = str(error)
     if os.environ["RANK"] == "0":
