@@ -19,8 +19,8 @@ from .errors import InputError
 class FractionalMultiStepLR(ClosedFormLR):
     """Decay the learning rate by ``gamma`` at fractions of the run.
 
-    After n calls of :meth:`step` the learning rate is ``lr * gamma ** k``, where k is the number of milestones m with
-    ``n >= round(m * total_steps)``. The scheduler is :class:`torch.optim.lr_scheduler.MultiStepLR` with milestones
+    After n >= 1 calls of :meth:`step` the learning rate is ``lr * gamma ** k``, where k is the number of milestones m
+    with ``n >= round(m * total_steps)``. The scheduler is :class:`torch.optim.lr_scheduler.MultiStepLR` with milestones
     that follow the length of the run, and it can be chained with other schedulers in the same way.
 
     The modules of this package set ``total_steps`` to the number of optimizer steps of the Trainer's run, which

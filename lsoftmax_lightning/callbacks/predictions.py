@@ -352,7 +352,8 @@ def _validation_quantile(ckpt_path: str | Path | None, q: float) -> float:
     if counts is None or not counts.any():
         raise InputError(
             f"predictions.max_angle_quantile: needs a checkpoint with the angles of its validation images, got "
-            f"{ckpt_path}; train with MarginMonitor, pass ckpt_path to trainer.predict, or set max_angle."
+            f"{ckpt_path}; train with MarginMonitor, pass the path of a checkpoint that was saved right after a "
+            "validation, or set max_angle."
         )
     return angle_quantile(counts, q)
 

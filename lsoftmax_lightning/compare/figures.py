@@ -69,7 +69,7 @@ def _accuracy(settings: Mapping[str, Sequence[FinishedRun]]) -> Figure:
                 values[run.margin + shift].append(100 * run.metrics["test/acc"])
                 axes.plot(run.margin + shift, values[run.margin + shift][-1], ".", color=color, alpha=0.35)
         means = [statistics.fmean(group) for group in values.values()]
-        spreads = [standard_deviation(group) if len(group) > 1 else 0 for group in values.values()]
+        spreads = [standard_deviation(group) if len(group) > 1 else math.nan for group in values.values()]
         axes.errorbar(list(values), means, spreads, color=color, marker="o", capsize=4, label=setting or "default")
     axes.set_xticks(sorted({run.margin for runs in settings.values() for run in runs}))
     axes.grid(alpha=0.3)
@@ -184,7 +184,10 @@ def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tu
     names = {name for group in records.values() for name in group[0]}
     first_seed = f"{title}, first seed".removeprefix(", ")
     if "points" in names:
-        figure, panels = _side_by_side(records, first_seed)
+        first = next(iter(records.values()))[0]
+        shown, total = len(first["class_names"]), first.get("num_classes", 0)  # earlier records do not have it
+        of_classes = f", {shown} of {total} classes" if total > shown else ""
+        figure, panels = _side_by_side(records, first_seed + of_classes)
         for (label, (first, *_)), axes in zip(records.items(), panels, strict=True):
             points, rays, target = (first[name] for name in ("points", "rays", "points_target"))
             projected = first.get("projected", False)  # records of earlier versions do not have it
@@ -193,13 +196,13 @@ def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tu
         for axes in panels:
             axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
         yield "features", figure
-        classes = len(next(iter(records.values()))[0]["class_names"])
-        figure, panels = _side_by_side(records, title, max(5.5, 0.13 * classes))
+        figure, panels = _side_by_side(records, f"{title}{of_classes}".removeprefix(", "), max(5.5, 0.13 * shown))
         for (label, group), axes in zip(records.items(), panels, strict=True):
             class_names = group[0]["class_names"]
             same_classes = [record["counts"] for record in group if record["class_names"] == class_names]
             counts = torch.stack(same_classes).sum(0)
-            plots.confusion(counts, class_names, f"images, {len(same_classes)} runs", label, axes)
+            unit = f"images, {len(same_classes)} run{'s' * (len(same_classes) > 1)}"
+            plots.confusion(counts, class_names, unit, label, axes)
         yield "confusion", figure
         angles = {label: torch.cat([record["angles"] for record in group]) for label, group in records.items()}
         yield "angles", plots.angle_histogram(angles, {}, f"angle to the true class, test {title}".strip())

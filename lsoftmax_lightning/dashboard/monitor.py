@@ -39,24 +39,28 @@ class MarginMonitor(HeadObserver):
     ``val/margin_loss``, computed with the ``criterion`` of a module with ``configure_losses``, otherwise with
     cross-entropy. In a test the same, without the loss.
 
-    A checkpoint gets the histogram of the angles of the validation images to their predicted class
-    (:class:`~lsoftmax_lightning.metrics.AngleHistogram`), from which ``predictions.max_angle_quantile`` takes its
-    threshold.
+    A checkpoint that is saved right after a validation gets the histogram of the angles of the validation images to
+    their predicted class (:class:`~lsoftmax_lightning.metrics.AngleHistogram`), from which
+    ``predictions.max_angle_quantile`` takes its threshold.
 
     A TensorBoardLogger also gets the layout of the Custom Scalars tab, and a row in the HParams tab with margin, lambda
     settings, backbone, seed, and validation and test accuracy.
     """
 
     _angle_counts: Tensor | None = None
+    _counted_step = 0  # number of optimizer steps before the validation that counted them
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._angle_counts is not None:  # Lightning would warn a Trainer without this callback of a `state_dict`
+        is_current = self._counted_step == trainer.global_step
+        if (
+            self._angle_counts is not None and is_current
+        ):  # Lightning would warn a Trainer without this callback of a `state_dict`
             checkpoint[ANGLE_COUNTS] = self._angle_counts
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._angle_counts = checkpoint.get(ANGLE_COUNTS)
+        self._angle_counts, self._counted_step = checkpoint.get(ANGLE_COUNTS), checkpoint["global_step"]
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -137,7 +141,7 @@ class MarginMonitor(HeadObserver):
         if trainer.state.fn == TrainerFn.FITTING:
             if "val/angle" in values:  # outside of a fit, lambda was never set
                 values["val/margin_loss"] = self._margin_loss.compute()
-                self._angle_counts = self._predicted_angles.compute().cpu()
+                self._angle_counts, self._counted_step = self._predicted_angles.compute().cpu(), trainer.global_step
             trainer.callback_metrics.update(values)  # for callbacks that monitor one
             log_scalars(trainer, convert_tensors_to_scalars(values))
         else:

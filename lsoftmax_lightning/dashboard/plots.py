@@ -63,7 +63,8 @@ def plane(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     directions = normalize(weight)
     if features.shape[1] == 2:
-        return features, directions * torch.linalg.vector_norm(features, dim=1).quantile(0.99)
+        norms = torch.linalg.vector_norm(features, dim=1)
+        return features, directions * norms.where(norms.isfinite(), math.nan).nanquantile(0.99)
     angles = torch.arange(len(weight)) * (2 * math.pi / len(weight))
     places = torch.stack([angles.cos(), angles.sin()], dim=1)
     points, rays = ((normalize(x) @ directions.T).clamp_min(0).pow(3) @ places for x in (features, directions))
@@ -147,12 +148,13 @@ def angle_histogram(
     axes = axes or Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
     axes.set(title=title, xlabel="angle in degrees", ylabel="% of the samples, per degree")
     handles: list[Artist] = []
-    for color, (name, values) in zip(cycle(COLORS[3:]), angles.items(), strict=False):
+    colors = COLORS[len(STAGES) :] if STAGES.keys() & angles.keys() else COLORS
+    for color, (name, values) in zip(cycle(colors), angles.items(), strict=False):
         if len(values):
             width = next(width for min_samples, width in _BIN_DEGREES if len(values) >= min_samples)
             counts = torch.histc(values.float(), bins=180 // width, min=0, max=180)
             percent, edges = (counts * (100 / len(values) / width)).numpy(), range(0, 181, width)
-            label = _literal(f"{STAGES.get(name, name)} (mean {values.float().mean():.1f}°)")
+            label = _literal(f"{STAGES.get(name, name)} (mean {values.float().nanmean():.1f}°)")
             color = _STAGE_COLORS.get(name, color)
             axes.stairs(percent, edges, fill=True, color=color, alpha=0.3)
             handles.append(axes.stairs(percent, edges, color=color, linewidth=1.5, label=label))
@@ -218,7 +220,8 @@ def confusion(
     side = _inches(class_names)
     axes = axes or Figure(figsize=(side + 1, side), layout="constrained").add_subplot()
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
-    image = _matrix(axes, values, class_names, cmap="Blues", vmin=0, vmax=float(values.max()))
+    decimals = int(values.is_floating_point())
+    image = _matrix(axes, values, class_names, decimals, cmap="Blues", vmin=0, vmax=float(values.max()))
     figure = _root_figure(axes)
     figure.colorbar(image, ax=axes, label=unit)
     return figure
@@ -300,7 +303,7 @@ def _inches(class_names: Sequence[str]) -> float:
     return max(6.0, 0.13 * len(class_names))
 
 
-def _matrix(axes: Axes, values: Tensor, class_names: Sequence[str], **colors: Any) -> AxesImage:
+def _matrix(axes: Axes, values: Tensor, class_names: Sequence[str], decimals: int = 0, **colors: Any) -> AxesImage:
     """Draw a square matrix with class names as tick labels; with up to 20 classes, also write its nonzero values."""
     image = axes.imshow(values.numpy(), **colors)
     class_names = [_literal(name) for name in class_names]
@@ -313,5 +316,6 @@ def _matrix(axes: Axes, values: Tensor, class_names: Sequence[str], **colors: An
         for row, column in values.nan_to_num().nonzero().tolist():
             value = float(values[row, column])
             color = "white" if value > middle else "black"  # both colour maps are dark for high values
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=color)
+            text = f"{value:.{decimals}f}".removesuffix(".0")
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
     return image

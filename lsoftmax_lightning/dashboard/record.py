@@ -16,10 +16,10 @@ class TestRecord(SnapshotObserver):
     """Write angles, confusion and projected features of a test to a small file without images.
 
     The file holds a dict that :func:`torch.load` reads with ``weights_only=True``. After a test on the classes of the
-    head, it has ``class_names``, ``points`` (N', 2), ``rays`` (C, 2), ``points_target`` (N',) (see
-    :func:`~lsoftmax_lightning.dashboard.plots.plane`), ``projected`` (whether the features have more than two
-    dimensions), ``counts`` (C, C) and ``angles`` (N,) in degrees; after a test on pairs ``cosines`` (P,) and ``same``
-    (P,).
+    head, it has ``num_classes``, ``class_names`` of the C' classes that plots show, ``points`` (N', 2), ``rays`` (C',
+    2), ``points_target`` (N',) (see :func:`~lsoftmax_lightning.dashboard.plots.plane`), ``projected`` (whether the
+    features have more than two dimensions), ``counts`` (C', C') and ``angles`` (N,) in degrees; after a test on pairs
+    ``cosines`` (P,) and ``same`` (P,).
 
     Args:
         path: Path of the file.
@@ -44,6 +44,7 @@ class TestRecord(SnapshotObserver):
             scatter = snapshot.scatter()
             counts, _ = snapshot.confusion_counts()
             content = {
+                "num_classes": len(snapshot.class_names),
                 "class_names": scatter.class_names,
                 "points": scatter.points,
                 "rays": scatter.rays,

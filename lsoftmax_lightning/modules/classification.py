@@ -10,7 +10,7 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from ..backbones.modes import evaluation_mode
-from ..compat import current_datamodule
+from ..compat import current_datamodule, trainer_of
 from ..data_spec import DataSpec
 from ..errors import InputError
 from ..functional import gather_target_logits
@@ -75,6 +75,12 @@ class ClassificationModule(LSoftmaxModule):
     def _evaluate(
         self, batch: tuple[Tensor, Tensor], loss_name: str, loss: MeanLoss, metrics: MetricCollection
     ) -> None:
+        trainer = trainer_of(self)
+        if trainer is not None and len(trainer.num_test_batches if trainer.testing else trainer.num_val_batches) > 1:
+            raise InputError(
+                "dataloaders: must be one, because the metrics are those of all images together, got several; evaluate "
+                "each by a call of its own, or override validation_step and test_step, with metrics for each."
+            )
         x, target = batch
         logits = self(x)
         _, target = gather_target_logits(logits, target)

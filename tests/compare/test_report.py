@@ -203,6 +203,19 @@ def test_figures_show_the_records_of_the_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.draws
+def test_figures_of_one_run_have_no_spread_and_name_the_classes_shown(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, 0, 0.5)
+    (path,) = tmp_path.glob("*/test.pt")
+    torch.save(torch.load(path, weights_only=True) | {"num_classes": 250}, path)
+    figures = dict(draw(list(read(tmp_path))))
+    (bars,) = figures["accuracy"].axes[0].containers
+    assert not [segment for line in bars.lines[2] for segment in line.get_segments() if len(segment)]
+    assert figures["features"].get_suptitle() == "first seed, 2 of 250 classes"
+    assert figures["confusion"].get_suptitle() == "2 of 250 classes"
+    assert figures["confusion"].axes[-1].get_ylabel() == "images, 1 run"
+
+
+@pytest.mark.draws
 def test_runs_on_pairs_have_figures_of_pairs(tmp_path: Path) -> None:
     for margin in (1, 2):
         write_run(tmp_path, margin, 0, 0.5, pairs=True)

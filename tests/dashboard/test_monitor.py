@@ -107,6 +107,13 @@ def test_checkpoint_has_no_angles_of_another_training() -> None:
     assert found == [True, False]
 
 
+def test_checkpoint_has_no_angles_of_an_earlier_step() -> None:
+    trainer = make_trainer(callbacks=[MarginMonitor()], max_steps=9, max_epochs=-1)  # epochs of 8 steps
+    trainer.fit(make_model(), BlobsDataModule())
+    trainer.save_checkpoint("last.ckpt")
+    assert ANGLE_COUNTS not in torch.load("last.ckpt", weights_only=True)
+
+
 def test_test_logs_the_angles() -> None:
     trainer = make_trainer(callbacks=[MarginMonitor()])
     model, data = make_model(margin=2).eval(), BlobsDataModule()

@@ -86,6 +86,11 @@ def test_angle_histogram_shows_fractions_and_boundaries() -> None:
     ]
 
 
+def test_angles_of_runs_have_the_colours_of_their_other_plots() -> None:
+    (axes,) = plots.angle_histogram({f"m = {m}": torch.rand(9) for m in (1, 2)}, {}).axes
+    assert [patch.get_edgecolor() for patch in axes.patches[1::2]] == [to_rgba(plots.COLORS[k]) for k in (0, 1)]
+
+
 @pytest.mark.parametrize(("count", "width"), [(10, 5), (500, 2), (2000, 1)])
 def test_bins_are_narrower_with_more_samples(count: int, width: int) -> None:
     figure = plots.angle_histogram({"val": torch.linspace(0, 180, count)}, {})
@@ -114,6 +119,11 @@ def test_confusion_matrix_shows_counts_or_percent_of_rows(percent: bool) -> None
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", r"\$dog^\$", "fish"]  # escaped
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
+
+
+def test_percentages_near_100_and_0_are_not_rounded_to_them() -> None:
+    counts = torch.tensor([[996, 4, 0], [0, 1000, 0], [0, 0, 1]])
+    assert texts(plots.confusion(plots.percent_of_rows(counts), NAMES)) == ["99.6", "0.4", "100", "100"]
 
 
 @pytest.mark.parametrize("count", [3, 100])
@@ -157,6 +167,13 @@ def test_diverged_training_is_drawn(value: float) -> None:
     texts(plots.feature_scatter(*plots.plane(features[:, :2], weight[:, :2]), target, NAMES))
     texts(plots.angle_histogram({"train": features[:, 0]}, {"softmax": value}))
     texts(plots.angle_map(weight, NAMES))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rays_are_those_of_the_finite_samples(value: float) -> None:
+    features = torch.tensor([[3.0, 4.0], [0.0, -5.0], [value, 1.0]])
+    _, rays = plots.plane(features, torch.eye(2))
+    torch.testing.assert_close(rays, 5 * torch.eye(2))
 
 
 @pytest.mark.parametrize("count", [1, 3, 10])

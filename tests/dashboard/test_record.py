@@ -52,7 +52,7 @@ def test_a_test_is_collected_once_and_always_recorded(
     assert (
         found.keys()
         == alone.keys()
-        == {"class_names", "points", "rays", "points_target", "projected", "counts", "angles"}
+        == {"num_classes", "class_names", "points", "rays", "points_target", "projected", "counts", "angles"}
     )
     for name, value in alone.items():
         assert torch.equal(value, found[name]) if isinstance(value, Tensor) else value == found[name], name

@@ -340,6 +340,20 @@ def test_labels_out_of_range_are_rejected() -> None:
         make_trainer().test(model, data)
 
 
+class Indexed(ClassificationModule):
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().test_step(batch, batch_idx)
+
+
+def test_several_dataloaders_are_rejected() -> None:
+    data = BlobsDataModule()
+    data.setup("test")
+    loader = DataLoader(TensorDataset(data.normalize(data.test_data.images), data.test_data.targets), batch_size=20)
+    model = Indexed(4, "digits", image_shape=(1, 8, 8))
+    with pytest.raises(InputError, match=r"dataloaders: must be one, because .*, got several; evaluate each by"):
+        make_trainer().test(model, [loader, loader], verbose=False)
+
+
 def test_plain_dataloaders_are_accepted() -> None:
     data = BlobsDataModule()
     data.setup("fit")
