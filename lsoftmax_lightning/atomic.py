@@ -117,13 +117,13 @@ def csv_safe(row: Iterable[Any]) -> list[Any]:
         >>> csv_safe(["=1+1", "-2.5", 3])
         ["'=1+1", '-2.5', 3]
     """
-    return [f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell for cell in row]
+    return [f"'{cell}" if isinstance(cell, str) and _is_formula(cell.lstrip("'")) else cell for cell in row]
 
 
 def from_csv_safe(cell: str) -> str:
     """Return the original string of a cell escaped by :func:`csv_safe`."""
     text = cell.removeprefix("'")
-    return text if _is_formula(text) else cell
+    return text if _is_formula(text.lstrip("'")) else cell
 
 
 def _is_formula(text: str) -> bool:

@@ -154,22 +154,29 @@ def run_export(args: list[str]) -> None:
     )
     suffixes = dict(zip(get_args(Format), ("model.onnx", "model.pt2", "backbone.pt"), strict=True))
     parser.add_argument("--ckpt_path", type=expand_path, required=True, metavar="FILE", help="checkpoint of fit")
-    parser.add_argument("-c", "--config", metavar="NAME", help="config of the network (default: that of its run)")
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        metavar="NAME",
+        help="config of the network (default: that of its run); later ones override earlier ones",
+    )
     parser.add_argument("--format", choices=suffixes, default="onnx", help="format of the file (default: onnx)")
     parser.add_argument("--output", type=expand_path, metavar="FILE", help=f"default: {', '.join(suffixes.values())}")
     parser.add_argument(
         "--pixels", choices=get_args(Pixels), default="uint8", help="input: uint8, or float from 0 to 1"
     )
     given, settings = parser.parse_options(args)
-    config = given.config or Path(given.ckpt_path).absolute().parent.parent / "config.yaml"
+    config = Path(given.ckpt_path).absolute().parent.parent / "config.yaml"
     if not given.config and not config.is_file():
         if "://" not in given.ckpt_path and not Path(given.ckpt_path).is_file():
-            raise InputError(f"--ckpt_path: must be a checkpoint of fit, got {given.ckpt_path}, which does not exist.")
+            raise InputError(f"--ckpt_path: must be a checkpoint of fit, got {given.ckpt_path}, which is not a file.")
         raise InputError(
             f"--config: must be set, because the run folder of the checkpoint, {config.parent}, has no config.yaml."
         )
     alone = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
-    restored = InstantiatedCLI(["predict", f"--config={config}", f"--ckpt_path={given.ckpt_path}", *alone, *settings])
+    configs = [f"--config={name}" for name in given.config or [config]]
+    restored = InstantiatedCLI(["predict", *configs, f"--ckpt_path={given.ckpt_path}", *alone, *settings])
     output = given.output or suffixes[given.format]
     # the user's own datamodule may normalise in another way, so its test images are compared
     spec = restored.model.data_spec

@@ -14,6 +14,9 @@ LEAF_SPEC_WARNING = ".*treespec, LeafSpec"
 USED_FOLDER_WARNING = "Checkpoint directory"
 """Regex of Lightning 2.6.6's warning that the folder of checkpoints is not empty."""
 
+USED_LOG_WARNING = "Experiment logs directory"
+"""Regex of the warning of Lightning 2.6.6's CSVLogger that its folder is not empty."""
+
 UNNEEDED_MESSAGES = (
     "💡 Tip|TPU available|GPU available: False|`Trainer.fit` stopped: `max"
     "|Restoring states from|Loaded model weights from"

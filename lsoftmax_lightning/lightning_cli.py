@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -47,9 +48,9 @@ from .errors import InputError, LSoftmaxError, SettingsError
 from .library_messages import USED_FOLDER_WARNING
 from .run_folder import (
     RunFolders,
-    check_no_checkpoints,
     evaluation_logger,
     is_run_folder,
+    locked_checkpoints,
     locked_run,
     remove_leftovers,
     report_changed_settings,
@@ -185,6 +186,11 @@ class LSoftmaxCLI(CommandLine):
         expand_backbone(settings.model)
         if self.subcommand == "fit" and not self._callbacks:
             check_monitor(settings)
+            if settings.checkpoint.monitor and settings.checkpoint.filename == "last":
+                raise InputError(
+                    "checkpoint.filename: must not be last, the name of the last checkpoint, which would replace the "
+                    "best one; choose another."
+                )
         settings.checkpoint.mode = checkpoint_mode(settings.checkpoint.monitor, settings.checkpoint.mode)
         if self.subcommand == "predict" and settings.ckpt_path and self.skips_data_set(settings.data):
             self._replace_data(settings)
@@ -235,6 +241,10 @@ class LSoftmaxCLI(CommandLine):
             loggers = self._resume_last_run(run.ckpt_path, loggers)
         elif run.ckpt_path and "://" in run.ckpt_path:
             run.ckpt_path = str(self._resources.enter_context(local_file(run.ckpt_path)))
+        elif run.ckpt_path and self.subcommand == "fit":
+            config = Path(os.path.relpath(Path(run.ckpt_path).absolute().parent.parent), "config.yaml")
+            if config.is_file():
+                report_changed_settings(config, flat(self.settings()), continues=False)
         if self.subcommand != "fit":
             self._name_folders(loggers)  # within that of the checkpoint, which is now known
         if isinstance(run.trainer.logger, list):  # the first logger names the folder of the run
@@ -277,7 +287,7 @@ class LSoftmaxCLI(CommandLine):
             rank_zero_warn(f"There is no {path} to resume from; starting a new run.")
             remove_leftovers(folder)
         elif settings is not None:
-            report_changed_settings(folders.config(folder), settings)
+            report_changed_settings(folders.config(folder), settings, continues=True)
             # Lightning warns of a checkpoint folder that is not empty, as it is here
             warnings.filterwarnings("ignore", USED_FOLDER_WARNING)
             resumed = folders.resumed_logger(folder, read(path)["global_step"])
@@ -390,14 +400,13 @@ class LSoftmaxCLI(CommandLine):
         rank_zero_info(f"Network: {trained:,} trainable parameters")
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not trainer.loggers:
-            default = f"{trainer.default_root_dir}/checkpoints"
-            folders = [callback.dirpath or default for callback in model_checkpoints(trainer)]
-            check_no_checkpoints(folders, run.ckpt_path)
-            return
-        log_dir, sub_dir = (getattr(trainer.loggers[0], name, None) for name in ("log_dir", "sub_dir"))
+        default = None if trainer.loggers else f"{trainer.default_root_dir}/checkpoints"
+        folders = [str(folder) for each in model_checkpoints(trainer) if (folder := each.dirpath or default)]
+        self._resources.enter_context(locked_checkpoints(folders, run.ckpt_path))
+        warnings.filterwarnings("ignore", USED_FOLDER_WARNING)  # the file of the lock may be in it
+        log_dir, sub_dir = (getattr(next(iter(trainer.loggers), None), name, None) for name in ("log_dir", "sub_dir"))
         if log_dir and "://" not in log_dir:
-            self._resources.enter_context(locked_run(log_dir, sub_dir, run.ckpt_path, run.checkpoint.dirpath))
+            self._resources.enter_context(locked_run(log_dir, sub_dir, run.ckpt_path))
 
     @contextmanager
     def _end_launched_ranks(self) -> Iterator[None]:
@@ -452,8 +461,8 @@ class LSoftmaxCLI(CommandLine):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
         tested = "model" if best is None else "best checkpoint" if checkpoint.monitor else "last checkpoint"
         chosen = "".join(f", chosen by {name} {value:.4g}" for name, value in chosen_by.items())
+        write_results(self.trainer, chosen_by)  # first, because a closed pipe or a full disk ends the output
         print_metrics(self.trainer.callback_metrics, f"Test of the {tested}{chosen}")
-        write_results(self.trainer, chosen_by)
         if best:
             rank_zero_info(f"Tested checkpoint: {best}")
         if loggers := tensorboard_loggers(self.trainer):
@@ -466,14 +475,11 @@ class LSoftmaxCLI(CommandLine):
             print_metrics(self.trainer.callback_metrics, "Validation")
 
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
-        """Evaluate the model on the test set, and print the metrics if ``verbose``."""
+        """Evaluate the model on the test set, write the metrics to ``results.json``, and print them if ``verbose``."""
         self.trainer.test(verbose=False, **kwargs)
+        write_results(self.trainer, {})
         if verbose:
             print_metrics(self.trainer.callback_metrics, "Test")
-
-    def after_test(self) -> None:
-        """Write the metrics to ``results.json``."""
-        write_results(self.trainer, {})
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and discard the results, which :class:`~lsoftmax_lightning.callbacks.Predictions` writes."""
@@ -488,7 +494,10 @@ class LSoftmaxCLI(CommandLine):
 
 
 class InstantiatedCLI(LSoftmaxCLI):
-    """Model, data and Trainer of a command without running it; the model has the weights of ``--ckpt_path``, if set."""
+    """Model, data and Trainer of a command without running it.
+
+    The model has the weights and the margin of ``--ckpt_path``, if set.
+    """
 
     @override
     def skips_data_set(self, data: Any) -> bool:
@@ -498,4 +507,7 @@ class InstantiatedCLI(LSoftmaxCLI):
     def run_command(self) -> None:
         path = self.config_init[self.subcommand].ckpt_path
         if path:
-            self.model.load_state_dict(read(path)["state_dict"])
+            checkpoint = read(path)
+            self.model.load_state_dict(checkpoint["state_dict"])
+            if (head := head_of(self.model)) is not None:
+                head.margin = checkpoint.get("hyper_parameters", {}).get("margin", head.margin)

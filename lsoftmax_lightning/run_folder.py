@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,10 +20,11 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from .atomic import write_text
-from .checkpoints import indexed
+from .atomic import disk_errors, write_text
+from .checkpoints import indexed, read
 from .config_files import flat, read_yaml
 from .errors import InputError
+from .library_messages import USED_LOG_WARNING
 from .settings import is_kind
 
 LOCK_SECONDS = 10  # workers of a killed run keep its lock for a few seconds
@@ -121,11 +124,16 @@ def training_logger(settings: Namespace, margin: int | None, seed: int | bool | 
         parts.append(f"s{seed}")
     if not parts:
         return arguments
-    name = "-".join(parts)
     runs = os.path.join(settings.save_dir, settings.name or "")
     exists = get_filesystem(runs).exists
-    names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
-    return arguments | {"version": next(name for name in names if not exists(os.path.join(runs, name)))}
+    free = (name for name in _numbered("-".join(parts)) if not exists(os.path.join(runs, name)))
+    return arguments | {"version": next(free)}
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """Yield ``name``, ``name-2``, ``name-3`` and so on."""
+    yield name
+    yield from (f"{name}-{count}" for count in itertools.count(2))
 
 
 def evaluation_logger(settings: Namespace, command: str, ckpt_path: str | None) -> dict[str, Any]:
@@ -135,12 +143,14 @@ def evaluation_logger(settings: Namespace, command: str, ckpt_path: str | None) 
         settings: Settings of the logger, without a version.
         command: Name of the command, and of the folder that it writes to.
         ckpt_path: The checkpoint. If it is in the folder of a run, the command writes to a folder in that folder;
-            otherwise, to a folder among the runs.
+            otherwise, to a folder among the runs, such as ``test``, or ``test-2`` if a run has this name.
     """
     arguments: dict[str, Any] = settings.as_dict()
     run = Path(ckpt_path or "").absolute().parent.parent
     if not ckpt_path or not any((run / sub_dir / "config.yaml").is_file() for sub_dir in ("", settings.sub_dir or "")):
-        return arguments | {"version": command}
+        runs = os.path.join(settings.save_dir, settings.name or "")
+        free = (name for name in _numbered(command) if not is_run_folder(os.path.join(runs, name)))
+        return arguments | {"version": next(free)}
     run = Path(os.path.relpath(run))
     sub_dir = os.path.join(settings.sub_dir or "", command)
     return arguments | {"save_dir": str(run.parent), "name": "", "version": run.name, "sub_dir": sub_dir}
@@ -155,7 +165,7 @@ def is_run_folder(log_dir: str) -> bool:
 def _version(folder: Path) -> int | str:
     """Return the version of a run as a logger accepts it."""
     number = folder.name.removeprefix("version_")
-    return int(number) if number != folder.name and number.isdecimal() else folder.name
+    return int(number) if number.isdecimal() and folder.name == f"version_{int(number)}" else folder.name
 
 
 def _changed_settings(config: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]] | None:
@@ -168,21 +178,23 @@ def _changed_settings(config: Path, settings: Mapping[str, Any]) -> dict[str, tu
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name != "ckpt_path"}
 
 
-def report_changed_settings(config: Path, settings: Mapping[str, Any]) -> None:
+def report_changed_settings(config: Path, settings: Mapping[str, Any], continues: bool) -> None:
     """Log the settings that differ from those of the run to resume.
 
     Args:
         config: Path of the run's config.
         settings: Settings of this command, by name.
+        continues: Whether the run continues in its folder, so that the margin cannot change.
 
     Raises:
-        InputError: If the margin, or the class of the optimizer or lr_scheduler differs.
+        InputError: If the margin of such a run, or the class of the optimizer or lr_scheduler differs.
     """
     changed = _changed_settings(config, settings)
     if changed is None:
         rank_zero_warn(f"{config} is not complete, so changed settings are not reported.")
         return
-    for name in ("model.margin", "model.optimizer.class_path", "model.lr_scheduler.class_path"):
+    fixed = ["model.optimizer.class_path", "model.lr_scheduler.class_path"] + ["model.margin"] * continues
+    for name in fixed:
         before, now = changed.get(name, (None, None))
         if before != now:
             raise InputError(
@@ -198,28 +210,65 @@ def report_changed_settings(config: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_no_checkpoints(folders: Iterable[str | Path], ckpt_path: str | None) -> None:
-    """Check that folders contain no checkpoints of another run. Without a logger, a run has no folder of its own.
+@contextmanager
+def locked_checkpoints(folders: Iterable[str], ckpt_path: str | None) -> Iterator[None]:
+    """Lock folders of checkpoints that are outside the folder of a run during the block.
 
     Args:
-        folders: Folders or URLs of the checkpoints.
-        ckpt_path: Checkpoint to resume from, if any. It may be in one of the folders.
+        folders: Folders or URLs; only folders are locked.
+        ckpt_path: Checkpoint to resume from, if any.
 
     Raises:
-        InputError: If they contain checkpoints of another run.
+        InputError: If a folder contains checkpoints of another run, or a run of another process uses it.
     """
-    if ckpt_path and any(Path(ckpt_path).resolve().parent == Path(folder).resolve() for folder in folders):
-        return
-    for folder in folders:
-        if found := get_filesystem(folder).glob(f"{folder}/*.ckpt"):
+    own = _checkpoint_folders(ckpt_path) if ckpt_path and Path(ckpt_path).is_file() else set()
+    others = [folder for folder in dict.fromkeys(folders) if Path(folder).resolve() not in own]
+
+    def check() -> None:
+        for folder in others:
+            if found := get_filesystem(folder).glob(f"{glob.escape(folder)}/*.ckpt"):
+                raise InputError(
+                    f"{folder} contains another run, got {PurePath(found[0]).name}; choose another "
+                    "trainer.default_root_dir or checkpoint.dirpath, or resume it with --ckpt_path."
+                )
+
+    check()
+    with ExitStack() as locks:
+        for folder in {Path(folder).resolve() for folder in folders if "://" not in folder}:
+            locks.enter_context(_lock(folder, "checkpoint.dirpath"))
+        check()  # a run of another process may have ended in the meantime
+        yield
+
+
+def _checkpoint_folders(ckpt_path: str) -> set[Path]:
+    """Return the folders in which the run of a checkpoint keeps its checkpoints, also if the run was moved."""
+    folder = Path(ckpt_path).parent
+    states = read(ckpt_path).get("callbacks", {}).values()
+    config = flat(read_yaml(folder.parent / "config.yaml") or {})
+    found = [folder, config.get("checkpoint.dirpath"), *(s.get("dirpath") for s in states if isinstance(s, dict))]
+    return {Path(folder).resolve() for folder in found if folder}
+
+
+def _lock(folder: Path, setting: str) -> AbstractContextManager[Any]:
+    """Create and lock a folder.
+
+    Raises:
+        InputError: If a run of another process uses it.
+        RunError: If it cannot be written.
+    """
+    with disk_errors(setting, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return FileLock(folder / ".lock").acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
             raise InputError(
-                f"{folder} contains another run, got {PurePath(found[0]).name}; choose another "
-                "trainer.default_root_dir or checkpoint.dirpath, or resume it with --ckpt_path."
-            )
+                f"{setting}: must not be that of a run in another process, got {folder}; wait for its end, or choose "
+                "another."
+            ) from error
 
 
 @contextmanager
-def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_folder: str | None) -> Iterator[None]:
+def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None) -> Iterator[None]:
     """Lock the folder of a run during the block, and remove incomplete files of a killed run.
 
     A new folder is removed after an error before the training, when it has no config.
@@ -228,31 +277,27 @@ def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None, best_fo
         log_dir: Folder of the event files.
         sub_dir: Path of ``log_dir`` relative to the folder of the run, if they differ.
         ckpt_path: Checkpoint to resume from, if any.
-        best_folder: Folder of the best checkpoint, if it is outside the folder of the run.
 
     Raises:
-        InputError: If a folder contains another run, or a run of another process uses it.
+        InputError: If the folder contains another run, or a run of another process uses it.
     """
     folder = Path(log_dir.removesuffix(sub_dir or ""))
     resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
-    used = [*folder.glob("checkpoints/*.ckpt"), *Path(log_dir).glob("results.json")]
-    if not ckpt_path and best_folder:
-        used += Path(best_folder).glob("*.ckpt")
-    if used and not resumes:
-        raise InputError(
-            f"{used[0].parent} contains another run; resume it with --ckpt_path last, or choose another "
-            "trainer.logger.version and checkpoint.dirpath."
-        )
+
+    def check() -> None:
+        used = [*folder.glob("checkpoints/*.ckpt"), *Path(log_dir).glob("results.json")]
+        if used and not resumes:
+            raise InputError(
+                f"{used[0].parent} contains another run; resume it with --ckpt_path last, or choose another "
+                "trainer.logger.version."
+            )
+
+    check()
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=LOCK_SECONDS)
-    except Timeout as error:
-        raise InputError(
-            f"trainer.logger.version: must not be that of a run in another process, got {folder}; wait for its end, or "
-            "choose another."
-        ) from error
-    with lock:
+    with _lock(folder, "trainer.logger.version"):
+        check()  # a run of another process may have ended in the meantime
+        if is_new:
+            warnings.filterwarnings("ignore", USED_LOG_WARNING)  # the file of the lock is in it
         _remove_parts(folder)
         Path(log_dir, "hparams.yaml").unlink(missing_ok=True)  # it may be incomplete, and is written again
         try:
@@ -272,7 +317,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def _remove_parts(folder: Path) -> None:
     for part in folder.rglob(".*.part"):
-        part.unlink(missing_ok=True)
+        if not {"validate", "test", "predict"} & set(part.relative_to(folder).parts):  # of commands without this lock
+            part.unlink(missing_ok=True)
 
 
 def write_results(trainer: Trainer, chosen_by: Mapping[str, Any]) -> None:

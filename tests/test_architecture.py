@@ -97,7 +97,7 @@ BELOW: dict[str, set[str]] = {
     "config_files": {"compat", "config_paths", "errors", "library_messages"},
     "mistakes": {"compat", "config_files", "config_paths", "errors"},
     "settings": {"datamodules", "errors", "geometry", "metrics", "modules"},
-    "run_folder": {"atomic", "checkpoints", "config_files", "errors", "settings"},
+    "run_folder": {"atomic", "checkpoints", "config_files", "errors", "library_messages", "settings"},
     "command_parser": {"errors"},
     "short_help": {"config_paths", "errors"},
     "html_page": {"atomic"},

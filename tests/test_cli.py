@@ -236,6 +236,113 @@ def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> No
     assert "elsewhere contains another run" in fails(capsys, *fit, "--checkpoint.dirpath=elsewhere")
 
 
+def test_checkpoints_of_another_run_are_neither_tested_nor_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--config", "digits.yaml", *SHORT]
+    main(fit)
+    main([*fit, "--checkpoint.dirpath=best", "--seed_everything=5"])
+    before = Path("best/best.ckpt").read_bytes()
+    last = "--ckpt_path=runs/digits/m2-s0/checkpoints/last.ckpt"
+    assert "best contains another run" in fails(capsys, *fit, last, "--checkpoint.dirpath=best")
+    assert Path("best/best.ckpt").read_bytes() == before
+    own = "--ckpt_path=runs/digits/m2-s5/checkpoints/last.ckpt"
+    main([*fit, own, "--checkpoint.dirpath=best", "--seed_everything=5", "--trainer.max_epochs=2"])
+
+
+@pytest.mark.parametrize(("folder", "name"), [("runs/digits/mine", "results.json"), ("best", "best.ckpt")])
+def test_a_run_that_ended_while_another_waited_keeps_its_folder(
+    folder: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = FileLock.acquire
+
+    def wait(lock: FileLock, *args: Any, **kwargs: Any) -> Any:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, name).write_text("another run")
+        return acquire(lock, *args, **kwargs)
+
+    monkeypatch.setattr(FileLock, "acquire", wait)
+    fit = ["fit", "--config", "digits.yaml", *SHORT, "--trainer.logger.version=mine", "--checkpoint.dirpath=best"]
+    assert f"{folder} contains another run" in fails(capsys, *fit)
+    assert Path(folder, name).read_text() == "another run"
+
+
+@pytest.mark.parametrize("name", ["plain", "with [brackets] *"])
+def test_special_characters_of_a_folder_do_not_hide_a_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--config=digits", *SHORT, "--trainer.logger=false", f"--checkpoint.dirpath={name}"]
+    main([*fit, f"--trainer.default_root_dir={name}"])
+    assert "contains another run, got best.ckpt" in fails(capsys, *fit)
+
+
+def test_a_command_without_a_run_does_not_write_into_a_run_of_its_name() -> None:
+    main(["fit", "--config=digits", *SHORT, "--trainer.logger.version=test"])
+    results = Path("runs/digits/test/results.json").read_text()
+    with pytest.warns(UserWarning, match="RANDOM"):
+        main(["test", "--config=digits", *QUIET])
+    assert Path("runs/digits/test/results.json").read_text() == results
+    assert Path("runs/digits/test-2/results.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.filterwarnings("ignore:No --ckpt_path is set")
+def test_results_are_written_before_they_are_printed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*args: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("lsoftmax_lightning.lightning_cli.print_metrics", closed)
+    with pytest.raises(BrokenPipeError):
+        LSoftmaxCLI([command, "--config=digits.yaml", *SHORT])
+    (results,) = Path("runs/digits").glob("*/results.json")
+    assert "test/acc" in json.loads(results.read_text())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--model.optimizer=AdamW", "model.optimizer: must be torch.optim.SGD to resume the run in runs/digits/m2-s0"),
+        ("--model.lr_scheduler=null", "model.lr_scheduler: must be "),
+    ],
+)
+def test_resuming_by_a_path_checks_optimizer_and_scheduler(
+    setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = ["fit", "--config", "digits.yaml", *SHORT]
+    main(fit)
+    last = "--ckpt_path=runs/digits/m2-s0/checkpoints/last.ckpt"
+    assert message in fails(capsys, *fit, last, setting)
+    with pytest.warns(UserWarning, match="The checkpoint determines the settings of optimizer"):
+        main([*fit, last, "--model.optimizer.lr=0.5", "--trainer.max_epochs=2"])
+
+
+def test_the_best_checkpoint_cannot_have_the_name_of_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "fit", "--config", "digits.yaml", *SHORT, "--checkpoint.filename=last")
+    assert "checkpoint.filename: must not be last" in message
+
+
+def test_a_version_with_leading_zeros_is_continued_in_its_folder() -> None:
+    fit = ["fit", "--config", "digits.yaml", *SHORT]
+    main([*fit, "--trainer.logger.version=version_007"])
+    main([*fit, "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert [folder.name for folder in Path("runs/digits").iterdir()] == ["version_007"]
+
+
+def test_a_resumed_run_keeps_unfinished_predictions() -> None:
+    fit = ["fit", "--config", "digits.yaml", *SHORT]
+    main(fit)
+    parts = [Path("runs/digits/m2-s0", folder, ".out.part") for folder in ("checkpoints", "predict")]
+    parts[1].parent.mkdir()
+    for part in parts:
+        part.touch()
+    main([*fit, "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert [part.exists() for part in parts] == [False, True]
+
+
+def test_a_resumed_trial_writes_no_file() -> None:
+    fit = ["fit", "--config", "digits.yaml", *SHORT]
+    main(fit)
+    before = set(Path().rglob("*"))
+    main([*fit, "--ckpt_path=last", "--trainer.fast_dev_run=true"])
+    assert set(Path().rglob("*")) == before
+
+
 def test_a_folder_is_locked_while_its_run_is_trained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -299,6 +299,13 @@ def test_a_checkpoint_is_written_by_the_public_methods() -> None:
     assert callback.states == 3 * [(True, True, True)]  # not again at the end of the epoch
 
 
+def test_a_csv_logger_warns_about_a_used_folder() -> None:
+    Path("logs/used").mkdir(parents=True)
+    Path("logs/used/.lock").touch()
+    with pytest.warns(UserWarning, match=library_messages.USED_LOG_WARNING):
+        CSVLogger(".", name="logs", version="used").experiment  # noqa: B018
+
+
 def test_lightning_warns_about_a_used_folder() -> None:
     Path("used").mkdir()
     Path("used", "last.ckpt").write_text("")

@@ -130,7 +130,7 @@ def test_export_needs_no_dataset(capsys: pytest.CaptureFixture[str]) -> None:
     assert "On random images, it differs from the module by at most" in capsys.readouterr().out
     message = fails(capsys, "export", f"--ckpt_path={BEST}", "--format=state_dict", "--output=.")
     assert "output: must be a file, got the folder ." in message
-    assert "--ckpt_path: must be a checkpoint of fit, got last, which does not exist" in fails(
+    assert "--ckpt_path: must be a checkpoint of fit, got last, which is not a file" in fails(
         capsys, "export", "--ckpt_path=last"
     )
     extra = {"metadata.json": ""}

@@ -84,11 +84,14 @@ def test_export_command_exports_a_checkpoint(capsys: pytest.CaptureFixture[str])
     assert saved.keys() == model.backbone.state_dict().keys()
     assert all(torch.equal(saved[name], weight) for name, weight in model.backbone.state_dict().items())
 
-    main(["export", "--ckpt_path", checkpoint, "--format", "torch_export", "--output", "model.pt2"])
+    Path("small.yaml").write_text("data: {init_args: {batch_size: 8}}")
+    configs = ["--config", "digits.yaml", "-c", "small.yaml"]
+    main(["export", *configs, "--ckpt_path", checkpoint, "--format", "torch_export", "--output", "model.pt2"])
     printed = capsys.readouterr().out
     assert "Wrote model.pt2. On random images, it differs from the module by at most" in printed
     data = DigitsDataModule()
-    _, (_, logits) = run("model.pt2", data.load(train=False).images)
+    metadata, (_, logits) = run("model.pt2", data.load(train=False).images)
+    assert metadata["margin"] == "2"  # of the checkpoint, not of the config
     predicted = main(["predict", "--config", "digits.yaml", "--ckpt_path", checkpoint, *QUIET[:3]])
     assert predicted is not None
     rows = Path("runs/digits/m2-s0/predict/predictions.csv").read_text().splitlines()[1:]
@@ -103,7 +106,7 @@ def test_export_command_exports_a_checkpoint(capsys: pytest.CaptureFixture[str])
 
     shutil.copy(checkpoint, "moved.ckpt")
     for args, message in (
-        (["--ckpt_path", "nope.ckpt"], "--ckpt_path: must be a checkpoint of fit, got nope.ckpt, which does not exist"),
+        (["--ckpt_path", "nope.ckpt"], "--ckpt_path: must be a checkpoint of fit, got nope.ckpt, which is not a file"),
         (["--ckpt_path", "moved.ckpt"], "--config: must be set, because the run folder of the checkpoint, /"),
         (["--ckpt_path", checkpoint, "--model.margin", "x"], "margin"),
         (["--ckpt_path", checkpoint, "--model.backbone", "mnist"], "is from another network"),

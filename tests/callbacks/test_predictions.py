@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lsoftmax_lightning import ClassificationModule, VerificationModule
-from lsoftmax_lightning.atomic import csv_safe
+from lsoftmax_lightning.atomic import csv_safe, from_csv_safe
 from lsoftmax_lightning.callbacks import MarginMonitor, Predictions
 from lsoftmax_lightning.data_spec import DataSpec
 from lsoftmax_lightning.datamodules import ImageFolderDataModule
@@ -476,8 +476,10 @@ FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", "\n=1"]
 
 def test_csv_safe_quotes_formulas_and_keeps_numbers() -> None:
     assert csv_safe(FORMULAS) == [f"'{text}" for text in FORMULAS]
-    kept = [-1, -0.5, "-0.500000", "+3", "-1e-3", "a=1", "", "'=1", None, True]
+    kept = [-1, -0.5, "-0.500000", "+3", "-1e-3", "a=1", "", "'a", None, True]
     assert csv_safe(kept) == kept
+    for text in [*FORMULAS, "'=1", "''=1", "'", "a=1", "'a", "-3"]:
+        assert list(map(from_csv_safe, csv_safe([text]))) == [text]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
