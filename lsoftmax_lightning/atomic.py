@@ -64,7 +64,7 @@ def temporary_path(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno and (error.filename is None or str(error.filename).startswith(str(temporary))):
             # the error of a write has no file name, the error of an open has the temporary one
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         _active.discard(temporary.name)

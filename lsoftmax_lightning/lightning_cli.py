@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -54,6 +53,7 @@ from .run_folder import (
     locked_run,
     remove_leftovers,
     report_changed_settings,
+    run_of,
     training_logger,
     write_results,
 )
@@ -241,10 +241,8 @@ class LSoftmaxCLI(CommandLine):
             loggers = self._resume_last_run(run.ckpt_path, loggers)
         elif run.ckpt_path and "://" in run.ckpt_path:
             run.ckpt_path = str(self._resources.enter_context(local_file(run.ckpt_path)))
-        elif run.ckpt_path and self.subcommand == "fit":
-            config = Path(os.path.relpath(Path(run.ckpt_path).absolute().parent.parent), "config.yaml")
-            if config.is_file():
-                report_changed_settings(config, flat(self.settings()), continues=False)
+        elif self.subcommand == "fit" and (folder := run_of(run.ckpt_path)) is not None:
+            report_changed_settings(folder / "config.yaml", flat(self.settings()), continues=False)
         if self.subcommand != "fit":
             self._name_folders(loggers)  # within that of the checkpoint, which is now known
         if isinstance(run.trainer.logger, list):  # the first logger names the folder of the run
@@ -307,19 +305,18 @@ class LSoftmaxCLI(CommandLine):
             is_csv = is_kind(before, CSVLogger)
             if not is_csv and not is_kind(before, TensorBoardLogger):
                 continue
-            has_version = before.init_args.version is not None or is_csv  # a CSVLogger counts its versions
+            has_version = before.init_args.version is not None
             if has_version and (self.subcommand == "fit" or not is_run_folder(logger.log_dir)):
                 continue
-            if self.subcommand == "fit":
+            if not is_csv and self.subcommand == "fit":
                 arguments = training_logger(before.init_args, margin, run.seed_everything)
-            elif is_csv:
-                arguments = before.init_args.as_dict() | {
-                    "save_dir": logger.log_dir,
-                    "name": "",
-                    "version": self.subcommand,
-                }
-            else:
+            elif not is_csv:
                 arguments = evaluation_logger(before.init_args, str(self.subcommand), run.ckpt_path)
+            elif self.subcommand != "fit" and (folder := logger.log_dir if has_version else run_of(run.ckpt_path)):
+                place = {"save_dir": str(folder), "name": "", "version": self.subcommand}
+                arguments = before.init_args.as_dict() | place
+            else:  # a CSVLogger counts its versions
+                continue
             loggers[index] = type(logger)(**arguments)
 
     def _run_folders(self, word: str) -> RunFolders:

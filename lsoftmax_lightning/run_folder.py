@@ -146,14 +146,26 @@ def evaluation_logger(settings: Namespace, command: str, ckpt_path: str | None) 
             otherwise, to a folder among the runs, such as ``test``, or ``test-2`` if a run has this name.
     """
     arguments: dict[str, Any] = settings.as_dict()
-    run = Path(ckpt_path or "").absolute().parent.parent
-    if not ckpt_path or not any((run / sub_dir / "config.yaml").is_file() for sub_dir in ("", settings.sub_dir or "")):
+    run = run_of(ckpt_path, settings.sub_dir)
+    if run is None:
         runs = os.path.join(settings.save_dir, settings.name or "")
         free = (name for name in _numbered(command) if not is_run_folder(os.path.join(runs, name)))
         return arguments | {"version": next(free)}
-    run = Path(os.path.relpath(run))
     sub_dir = os.path.join(settings.sub_dir or "", command)
     return arguments | {"save_dir": str(run.parent), "name": "", "version": run.name, "sub_dir": sub_dir}
+
+
+def run_of(ckpt_path: str | None, sub_dir: str | None = None) -> Path | None:
+    """Return the folder of the run that wrote a checkpoint; None if the checkpoint is not in the folder of a run.
+
+    Args:
+        ckpt_path: The checkpoint.
+        sub_dir: Folder of the config in that of the run.
+    """
+    if not ckpt_path:
+        return None
+    run = Path(os.path.relpath(Path(ckpt_path).absolute().parent.parent))
+    return run if any((run / folder / "config.yaml").is_file() for folder in ("", sub_dir or "")) else None
 
 
 def is_run_folder(log_dir: str) -> bool:

@@ -64,9 +64,9 @@ def test_temporary_files_of_live_processes_and_of_other_hosts_are_kept() -> None
 def test_a_full_disk_is_an_error_that_names_the_file() -> None:
     write_text("out/file.txt", "old")
     with file_size_limit(100):
-        with pytest.raises(OSError, match=r"File too large: 'out/file\.txt'"):
+        with pytest.raises(OSError, match=r"File too large: 'out/file\.txt'$"):
             write_text("out/file.txt", "new" * 100)
-        with pytest.raises(OSError, match=r"File too large: 'out/file\.txt'"):
+        with pytest.raises(OSError, match=r"File too large: 'out/file\.txt'$"):
             torch_save({"weights": torch.zeros(100)}, "out/file.txt")
     assert Path("out/file.txt").read_text() == "old"
     assert os.listdir("out") == ["file.txt"]

@@ -150,17 +150,19 @@ def test_a_run_without_a_logger_does_not_overwrite_another_in_a_remote_folder(
     assert "memory://runs/checkpoints contains another run" in fails(capsys, *command)
 
 
-@pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_test_does_not_write_into_a_run_with_a_csv_logger() -> None:
-    loggers = "[{class_path: CSVLogger, init_args: {save_dir: logs, version: named}}]"
+@pytest.mark.parametrize(("version", "name"), [("named", "named"), ("null", "version_0")])
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .*/test exists")
+def test_test_does_not_write_into_a_run_with_a_csv_logger(version: str, name: str) -> None:
+    loggers = f"[{{class_path: CSVLogger, init_args: {{save_dir: logs, version: {version}}}}}]"
     main(["fit", "--config=digits", *SHORT, f"--trainer.logger={loggers}"])
-    run = Path("logs/digits/named")
+    run = Path("logs/digits", name)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert run / "metrics.csv" in before
     for _ in range(2):
         main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints/last.ckpt'}"])
         assert {path: path.read_bytes() for path in before} == before
         assert (run / "test/results.json").is_file()
+        assert [folder.name for folder in run.parent.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("version", ["named", ""])
