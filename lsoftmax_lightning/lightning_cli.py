@@ -44,7 +44,7 @@ from .config_files import ConfigParser, expand_paths, flat, load_bounded_yaml
 from .dashboard.observer import head_of, tensorboard_loggers
 from .datamodules import PredictFolderDataModule
 from .errors import InputError, LSoftmaxError, SettingsError
-from .library_messages import USED_FOLDER_WARNING
+from .library_messages import USED_FOLDER_WARNING, USED_LOG_WARNING
 from .run_folder import (
     RunFolders,
     evaluation_logger,
@@ -315,6 +315,7 @@ class LSoftmaxCLI(CommandLine):
             elif self.subcommand != "fit" and (folder := logger.log_dir if has_version else run_of(run.ckpt_path)):
                 place = {"save_dir": str(folder), "name": "", "version": self.subcommand}
                 arguments = before.init_args.as_dict() | place
+                warnings.filterwarnings("ignore", USED_LOG_WARNING)  # like results.json, the file is replaced
             else:  # a CSVLogger counts its versions
                 continue
             loggers[index] = type(logger)(**arguments)

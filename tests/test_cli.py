@@ -151,7 +151,6 @@ def test_a_run_without_a_logger_does_not_overwrite_another_in_a_remote_folder(
 
 
 @pytest.mark.parametrize(("version", "name"), [("named", "named"), ("null", "version_0")])
-@pytest.mark.filterwarnings("ignore:Experiment logs directory .*/test exists")
 def test_test_does_not_write_into_a_run_with_a_csv_logger(version: str, name: str) -> None:
     loggers = f"[{{class_path: CSVLogger, init_args: {{save_dir: logs, version: {version}}}}}]"
     main(["fit", "--config=digits", *SHORT, f"--trainer.logger={loggers}"])
