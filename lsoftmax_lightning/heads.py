@@ -118,7 +118,7 @@ class LSoftmaxLinear(nn.Module):
 
     @property
     def sharded(self) -> bool:
-        """Whether the weight is sharded over ranks by class, also by FSDP2, which gathers it for a while."""
+        """Whether the weight is sharded over ranks, by :meth:`shard` or FSDP2; also while FSDP2 has gathered it."""
         return isinstance(self.weight, DTensor) or isinstance(self, FSDPModule)
 
     @property
@@ -180,7 +180,7 @@ class LSoftmaxLinear(nn.Module):
         """
         self._check_lambda(stacklevel=3)
         if torch.is_grad_enabled():
-            self.free_full_weight()
+            self.free_full_weight()  # the copy of FSDP2 gets no gradients
         return self._margin_and_plain_logits(x, target)
 
     def _margin_and_plain_logits(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,7 +261,7 @@ class LSoftmaxLinear(nn.Module):
         return self._full_weight
 
     def free_full_weight(self) -> None:
-        """Free the copy that :attr:`full_weight` keeps, or the one that FSDP2 has gathered, which gets no gradients."""
+        """Free the gathered copy of the weight, whether :attr:`full_weight` or FSDP2 gathered it."""
         self._full_weight = None
         if isinstance(self, FSDPModule):
             self.reshard()

@@ -186,7 +186,8 @@ class LSoftmaxCLI(CommandLine):
         expand_backbone(settings.model)
         if self.subcommand == "fit" and not self._callbacks:
             check_monitor(settings)
-            if settings.checkpoint.monitor and settings.checkpoint.filename == "last":
+            checkpoint = settings.checkpoint
+            if checkpoint.monitor and checkpoint.filename == "last" and not checkpoint.dirpath:
                 raise InputError(
                     "checkpoint.filename: must not be last, the name of the last checkpoint, which would replace the "
                     "best one; choose another."
@@ -242,7 +243,10 @@ class LSoftmaxCLI(CommandLine):
         elif run.ckpt_path and "://" in run.ckpt_path:
             run.ckpt_path = str(self._resources.enter_context(local_file(run.ckpt_path)))
         elif self.subcommand == "fit" and (folder := run_of(run.ckpt_path)) is not None:
-            report_changed_settings(folder / "config.yaml", flat(self.settings()), continues=False)
+            folders = [Path(str(logger.log_dir)).resolve() for logger in loggers if hasattr(logger, "log_dir")]
+            continues = any(each.is_relative_to(folder.resolve()) for each in folders)
+            if loggers:  # without one, the file may belong to another run
+                report_changed_settings(folder / "config.yaml", flat(self.settings()), continues)
         if self.subcommand != "fit":
             self._name_folders(loggers)  # within that of the checkpoint, which is now known
         if isinstance(run.trainer.logger, list):  # the first logger names the folder of the run
@@ -399,12 +403,15 @@ class LSoftmaxCLI(CommandLine):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         default = None if trainer.loggers else f"{trainer.default_root_dir}/checkpoints"
-        folders = [str(folder) for each in model_checkpoints(trainer) if (folder := each.dirpath or default)]
-        self._resources.enter_context(locked_checkpoints(folders, run.ckpt_path))
-        warnings.filterwarnings("ignore", USED_FOLDER_WARNING)  # the file of the lock may be in it
+        kept = [each for each in model_checkpoints(trainer) if isinstance(each, BestCheckpoint | LastCheckpoint)]
+        folders = [str(folder) for each in kept if (folder := each.dirpath or default)]
         log_dir, sub_dir = (getattr(next(iter(trainer.loggers), None), name, None) for name in ("log_dir", "sub_dir"))
         if log_dir and "://" not in log_dir:
-            self._resources.enter_context(locked_run(log_dir, sub_dir, run.ckpt_path))
+            folder = Path(log_dir.removesuffix(sub_dir or ""))
+            self._resources.enter_context(locked_run(folder, log_dir, run.ckpt_path))
+            folders = [each for each in folders if not Path(each).resolve().is_relative_to(folder.resolve())]
+        self._resources.enter_context(locked_checkpoints(folders, run.ckpt_path))
+        warnings.filterwarnings("ignore", USED_FOLDER_WARNING)  # the folder may contain the lock
 
     @contextmanager
     def _end_launched_ranks(self) -> Iterator[None]:
@@ -459,7 +466,7 @@ class LSoftmaxCLI(CommandLine):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
         tested = "model" if best is None else "best checkpoint" if checkpoint.monitor else "last checkpoint"
         chosen = "".join(f", chosen by {name} {value:.4g}" for name, value in chosen_by.items())
-        write_results(self.trainer, chosen_by)  # first, because a closed pipe or a full disk ends the output
+        write_results(self.trainer, chosen_by)  # first, because printing fails on a closed pipe or a full disk
         print_metrics(self.trainer.callback_metrics, f"Test of the {tested}{chosen}")
         if best:
             rank_zero_info(f"Tested checkpoint: {best}")
@@ -507,5 +514,6 @@ class InstantiatedCLI(LSoftmaxCLI):
         if path:
             checkpoint = read(path)
             self.model.load_state_dict(checkpoint["state_dict"])
-            if (head := head_of(self.model)) is not None:
-                head.margin = checkpoint.get("hyper_parameters", {}).get("margin", head.margin)
+            margin = checkpoint.get("hyper_parameters", {}).get("margin")
+            if isinstance(self.model, modules.LSoftmaxModule) and isinstance(margin, int):
+                self.model.head.margin = margin

@@ -199,8 +199,8 @@ class PairVerification(Metric):
     embeddings are first projected by a PCA. It is fitted on the images of the other pairs, without images that are also
     in a pair of the scored fold. The ROC metrics are computed from the scored pairs of all folds together.
 
-    Update it once with each image, in batches of any size and on any number of ranks, at least once on each rank.
-    ``compute`` returns a dict:
+    Update it once with each image, in batches of any size and on any number of ranks. Every rank must update it at
+    least once. ``compute`` returns a dict:
 
     - ``acc``: mean accuracy of the folds.
     - ``acc_stderr``: its standard error over the folds; with a single fold, that of a proportion.

@@ -205,8 +205,8 @@ def report_changed_settings(config: Path, settings: Mapping[str, Any], continues
     if changed is None:
         rank_zero_warn(f"{config} is not complete, so changed settings are not reported.")
         return
-    fixed = ["model.optimizer.class_path", "model.lr_scheduler.class_path"] + ["model.margin"] * continues
-    for name in fixed:
+    fixed = ["model.optimizer.class_path", "model.lr_scheduler.class_path"]
+    for name in ["model.margin", *fixed] if continues else fixed:
         before, now = changed.get(name, (None, None))
         if before != now:
             raise InputError(
@@ -227,38 +227,39 @@ def locked_checkpoints(folders: Iterable[str], ckpt_path: str | None) -> Iterato
     """Lock folders of checkpoints that are outside the folder of a run during the block.
 
     Args:
-        folders: Folders or URLs; only folders are locked.
+        folders: Folders or URLs. URLs are checked, but not locked.
         ckpt_path: Checkpoint to resume from, if any.
 
     Raises:
         InputError: If a folder contains checkpoints of another run, or a run of another process uses it.
+        RunError: If a folder cannot be written.
     """
-    own = _checkpoint_folders(ckpt_path) if ckpt_path and Path(ckpt_path).is_file() else set()
-    others = [folder for folder in dict.fromkeys(folders) if Path(folder).resolve() not in own]
 
     def check() -> None:
-        for folder in others:
-            if found := get_filesystem(folder).glob(f"{glob.escape(folder)}/*.ckpt"):
+        for folder in folders:
+            found = get_filesystem(folder).glob(f"{glob.escape(folder)}/*.ckpt")
+            if found and not (ckpt_path and _keeps_checkpoints_in(Path(folder).resolve(), ckpt_path)):
                 raise InputError(
                     f"{folder} contains another run, got {PurePath(found[0]).name}; choose another "
                     "trainer.default_root_dir or checkpoint.dirpath, or resume it with --ckpt_path."
                 )
 
-    check()
     with ExitStack() as locks:
+        check()
         for folder in {Path(folder).resolve() for folder in folders if "://" not in folder}:
             locks.enter_context(_lock(folder, "checkpoint.dirpath"))
         check()  # a run of another process may have ended in the meantime
         yield
 
 
-def _checkpoint_folders(ckpt_path: str) -> set[Path]:
-    """Return the folders in which the run of a checkpoint keeps its checkpoints, also if the run was moved."""
-    folder = Path(ckpt_path).parent
+def _keeps_checkpoints_in(folder: Path, ckpt_path: str) -> bool:
+    """Return whether the run of a checkpoint keeps checkpoints in a folder, also if both were moved."""
+    if folder == Path(ckpt_path).resolve().parent:
+        return True
     states = read(ckpt_path).get("callbacks", {}).values()
-    config = flat(read_yaml(folder.parent / "config.yaml") or {})
-    found = [folder, config.get("checkpoint.dirpath"), *(s.get("dirpath") for s in states if isinstance(s, dict))]
-    return {Path(folder).resolve() for folder in found if folder}
+    folders = [Path(state["dirpath"]) for state in states if isinstance(state, dict) and state.get("dirpath")]
+    moved = {path.name for path in folders} - {"checkpoints"}  # each run has a folder of this name
+    return folder in folders or folder.name in moved
 
 
 def _lock(folder: Path, setting: str) -> AbstractContextManager[Any]:
@@ -280,20 +281,20 @@ def _lock(folder: Path, setting: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None) -> Iterator[None]:
+def locked_run(folder: Path, log_dir: str, ckpt_path: str | None) -> Iterator[None]:
     """Lock the folder of a run during the block, and remove incomplete files of a killed run.
 
     A new folder is removed after an error before the training, when it has no config.
 
     Args:
+        folder: Folder of the run.
         log_dir: Folder of the event files.
-        sub_dir: Path of ``log_dir`` relative to the folder of the run, if they differ.
         ckpt_path: Checkpoint to resume from, if any.
 
     Raises:
         InputError: If the folder contains another run, or a run of another process uses it.
+        RunError: If the folder cannot be written.
     """
-    folder = Path(log_dir.removesuffix(sub_dir or ""))
     resumes = ckpt_path and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
 
     def check() -> None:
@@ -309,7 +310,7 @@ def locked_run(log_dir: str, sub_dir: str | None, ckpt_path: str | None) -> Iter
     with _lock(folder, "trainer.logger.version"):
         check()  # a run of another process may have ended in the meantime
         if is_new:
-            warnings.filterwarnings("ignore", USED_LOG_WARNING)  # the file of the lock is in it
+            warnings.filterwarnings("ignore", USED_LOG_WARNING)  # the folder contains the lock
         _remove_parts(folder)
         Path(log_dir, "hparams.yaml").unlink(missing_ok=True)  # it may be incomplete, and is written again
         try:
@@ -329,7 +330,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def _remove_parts(folder: Path) -> None:
     for part in folder.rglob(".*.part"):
-        if not {"validate", "test", "predict"} & set(part.relative_to(folder).parts):  # of commands without this lock
+        if not {"validate", "test", "predict"} & set(part.relative_to(folder).parts):  # these commands hold no lock
             part.unlink(missing_ok=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,13 +91,24 @@ class ClassShardedStrategy(ModelParallelStrategy):
                 f"ClassShardedStrategy: `head` of {type(module).__name__} must be an LSoftmaxLinear, got "
                 f"{type(head).__name__}; set it, or override configure_model."
             )
-        parts = [part for part in _parts(module) if part is not head and any(True for _ in part.parameters())]
-        uses = Counter(parameter for part in (head, *parts) for parameter in part.parameters())
-        for name, parameter in module.named_parameters():
-            if uses[parameter] != 1:
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        known, parts = set(head.parameters()), []
+        for part in _parts(module):
+            own = dict.fromkeys(part.parameters())
+            if own.keys() <= known:  # another name of a part, or no parameters
+                continue
+            if shared := own.keys() & known:
                 raise InputError(
-                    "ClassShardedStrategy: every parameter must belong to exactly one child module with a `forward`, "
-                    f"got {name} in {uses[parameter]} of {type(module).__name__}; move it into an nn.Module of its own."
+                    "ClassShardedStrategy: child modules must not share parameters, got "
+                    f"{min(names[parameter] for parameter in shared)} in several; register each module once."
+                )
+            known |= own.keys()
+            parts.append(part)
+        for parameter, name in names.items():
+            if parameter not in known:
+                raise InputError(
+                    "ClassShardedStrategy: every parameter must belong to a child module with a `forward`, got "
+                    f"{name} in none; move it into one."
                 )
             if parameter.is_meta:
                 raise InputError(
@@ -187,11 +197,11 @@ class ClassShardedStrategy(ModelParallelStrategy):
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the child modules that have a ``forward``, also those in containers."""
+    """Yield the child modules that have a ``forward``, also those in modules without one, such as ``ModuleList``."""
     for child in module.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+        if type(child).forward is nn.Module.forward:
             yield from _parts(child)
-        elif not isinstance(child, nn.ParameterList | nn.ParameterDict):
+        else:
             yield child
 
 

@@ -237,7 +237,9 @@ def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str]) -> No
     assert "elsewhere contains another run" in fails(capsys, *fit, "--checkpoint.dirpath=elsewhere")
 
 
-def test_checkpoints_of_another_run_are_neither_tested_nor_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_of_another_run_are_neither_tested_nor_replaced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit = ["fit", "--config", "digits.yaml", *SHORT]
     main(fit)
     main([*fit, "--checkpoint.dirpath=best", "--seed_everything=5"])
@@ -245,8 +247,29 @@ def test_checkpoints_of_another_run_are_neither_tested_nor_replaced(capsys: pyte
     last = "--ckpt_path=runs/digits/m2-s0/checkpoints/last.ckpt"
     assert "best contains another run" in fails(capsys, *fit, last, "--checkpoint.dirpath=best")
     assert Path("best/best.ckpt").read_bytes() == before
+    Path("moved").mkdir()
+    for folder in ("runs", "best"):
+        shutil.move(folder, "moved")
+    monkeypatch.chdir("moved")
     own = "--ckpt_path=runs/digits/m2-s5/checkpoints/last.ckpt"
-    main([*fit, own, "--checkpoint.dirpath=best", "--seed_everything=5", "--trainer.max_epochs=2"])
+    best = f"--checkpoint.dirpath={Path('best').absolute()}"
+    main([*fit, own, best, "--seed_everything=5", "--trainer.max_epochs=2"])
+
+
+@pytest.mark.parametrize("folder", ["runs/digits/mine", "runs/digits/mine/best"])
+def test_checkpoints_may_be_in_the_folder_of_the_run(folder: str) -> None:
+    fit = ["fit", "--config", "digits.yaml", *SHORT, "--trainer.logger.version=mine"]
+    main([*fit, f"--checkpoint.dirpath={folder}"])
+    assert Path(folder, "best.ckpt").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_runs_may_share_the_folder_of_another_checkpoint_callback() -> None:
+    callback = '{class_path: ModelCheckpoint, init_args: {dirpath: all, filename: "%s"}}'
+    for seed in (0, 1):
+        name = f"--trainer.callbacks+={callback % seed}"
+        main(["fit", "--config", "digits.yaml", *SHORT, f"--seed_everything={seed}", name])
+    assert {path.name for path in Path("all").iterdir()} == {"0.ckpt", "1.ckpt"}
 
 
 @pytest.mark.parametrize(("folder", "name"), [("runs/digits/mine", "results.json"), ("best", "best.ckpt")])

@@ -100,12 +100,9 @@ def test_training_does_not_depend_on_the_number_of_processes(
 
     expected = {
         "criterion": "criterion: must be nn.CrossEntropyLoss with default weight, reduction and ignore_index, got",
-        "parameter": "ClassShardedStrategy: every parameter must belong to exactly one child module with a `forward`, "
-        "got scale in 0 of ClassificationModule",
-        "container": "ClassShardedStrategy: every parameter must belong to exactly one child module with a `forward`, "
-        "got scales.0 in 0",
-        "shared": "ClassShardedStrategy: every parameter must belong to exactly one child module with a `forward`, "
-        "got backbone.1.weight in 2",
+        "parameter": "ClassShardedStrategy: every parameter must belong to a child module with a `forward`, got scale",
+        "container": "ClassShardedStrategy: every parameter must belong to a child module with a `forward`, got scales",
+        "shared": "ClassShardedStrategy: child modules must not share parameters, got backbone.1.bias in several",
         "averaging": "ClassShardedStrategy: cannot average sharded weights, got StochasticWeightAveraging; remove it",
         "unsharded": "configure_model: must shard every trained parameter, got backbone.1.weight unsharded",
         "meta": "ClassShardedStrategy: every parameter must have values, got head.weight on the meta device",

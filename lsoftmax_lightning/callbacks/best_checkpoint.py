@@ -100,7 +100,7 @@ def relocate(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     for callback in model_checkpoints(trainer):
         state = states.get(callback.state_key)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            states.pop(callback.state_key, None)  # it writes no files
+            states.pop(callback.state_key, None)  # it writes no checkpoints
         elif isinstance(state, dict):
             if trainer.is_global_zero:
                 state = _relocated(state, callback, Path(str(trainer.ckpt_path)).parent, checkpoint["global_step"])

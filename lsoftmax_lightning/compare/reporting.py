@@ -51,7 +51,7 @@ def report(
     A terminal shows a formatted table; otherwise the Markdown of ``table.md`` is printed. In ``results.csv``, a ``'``
     precedes texts that a spreadsheet would evaluate as a formula.
 
-    A note names the settings, other than those in the table, in which runs that are compared with each other differ.
+    If the commands of compared runs differ in settings that are not columns of the table, a note lists them.
 
     Args:
         paths: Folders or ``results.csv`` files of comparisons, whose runs are combined. Curves and feature plots are
@@ -174,7 +174,7 @@ def _order(run: FinishedRun, names: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _check_comparable(runs: Sequence[FinishedRun], names: Sequence[str]) -> None:
-    """Reject runs whose comparison would mean nothing."""
+    """Reject runs that cannot be compared."""
     first: dict[Any, FinishedRun] = {}
     seen: dict[Any, FinishedRun] = {}
     for run in runs:
@@ -224,21 +224,21 @@ def _table(runs: Sequence[FinishedRun], names: Sequence[str]) -> tuple[list[str]
 
 
 def _differences(runs: Sequence[FinishedRun], names: Sequence[str]) -> str:
-    """Return the settings, with their values, in which runs with the same values in the table were trained."""
+    """Return settings and values in which the commands of runs differ that have the same values in the table."""
     known = {*names, *(name for run in runs for name in run.averaged)}
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for run in runs:
-        groups.setdefault(run.group_key(names), []).append(run.fixed)
+        groups.setdefault(run.group_key(names), []).append(run.command_settings)
     differing: dict[str, dict[str, None]] = {}
-    for fixed in groups.values():
-        for name in {name: None for settings in fixed for name in settings if column_name(name) not in known}:
-            values = dict.fromkeys(settings.get(name, "not set") for settings in fixed)
+    for group in groups.values():
+        for name in {name: None for settings in group for name in settings if column_name(name) not in known}:
+            values = dict.fromkeys(settings.get(name, "not set") for settings in group)
             if len(values) > 1:
                 differing.setdefault(name, {}).update(values)
     return ", ".join(f"{name} ({' / '.join(values)})" for name, values in differing.items())
 
 
-def _notes(runs: Sequence[FinishedRun], names_in_table: Sequence[str]) -> list[str]:
+def _notes(runs: Sequence[FinishedRun], compared: Sequence[str]) -> list[str]:
     """Return the paragraphs below the table: the meaning of its numbers, data, machine, versions and commands."""
 
     def values(name: str, missing: str = "not set") -> str:
@@ -254,9 +254,9 @@ def _notes(runs: Sequence[FinishedRun], names_in_table: Sequence[str]) -> list[s
     commands = "\n".join(dict.fromkeys(str(run.facts.get("command", "?")) for run in runs))
     seeds = {run.seed for run in runs}
     alone = f" There is one seed, {seeds.pop()}." if len(seeds) == 1 else ""
-    differences = _differences(runs, names_in_table)
+    differences = _differences(runs, compared)
     return [
-        *([f"Runs that are compared here were trained with different settings: {differences}."] if differences else []),
+        *([f"The commands of runs that are compared here differ in {differences}."] if differences else []),
         f"Tested checkpoint: {values('checkpoint')}. Mean ± standard deviation of the runs, angles in degrees. "
         f"Differences are paired by seed{averaged}, in percentage points, with the 95 % interval of Student's t."
         f"{alone}",

@@ -21,7 +21,7 @@ from .paper import paper_experiment
 TRAINING_FACTS = {"data": "-", "train_size": "all", "label_noise": 0, "checkpoint": "last"}
 """Facts that are settings of a run, with their defaults. Runs with different values are not compared."""
 COMPARISON_OPTIONS = {"margins", "seeds", "sweep", "average", "jobs", "folder", "html"}
-"""Options of ``compare`` that are not settings of its runs, except ``config``."""
+"""Options of ``compare`` that do not affect a single run."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,24 @@ class FinishedRun:
         return (str(self.seed), *self.group_key(self.averaged))
 
     @property
-    def fixed(self) -> dict[str, str]:
-        """Number of steps, and the settings that the command fixes, by name."""
-        fixed = {"steps": [str(self.value("steps"))]}
+    def command_settings(self) -> dict[str, str]:
+        """Number of steps, and the settings given on the command line, by name."""
+        settings = {"steps": [str(self.value("steps"))]}
         values: list[str] = []
-        for word in shlex.split(str(self.value("command"))):
+        for word in self._words():
             if word.startswith("--"):
                 name, *value = word[2:].split("=", 1)
-                values = fixed.setdefault(setting_name(name), [])
-                values += value
+                values = settings.setdefault(setting_name(name), [])
             else:
-                values.append(word)
-        return {name: " ".join(values) for name, values in fixed.items() if name not in COMPARISON_OPTIONS}
+                value = [word]
+            values += [text if (number := as_float(text)) is None else f"{number:g}" for text in value]
+        return {name: " ".join(values) for name, values in settings.items() if name not in COMPARISON_OPTIONS}
+
+    def _words(self) -> list[str]:
+        try:
+            return shlex.split(str(self.value("command")))
+        except ValueError:  # edited by hand
+            return []
 
     def value(self, name: str) -> Any:
         """Return the value of a setting; its default or "-" if it is not set. An integral float becomes an int."""

@@ -52,8 +52,8 @@ class EvalCollector:
         max_samples: Maximum number of features and thumbnails.
         datamodule: Datamodule whose ``mean`` and ``std`` undo the normalisation. Without them, each image is min-max
             scaled.
-        num_batches: Number of batches. The first samples of each batch are kept. If it is infinite, at least half of
-            ``max_samples`` are kept, spread evenly over all samples.
+        num_batches: Number of batches. An equal share of ``max_samples`` is kept of each, spread evenly over its
+            samples. If it is infinite, at least half of ``max_samples`` are kept, spread evenly over all samples.
         rank: Rank of this process. Each rank has every ``world_size``-th sample.
         world_size: Number of ranks.
     """

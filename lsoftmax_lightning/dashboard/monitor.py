@@ -48,7 +48,7 @@ class MarginMonitor(HeadObserver):
     """
 
     _angle_counts: Tensor | None = None
-    _counted_step = 0  # number of optimizer steps before the validation that counted them
+    _counted_step = 0  # global step of the validation that counted them
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -252,8 +252,8 @@ class LSoftmaxModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of the margin logits, and update the metrics of the plain logits.
 
-        ``train/loss`` is logged every ``log_every_n_steps`` steps, of rank 0, and at the end of an epoch. If a callback
-        or scheduler monitors it, it is logged at every step, of all ranks. Logging takes a third of a millisecond.
+        ``train/loss`` of rank 0 is logged every ``log_every_n_steps`` steps and at the end of an epoch. If a callback or
+        scheduler monitors it, the mean over ranks is logged at every step. Logging takes a third of a millisecond.
         """
         x, target = batch
         loss, plain = self.margin_loss(self.forward_features(x), target)
@@ -275,7 +275,7 @@ class LSoftmaxModule(LightningModule):
         ``prog_bar=True`` would synchronise the device at every step.
         """
         if self.trainer.should_stop and self._unlogged_loss is not None:  # loggers get the metrics of the last step
-            self.log("train/loss", self._unlogged_loss)  # not monitored
+            self.log("train/loss", self._unlogged_loss)  # a monitored loss is logged in training_step
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.trainer.is_last_batch or (every and self.trainer.global_step % every == 0):
             metrics = self.trainer.callback_metrics

@@ -274,7 +274,8 @@ def test_facts_include_train_size_and_label_noise(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "note"),
     [
-        ("--jobs 2 --folder b --model.width 8", None),
+        ("--jobs 2 --folder b --model.width 8.0", None),
+        ("--model.width 8 --model.name 'it''s", "model.width (8 / not set)."),  # edited by hand
         ("--model.width=8 --data.train_size 9", None),  # a column of the table
         ("--model.init_args.width 8 --trainer.max_steps 9", "trainer.max_steps (not set / 9)."),
         ("--model.width '8 9' --html", "model.width (8 / 8 9)."),
@@ -288,7 +289,7 @@ def test_a_note_names_settings_in_which_compared_runs_differ(arguments: str, not
         file.write_text(file.read_text().replace("the command", f"python -m lsoftmax_lightning compare {command}"))
     report([tmp_path / "m1", tmp_path / "m2"], folder=tmp_path / "both")
     text = (tmp_path / "both/table.md").read_text()
-    before, _, differences = text.partition("Runs that are compared here were trained with different settings: ")
+    before, _, differences = text.partition("The commands of runs that are compared here differ in ")
     assert differences.partition("\n")[0] == note if note else before == text
 
 

@@ -110,10 +110,9 @@ def test_projector_has_features_names_and_images() -> None:
     assert (len(rows), len(rows[0])) == (10, 64)
     assert metadata[0] == ["class", "index"]
     images, targets = data.val_data
-    kept = KEPT
-    assert metadata[1:] == [[data.class_names[number], str(number)] for number in targets[kept].tolist()]
+    assert metadata[1:] == [[data.class_names[number], str(number)] for number in targets[KEPT].tolist()]
     with torch.inference_mode():
-        features = model.eval().forward_features(data.normalize(images[kept]))
+        features = model.eval().forward_features(data.normalize(images[KEPT]))
     torch.testing.assert_close(torch.tensor([[float(x) for x in row] for row in rows]), features, rtol=1e-3, atol=1e-3)
     sprite = Image.open(paths["image"])
     assert sprite.size == (4 * 8, 4 * 8)  # ten images in a square of four by four

@@ -175,6 +175,7 @@ class Several(ClassificationModule):
         super().__init__(4, Net(), margin=2, lambda_schedule=PowerLaw(base=10, gamma=0.1, power=1))
         self.layers = nn.ModuleList([nn.Linear(16, 16)])
         self.second = LSoftmaxLinear(16, 3, margin=2, lambda_=1.0)
+        self.both = nn.Sequential(self.backbone, self.head)
         generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
         self.register_buffer("order", torch.randperm(16, generator=generator))
 
@@ -234,7 +235,7 @@ def rejections(folder: Path) -> None:
         if name == "averaging":
             callbacks = [StochasticWeightAveraging(0.1)]
         elif name == "shared":
-            model.both = nn.Sequential(model.backbone, model.head)
+            model.both = nn.Sequential(model.backbone[1], nn.Linear(1, 1))  # type: ignore[index]
         elif name == "container":
             model.scales = nn.ParameterList([nn.Parameter(torch.ones(()))])
         elif name == "unsharded":
