@@ -142,11 +142,16 @@ def gather_target_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor
         Target logits, (N,), and ``target`` as int64.
 
     Raises:
-        InputError: If ``target`` is not (N,) of an integer type, or contains a class outside 0 .. C-1. On a GPU, where
-            a check would need a synchronisation, an invalid class fails a device-side assertion instead. In a
-            compiled graph the classes are not checked here.
+        InputError: If ``logits`` are not (N, C), or ``target`` is not (N,) of an integer type, or contains a class
+            outside 0 .. C-1. On a GPU, where a check would need a synchronisation, an invalid class fails a device-side
+            assertion instead. In a compiled graph the classes are not checked here.
     """
     target = check_target(target, len(logits))
+    if logits.ndim != 2:
+        raise InputError(
+            f"features: must be (N, D), one row for each sample, got logits of shape {tuple(logits.shape)}; pool or "
+            "flatten the features."
+        )
     if torch.compiler.is_compiling():
         return logits.gather(1, target.unsqueeze(1)).squeeze(1), target
     try:

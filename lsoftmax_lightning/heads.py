@@ -158,6 +158,7 @@ class LSoftmaxLinear(nn.Module):
             InputError: If ``target`` is invalid (:func:`~lsoftmax_lightning.functional.gather_target_logits`), or the
                 head is sharded and gradients are enabled.
         """
+        self._check_width(x)
         if target is not None:
             self._check_lambda(stacklevel=5)  # the caller of head(...)
             return self._margin_and_plain_logits(x, target)[0]
@@ -178,7 +179,9 @@ class LSoftmaxLinear(nn.Module):
         Raises:
             InputError: As :meth:`forward`.
         """
+        self._check_width(x)
         self._check_lambda(stacklevel=3)
+        self._compute_weight(x)
         if torch.is_grad_enabled():
             self.free_full_weight()  # the copy of FSDP2 gets no gradients
         return self._margin_and_plain_logits(x, target)
@@ -204,7 +207,9 @@ class LSoftmaxLinear(nn.Module):
         Raises:
             InputError: If ``target`` or ``label_smoothing`` is invalid.
         """
+        self._check_width(x)
         self._check_lambda(stacklevel=3)
+        self._compute_weight(x)
         self.free_full_weight()  # the weight is about to be updated
         weight, shard = self._local_weight()
         loss: ChunkedLoss = chunked_cross_entropy(x, weight, target, self.margin, self._lambda, label_smoothing, shard)
@@ -227,6 +232,19 @@ class LSoftmaxLinear(nn.Module):
         """
         self._check_lambda(stacklevel=3)
         return margin_logits(logits, x, self.full_weight, target, self.margin, self._lambda)
+
+    def _check_width(self, x: Tensor) -> None:
+        if not torch.jit.is_tracing() and x.shape[-1] != self.in_features:  # type: ignore[attr-defined,no-untyped-call]
+            raise InputError(
+                f"features: must be (N, {self.in_features}), got {tuple(x.shape)}; correct the number of features, or "
+                "pool or flatten them."
+            )
+
+    def _compute_weight(self, x: Tensor) -> None:
+        """Call the hooks that compute the weight for ``forward``, if it is pruned or normalised by such a hook."""
+        if "weight" in vars(self):
+            for hook in self._forward_pre_hooks.values():
+                hook(self, (x,))
 
     def _check_lambda(self, stacklevel: int) -> None:
         """Warn once if the head trains with a margin and lambda was never set."""

@@ -5,12 +5,15 @@ import io
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import weight_norm
+from torch.nn.utils.prune import l1_unstructured
 
 from lsoftmax_lightning import LSoftmaxLinear
 from lsoftmax_lightning.errors import InputError
@@ -219,6 +222,33 @@ def test_repr_shows_the_settings(head: LSoftmaxLinear) -> None:
 def test_class_weights_take_any_integer_type(dtype: torch.dtype, head: LSoftmaxLinear) -> None:
     target = torch.tensor([1, 0, 3, 1])
     assert torch.equal(head.class_weights(target.to(dtype)), head.weight[target])
+
+
+@pytest.mark.parametrize("loss", ["logits", "cross_entropy"])
+@pytest.mark.parametrize("compute", [partial(l1_unstructured, amount=0.3), weight_norm], ids=["pruned", "normalised"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_a_weight_that_hooks_compute_is_trained(
+    loss: str, compute: Callable[..., object], head: LSoftmaxLinear, x: Tensor, target: Tensor
+) -> None:
+    compute(head, name="weight")
+    for _ in range(2):  # a second step would fail on the graph of the first
+        if loss == "logits":
+            F.cross_entropy(head.margin_and_plain_logits(x, target)[0], target).backward()
+        else:
+            head.cross_entropy(x, target).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (8, 6, 1, 1)])
+def test_features_of_another_width_are_rejected(shape: tuple[int, ...], head: LSoftmaxLinear, target: Tensor) -> None:
+    for call in (head, partial(head, target=target), partial(head.cross_entropy, target=target)):
+        with pytest.raises(InputError, match=r"features: must be \(N, 6\), got \(8, "):
+            call(torch.randn(shape))
+
+
+def test_features_of_several_rows_for_each_sample_are_rejected(head: LSoftmaxLinear, target: Tensor) -> None:
+    with pytest.raises(InputError, match=r"features: must be \(N, D\), .* got logits of shape \(8, 3, 4\); pool"):
+        head(torch.randn(8, 3, 6), target)
 
 
 def test_head_learns_in_a_plain_loop(x: Tensor, target: Tensor) -> None:

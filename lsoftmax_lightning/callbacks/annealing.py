@@ -109,7 +109,7 @@ class LambdaAnnealing(Callback):
                 "their lambda_ before each step."
             )
         schedule = self.schedule_for(pl_module)
-        if not callable(schedule):
+        if not callable(schedule) or isinstance(schedule, type):
             raise InputError(
                 f"lambda_schedule: must be callable, got {schedule!r}; pass a LambdaSchedule, or a function of (step, "
                 "total_steps)."
@@ -212,6 +212,7 @@ class LambdaAnnealing(Callback):
 
 
 def _head(pl_module: LightningModule) -> LSoftmaxLinear:
-    """Return the head of a checked module."""
+    """Return the head of a checked module, also if another module wraps it, which would keep lambda for itself."""
     head: LSoftmaxLinear = pl_module.head  # type: ignore[assignment]
-    return head
+    heads = [module for module in head.modules() if isinstance(module, LSoftmaxLinear)] or [head]
+    return next((each for each in heads if each.weight.requires_grad), heads[0])

@@ -28,6 +28,9 @@ class LastCheckpoint(CheckpointHooks):
     that ends with it. Several ranks end about a second later, because they check once a second whether one of them
     received a signal. A second signal ends the run at once.
 
+    Place it after a callback that keeps the best checkpoint, because Lightning's ``ckpt_path="best"`` takes the
+    checkpoint of the first one.
+
     Args:
         dirpath: Folder of the checkpoint. Default: ``checkpoints`` in the folder of the run.
 

@@ -18,7 +18,7 @@ __all__ = ["compare_margins", "report"]
 
 
 def compare_margins(
-    config: str | Sequence[str],
+    config: str | Path | Sequence[str | Path],
     margins: Sequence[int] = (1, 2, 3, 4),
     seeds: Sequence[int] = (0, 1, 2),
     settings: Sequence[str] = (),
@@ -55,7 +55,7 @@ def compare_margins(
         DataError: Before any training, if data cannot be downloaded.
         RunError: If a run failed. It is raised after the other runs, and table and figures of these are written.
     """
-    configs = [config] if isinstance(config, str) else list(config)
+    configs = [str(name) for name in ([config] if isinstance(config, str | Path) else config)]
     names = [setting_name(key) for key in [*(sweep or {}), *(average or {})]]
     for name in names:
         if names.count(name) > 1:

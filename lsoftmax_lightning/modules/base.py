@@ -252,8 +252,8 @@ class LSoftmaxModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of the margin logits, and update the metrics of the plain logits.
 
-        ``train/loss`` of rank 0 is logged every ``log_every_n_steps`` steps and at the end of an epoch. If a callback or
-        scheduler monitors it, the mean over ranks is logged at every step. Logging takes a third of a millisecond.
+        ``train/loss`` of rank 0 is logged every ``log_every_n_steps`` steps and at the end of an epoch. If a callback
+        or scheduler monitors it, the mean over ranks is logged at every step. Logging takes a third of a millisecond.
         """
         x, target = batch
         loss, plain = self.margin_loss(self.forward_features(x), target)

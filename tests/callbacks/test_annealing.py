@@ -179,6 +179,31 @@ def test_missing_head_or_invalid_schedule_is_rejected() -> None:
     model.head, model.lambda_schedule = make_model().head, 5.0
     with pytest.raises(InputError, match=r"lambda_schedule: must be callable, got 5\.0"):
         make_trainer(callbacks=[LambdaAnnealing()]).fit(model, BlobsDataModule())
+    with pytest.raises(InputError, match=r"lambda_schedule: must be callable, got <class '.*RunFraction'>"):
+        make_trainer(callbacks=[LambdaAnnealing(RunFraction)]).fit(model, BlobsDataModule())  # type: ignore[arg-type]
+
+
+class Wrapper(nn.Module):
+    """Module with the attributes of another one, like those of libraries for fine-tuning and checkpointing."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name) if name != "inner" else super().__getattr__(name)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        output: Tensor = self.inner(*args)
+        return output
+
+
+def test_lambda_of_a_wrapped_head_is_annealed() -> None:
+    model = make_model(lambda_schedule=SCHEDULE)
+    head = model.head
+    model.head = Wrapper(head)  # type: ignore[assignment]
+    make_trainer(max_steps=4).fit(model, BlobsDataModule())
+    assert head.lambda_ == pytest.approx(SCHEDULE(3))
 
 
 class Poison(nn.Module):
