@@ -201,8 +201,8 @@ def _tests(runs: Mapping[str, Sequence[FinishedRun]], title: str) -> Iterator[tu
             class_names = group[0]["class_names"]
             same_classes = [record["counts"] for record in group if record["class_names"] == class_names]
             counts = torch.stack(same_classes).sum(0)
-            unit = f"images, {len(same_classes)} run{'s' * (len(same_classes) > 1)}"
-            plots.confusion(counts, class_names, unit, label, axes)
+            summed = "1 run" if len(same_classes) == 1 else f"{len(same_classes)} runs"
+            plots.confusion(counts, class_names, f"images, {summed}", label, axes)
         yield "confusion", figure
         angles = {label: torch.cat([record["angles"] for record in group]) for label, group in records.items()}
         yield "angles", plots.angle_histogram(angles, {}, f"angle to the true class, test {title}".strip())

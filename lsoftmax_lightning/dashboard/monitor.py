@@ -52,10 +52,8 @@ class MarginMonitor(HeadObserver):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        is_current = self._counted_step == trainer.global_step
-        if (
-            self._angle_counts is not None and is_current
-        ):  # Lightning would warn a Trainer without this callback of a `state_dict`
+        if self._angle_counts is not None and self._counted_step == trainer.global_step:
+            # Lightning would warn a Trainer without this callback of a `state_dict`
             checkpoint[ANGLE_COUNTS] = self._angle_counts
 
     @override
