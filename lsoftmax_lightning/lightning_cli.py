@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -466,8 +466,7 @@ class LSoftmaxCLI(CommandLine):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
         tested = "model" if best is None else "best checkpoint" if checkpoint.monitor else "last checkpoint"
         chosen = "".join(f", chosen by {name} {value:.4g}" for name, value in chosen_by.items())
-        write_results(self.trainer, chosen_by)  # first, because printing fails on a closed pipe or a full disk
-        print_metrics(self.trainer.callback_metrics, f"Test of the {tested}{chosen}")
+        self._report_test(f"Test of the {tested}{chosen}", chosen_by)
         if best:
             rank_zero_info(f"Tested checkpoint: {best}")
         if loggers := tensorboard_loggers(self.trainer):
@@ -482,9 +481,15 @@ class LSoftmaxCLI(CommandLine):
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
         """Evaluate the model on the test set, write the metrics to ``results.json``, and print them if ``verbose``."""
         self.trainer.test(verbose=False, **kwargs)
-        write_results(self.trainer, {})
-        if verbose:
-            print_metrics(self.trainer.callback_metrics, "Test")
+        self._report_test("Test" if verbose else "", {})
+
+    def _report_test(self, title: str, chosen_by: Mapping[str, Any]) -> None:
+        """Write the metrics, then print them, because printing fails on a closed pipe or a full disk."""
+        folder = write_results(self.trainer, chosen_by)
+        if title:
+            print_metrics(self.trainer.callback_metrics, title)
+        if folder is not None:
+            rank_zero_info(f"Run folder: {folder}")
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and discard the results, which :class:`~lsoftmax_lightning.callbacks.Predictions` writes."""

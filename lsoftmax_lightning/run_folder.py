@@ -334,18 +334,21 @@ def _remove_parts(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def write_results(trainer: Trainer, chosen_by: Mapping[str, Any]) -> None:
+def write_results(trainer: Trainer, chosen_by: Mapping[str, Any]) -> Path | None:
     """Write the metrics of a test to ``results.json`` in the folder of the run. Call it on all ranks.
 
     Args:
         trainer: The Trainer, after its test.
         chosen_by: Name and value of the validation metric that selected the tested checkpoint; empty if none did.
+
+    Returns:
+        The folder; None without a logger, or in a ``fast_dev_run``.
     """
     if trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
-        return
+        return None
     folder = Path(str(trainer.log_dir))  # a collective: every rank must read it
     folder.mkdir(parents=True, exist_ok=True)
     if trainer.is_global_zero:
         results = {name: float(value) for name, value in {**trainer.callback_metrics, **chosen_by}.items()}
         write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-        rank_zero_info(f"Run folder: {folder}")
+    return folder
