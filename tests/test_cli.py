@@ -35,7 +35,7 @@ from .helpers.forked import run_on
 from .helpers.formats import write_folder, write_lfw
 
 # few classes, augmented images, and pairs of faces
-ON_TWO_DEVICES = ("digits.yaml", "cifar10plus.yaml", "lfw.yaml")
+ON_TWO_DEVICES = ("digits.yaml", "cifar10plus.yaml")
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
