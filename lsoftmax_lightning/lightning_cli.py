@@ -242,11 +242,10 @@ class LSoftmaxCLI(CommandLine):
             loggers = self._resume_last_run(run.ckpt_path, loggers)
         elif run.ckpt_path and "://" in run.ckpt_path:
             run.ckpt_path = str(self._resources.enter_context(local_file(run.ckpt_path)))
-        elif self.subcommand == "fit" and (folder := run_of(run.ckpt_path)) is not None:
+        elif self.subcommand == "fit" and loggers and (folder := run_of(run.ckpt_path)) is not None:
             folders = [Path(str(logger.log_dir)).resolve() for logger in loggers if hasattr(logger, "log_dir")]
             continues = any(each.is_relative_to(folder.resolve()) for each in folders)
-            if loggers:  # without one, the file may belong to another run
-                report_changed_settings(folder / "config.yaml", flat(self.settings()), continues)
+            report_changed_settings(folder / "config.yaml", flat(self.settings()), continues)
         if self.subcommand != "fit":
             self._name_folders(loggers)  # within that of the checkpoint, which is now known
         if isinstance(run.trainer.logger, list):  # the first logger names the folder of the run
@@ -310,17 +309,19 @@ class LSoftmaxCLI(CommandLine):
             if not is_csv and not is_kind(before, TensorBoardLogger):
                 continue
             has_version = before.init_args.version is not None
-            if has_version and (self.subcommand == "fit" or not is_run_folder(logger.log_dir)):
-                continue
-            if not is_csv and self.subcommand == "fit":
+            if self.subcommand == "fit":
+                if has_version or is_csv:  # a CSVLogger counts its versions
+                    continue
                 arguments = training_logger(before.init_args, margin, run.seed_everything)
+            elif has_version and not is_run_folder(logger.log_dir):
+                continue
             elif not is_csv:
                 arguments = evaluation_logger(before.init_args, str(self.subcommand), run.ckpt_path)
-            elif self.subcommand != "fit" and (folder := logger.log_dir if has_version else run_of(run.ckpt_path)):
+            elif folder := logger.log_dir if has_version else run_of(run.ckpt_path):
                 place = {"save_dir": str(folder), "name": "", "version": self.subcommand}
                 arguments = before.init_args.as_dict() | place
                 warnings.filterwarnings("ignore", USED_LOG_WARNING)  # like results.json, the file is replaced
-            else:  # a CSVLogger counts its versions
+            else:
                 continue
             loggers[index] = type(logger)(**arguments)
 

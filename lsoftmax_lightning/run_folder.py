@@ -234,11 +234,11 @@ def locked_checkpoints(folders: Iterable[str], ckpt_path: str | None) -> Iterato
         InputError: If a folder contains checkpoints of another run, or a run of another process uses it.
         RunError: If a folder cannot be written.
     """
+    others = [folder for folder in dict.fromkeys(folders) if not _keeps_checkpoints_in(folder, ckpt_path)]
 
     def check() -> None:
-        for folder in folders:
-            found = get_filesystem(folder).glob(f"{glob.escape(folder)}/*.ckpt")
-            if found and not (ckpt_path and _keeps_checkpoints_in(Path(folder).resolve(), ckpt_path)):
+        for folder in others:
+            if found := get_filesystem(folder).glob(f"{glob.escape(folder)}/*.ckpt"):
                 raise InputError(
                     f"{folder} contains another run, got {PurePath(found[0]).name}; choose another "
                     "trainer.default_root_dir or checkpoint.dirpath, or resume it with --ckpt_path."
@@ -252,8 +252,11 @@ def locked_checkpoints(folders: Iterable[str], ckpt_path: str | None) -> Iterato
         yield
 
 
-def _keeps_checkpoints_in(folder: Path, ckpt_path: str) -> bool:
+def _keeps_checkpoints_in(path: str, ckpt_path: str | None) -> bool:
     """Return whether the run of a checkpoint keeps checkpoints in a folder, also if both were moved."""
+    if not ckpt_path or not Path(ckpt_path).is_file():
+        return False
+    folder = Path(path).resolve()
     if folder == Path(ckpt_path).resolve().parent:
         return True
     states = read(ckpt_path).get("callbacks", {}).values()

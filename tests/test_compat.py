@@ -389,9 +389,11 @@ def test_scalars_of_a_step_are_one_event(prefix: str, tmp_path: Path) -> None:
 
 def test_scalars_are_logged_on_other_loggers() -> None:
     logger = CSVLogger(".")
-    compat.log_scalars(make_trainer(logger=logger), {"lr": 0.5})
+    trainer = make_trainer(logger=logger, max_steps=4)
+    trainer.fit(BoringModel(), BoringDataModule())
+    compat.log_scalars(trainer, {"lr": 0.5})
     logger.save()
-    assert Path(logger.log_dir, "metrics.csv").read_text() == "lr,step\n0.5,0\n"
+    assert Path(logger.log_dir, "metrics.csv").read_text() == "lr,step\n0.5,4\n"
 
 
 def test_a_checkpoint_has_counts_of_epochs() -> None:
